@@ -1,0 +1,65 @@
+"""Golden inputs and outputs: what lets a device verify itself without PyTorch.
+
+``golden.npz`` holds ``images`` (uint8, N·H·W·C, after resizing and cropping), ``inputs`` (float32, N·C·H·W, after
+normalisation), and for each output of the network ``outputs/NAME`` (PyTorch in float32) and ``outputs_float64/NAME``
+(the same weights in float64). The distance between the two is the noise of float32, from which limits are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmformer.errors import UsageError, first_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Golden:
+    """N images, what the network sees of them, and what PyTorch answers; all arrays have N rows."""
+
+    images: NDArray[np.uint8]
+    inputs: NDArray[np.float32]
+    outputs: dict[str, NDArray[np.float32]]
+    outputs_float64: dict[str, NDArray[np.float64]]
+
+    def save(self, path: Path) -> None:
+        """Write ``golden.npz``; the same content gives the same bytes."""
+        arrays: dict[str, Any] = {"images": self.images, "inputs": self.inputs}
+        arrays |= {f"outputs/{name}": array for name, array in self.outputs.items()}
+        arrays |= {f"outputs_float64/{name}": array for name, array in self.outputs_float64.items()}
+        np.savez_compressed(path, **arrays)
+
+
+def load_golden(path: Path) -> Golden:
+    """Read ``golden.npz``.
+
+    Raises:
+        UsageError: it is damaged or lacks an array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        golden = Golden(
+            images=arrays["images"],
+            inputs=arrays["inputs"],
+            outputs=_group(arrays, "outputs/"),
+            outputs_float64=_group(arrays, "outputs_float64/"),
+        )
+    except KeyError as error:
+        raise UsageError(f"{path}: no array {error}; expected the golden file of a bundle") from error
+    except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
+        raise UsageError(f"{path}: damaged: {first_line(error)}; expected the golden file of a bundle") from error
+    if not golden.outputs or set(golden.outputs) != set(golden.outputs_float64):
+        raise UsageError(f"{path}: outputs {sorted(golden.outputs)} and {sorted(golden.outputs_float64)} do not match")
+    return golden
+
+
+def _group(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,175 @@
+"""The manifest: what is in a bundle, as types. ``schemas/manifest.json`` is made from them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from dmformer.data.preprocessing import Preprocessing
+from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+GOLDEN = "golden.npz"
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class FileEntry(Struct, frozen=True, kw_only=True):
+    """A file of the bundle; ``path`` is relative to the manifest, with forward slashes."""
+
+    path: str
+    bytes: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+    def __post_init__(self) -> None:
+        parts = PurePosixPath(self.path).parts
+        if not parts or self.path.startswith("/") or ".." in parts or "\\" in self.path or ":" in parts[0]:
+            raise UsageError(f"path {self.path!r} in the manifest; expected a relative path inside the bundle")
+
+
+class Artifact(Struct, frozen=True, kw_only=True):
+    """One model file (or set of files) for one runtime at one precision; the first file is the one to load."""
+
+    format: str
+    precision: str
+    files: Annotated[tuple[FileEntry, ...], Meta(min_length=1)]
+    built_with: dict[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """The file's SHA-256; for several files that of their listing as ``sha256sum`` prints it."""
+        if len(self.files) == 1:
+            return self.files[0].sha256
+        listing = "".join(f"{file.sha256}  {file.path}\n" for file in self.files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.bytes for file in self.files)
+
+
+class Tensor(Struct, frozen=True, kw_only=True):
+    """An input or output; a dimension that may vary has a name instead of a number."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """The network, and where its weights came from.
+
+    Attributes:
+        arch: name of the variant, or ``custom``.
+        config: every field of the network's configuration.
+        task: what the outputs mean.
+        classes: a name for each output; empty where the checkpoint has none.
+        parameters: number of trained values.
+        macs: multiply-accumulates for one image.
+        weights: ``random`` marks a model that was never trained.
+        seed: of random weights.
+        checkpoint_sha256: of the source checkpoint; ``null`` for random weights.
+        notes: what was assumed while reading the checkpoint.
+        training: recipe and accuracy, as the checkpoint's metadata has them.
+    """
+
+    arch: str
+    config: dict[str, Any]
+    task: Literal["classification"]
+    classes: tuple[str, ...]
+    parameters: int
+    macs: int
+    weights: Literal["checkpoint", "demonstration", "random"]
+    seed: int | None = None
+    checkpoint_sha256: Sha256 | None = None
+    notes: tuple[str, ...] = ()
+    training: dict[str, Any] = {}
+
+
+class Simplification(Struct, frozen=True, kw_only=True):
+    """Whether the simplified graph was kept, and why."""
+
+    kept: bool
+    reason: str
+    nodes_before: int
+    nodes_after: int | None
+
+
+class ParityEvidence(Struct, frozen=True, kw_only=True):
+    """Summary of the parity checks; the report has each of them."""
+
+    passed: bool
+    checks: int
+    failed: int
+    report: str
+
+
+class Evidence(Struct, frozen=True, kw_only=True):
+    """What was measured when the bundle was made."""
+
+    parity: ParityEvidence
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """The content of ``manifest.json``."""
+
+    schema_version: Annotated[int, Meta(ge=1)]
+    tool_version: str
+    model: Model
+    preprocessing: Preprocessing
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    simplification: Simplification
+    artifacts: Annotated[tuple[Artifact, ...], Meta(min_length=1)]
+    files: tuple[FileEntry, ...]
+    evidence: Evidence
+
+    def encode(self) -> bytes:
+        """As indented JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """Parse a manifest.
+
+    Raises:
+        UsageError: it is no JSON, of another schema version, or lacks or mistypes a field.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{where}: schema version {version}; expected {SCHEMA_VERSION}: use the dmformer that wrote the bundle"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{where} is no manifest that this version reads: {error}") from error
+
+
+class _Versioned(Struct):
+    schema_version: int
+
+
+def file_entry(root: Path, path: Path) -> FileEntry:
+    """Describe a file below ``root`` by reading it."""
+    sha256, size = hash_file(path)
+    return FileEntry(path=path.relative_to(root).as_posix(), bytes=size, sha256=sha256)
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """SHA-256 and size of a file, read in pieces."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            size += len(piece)
+    return digest.hexdigest(), size

@@ -1,0 +1,95 @@
+"""Write a bundle so that a reader sees the whole old one or the whole new one."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmformer.bundle.manifest import MANIFEST
+from dmformer.errors import StageFailed, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def check_destination(destination: Path) -> None:
+    """Refuse to replace anything but a bundle or an empty folder.
+
+    Raises:
+        UsageError: something else is there, or the folder cannot be written.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"output {str(destination)!r} is a file; expected a folder")
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
+        raise UsageError(
+            f"output {str(destination)!r} is a folder with other things in it; expected a new one, an empty one or a bundle"
+        )
+    parent = destination.absolute().parent
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another --output")
+
+
+@contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """A new folder beside ``destination`` that takes its place when the block ends without an error.
+
+    An error in the block, or the process's end, leaves the destination as it was.
+
+    Raises:
+        StageFailed: writing failed, for instance because the disk is full.
+    """
+    check_destination(destination)
+    destination = destination.absolute()
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+        try:
+            folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the bundle from others
+            yield folder
+            _put_in_place(folder, destination)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise StageFailed(f"the bundle could not be written to {str(destination)!r}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _put_in_place(folder: Path, destination: Path) -> None:
+    """Rename; where a bundle is in the way, exchange the two in one system call, and leave the old one in ``folder``."""
+    if not destination.exists():
+        folder.rename(destination)
+    elif not _exchange(folder, destination):
+        # No atomic exchange on this system: for a moment there is no bundle, but never a mixture.
+        retired = folder.with_name(folder.name + "-old")
+        destination.rename(retired)
+        folder.rename(destination)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Linux's renameat2(2) with RENAME_EXCHANGE; False where the system or the file system has none."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(second))

@@ -1,0 +1,101 @@
+"""Image files and folders."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dmformer.errors import UsageError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from dmformer.data.preprocessing import Preprocessing
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files below a folder, sorted by path.
+
+    Raises:
+        UsageError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no folder {str(folder)!r}; expected a folder of images")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise UsageError(f"no image in {str(folder)!r}; expected files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def open_image(path: Path) -> Image:
+    """Decode an image file.
+
+    Raises:
+        UsageError: it is missing, no image, truncated, or so large that it looks like a decompression bomb.
+    """
+    from PIL import Image as PillowImage
+    from PIL import UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PillowImage.DecompressionBombWarning)
+            with PillowImage.open(path) as image:
+                image.load()
+                return image.copy()
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{path}: not an image that Pillow can read; expected PNG, JPEG or the like") from error
+    except (PillowImage.DecompressionBombWarning, PillowImage.DecompressionBombError) as error:
+        raise UsageError(f"{path}: {first_line(error)}; expected a smaller image") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as an image: {first_line(error)}") from error
+
+
+def load_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode, resize and crop image files: uint8 (N, H, W, C).
+
+    Raises:
+        UsageError: one of them cannot be used; the message names it.
+    """
+    rows = []
+    for path in paths:
+        try:
+            rows.append(preprocessing.pixels(open_image(path)))
+        except UsageError as error:
+            message = str(error) if str(path) in str(error) else f"{path}: {error}"
+            raise UsageError(message) from error
+    return np.stack(rows)
+
+
+def spread(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most ``count`` of the paths, evenly spread over them, so that sorted class folders are all represented."""
+    if len(paths) <= count:
+        return list(paths)
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def synthetic_pixels(count: int, size: int, channels: int, seed: int) -> NDArray[np.uint8]:
+    """Coloured noise images, uint8 (N, size, size, channels): white and 1/f by turns.
+
+    1/f noise has the power spectrum of natural images (Field, "Relations between the statistics of natural images and
+    the response properties of cortical cells", 1987), so that it reaches the deeper stages; white noise exercises the
+    borders and the highest frequencies. Both differ between channels, so that an exchanged channel order shows.
+    """
+    generator = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
+    falloff = 1.0 / np.maximum(frequency, 1.0 / size)
+    images = np.empty((count, size, size, channels), np.uint8)
+    for index in range(count):
+        noise = generator.standard_normal((channels, size, size))
+        if index % 2:
+            noise = np.fft.irfft2(np.fft.rfft2(noise) * falloff, s=(size, size))
+            noise /= noise.std()
+        images[index] = np.clip(127.5 + 64 * noise, 0, 255).astype(np.uint8).transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    return images

@@ -1,0 +1,96 @@
+"""From an image to the network's input, the same on the training machine and on the device.
+
+The steps are the usual evaluation transform of ImageNet classifiers (resize the shorter side, crop the centre, scale
+to 0..1, normalise per channel); Pillow does the resizing, with its antialiasing filters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_PILLOW_MODE = {"RGB": "RGB", "BGR": "RGB", "L": "L"}
+# 16-bit and floating-point images have no fixed range that would map to 0..255.
+_UNSUPPORTED_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+
+
+class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What happens to an image before the network sees it.
+
+    Attributes:
+        image_size: side of the square input, in pixels.
+        crop_fraction: the shorter side is resized to ``image_size / crop_fraction`` pixels before the centre crop.
+        interpolation: Pillow's resampling filter.
+        channels: order of the channels; ``L`` is one channel of luma.
+        mean: subtracted from each channel, on the scale 0..1.
+        std: then divides each channel.
+    """
+
+    image_size: Annotated[int, Meta(ge=32, le=4096)] = 224
+    crop_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.875
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    channels: Literal["RGB", "BGR", "L"] = "RGB"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[Annotated[float, Meta(gt=0)], ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        count = len(self.channels)
+        if len(self.mean) != count or len(self.std) != count:
+            raise UsageError(
+                f"preprocessing: {len(self.mean)} means and {len(self.std)} deviations for channels {self.channels!r}; "
+                f"expected {count} each"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Preprocessing:
+        """The preprocessing of a dictionary of JSON types.
+
+        Raises:
+            UsageError: an unknown field, or a value not of its type or range.
+        """
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"preprocessing: {error}") from error
+
+    def pixels(self, image: Image) -> NDArray[np.uint8]:
+        """Orient by EXIF, convert, resize and crop: a Pillow image -> uint8 (H, W, C), channels in RGB (or L) order.
+
+        Raises:
+            UsageError: an image of 16-bit or floating-point samples, or one so narrow that it cannot be resized.
+        """
+        from PIL import ImageOps
+        from PIL.Image import Resampling
+
+        if image.mode in _UNSUPPORTED_MODES:
+            raise UsageError(f"image of mode {image.mode!r}; expected 8 bits a channel: convert it first")
+        upright = ImageOps.exif_transpose(image).convert(_PILLOW_MODE[self.channels])
+        width, height = upright.size
+        scale = round(self.image_size / self.crop_fraction) / min(width, height)
+        resized_size = (max(self.image_size, round(width * scale)), max(self.image_size, round(height * scale)))
+        if max(resized_size) > 64 * self.image_size:
+            raise UsageError(f"image of {width}x{height} pixels; expected sides no more than 1:64")
+        resized = upright.resize(resized_size, Resampling[self.interpolation.upper()])
+        left, top = (resized_size[0] - self.image_size) // 2, (resized_size[1] - self.image_size) // 2
+        cropped = resized.crop((left, top, left + self.image_size, top + self.image_size))
+        return np.asarray(cropped, dtype=np.uint8).reshape(self.image_size, self.image_size, -1)
+
+    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (N, H, W, C) in RGB (or L) order -> float32 (N, C, H, W) in the network's order."""
+        if self.channels == "BGR":
+            pixels = pixels[..., ::-1]
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))  # (N, H, W, C) -> (N, C, H, W)

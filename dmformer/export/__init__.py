@@ -1,0 +1,1 @@
+"""From a checkpoint to artifacts: each module is one arrow, ``pipeline`` only puts them together."""

@@ -1,0 +1,32 @@
+"""ONNX -> OpenVINO IR."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dmformer._optional import require
+from dmformer.errors import StageFailed, first_line
+from dmformer.export.formats import Converted, versions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dmformer.export.formats import ConversionSource
+
+
+def to_openvino(source: ConversionSource, folder: Path) -> Converted:
+    """Write ``model.xml`` and ``model.bin``, in the precision of the ONNX file.
+
+    OpenVINO's own default is to store float32 weights as float16; here precision is what was asked for.
+
+    Raises:
+        StageFailed: OpenVINO refused the graph.
+        UnavailableError: openvino is not installed.
+    """
+    ov = require("openvino", extra="openvino", purpose="export to openvino")
+    path = folder / "model.xml"
+    try:
+        ov.save_model(ov.Core().read_model(str(source.onnx)), str(path), compress_to_fp16=False)
+    except RuntimeError as error:
+        raise StageFailed(f"conversion to OpenVINO failed: {first_line(error)}") from error
+    return Converted((path, path.with_suffix(".bin")), versions("openvino"))

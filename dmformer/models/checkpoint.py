@@ -1,0 +1,326 @@
+"""Checkpoints: weights on disk, and what can be told from them.
+
+Two kinds of file are read. ``.safetensors`` carries the configuration in its metadata (key ``dmformer``, JSON).
+``.pt`` and ``.pth`` are read with ``weights_only=True``, so that a pickle cannot run code; they carry weights only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from dmformer.data.preprocessing import Preprocessing
+from dmformer.errors import UsageError, first_line
+from dmformer.models.dmformer import DMFormer, DMFormerConfig, variant_config
+from dmformer.models.infer import UNTOLD, infer_config, variant_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+METADATA_KEY = "dmformer"
+METADATA_VERSION = 1
+
+# What training scripts wrap the weights in; the averaged weights come first, as they are the ones to deploy.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_COUNTER = ".num_batches_tracked"
+_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights with everything needed to use them.
+
+    Attributes:
+        arch: name of the variant, or ``custom`` where the configuration is none of them.
+        config: the network's configuration.
+        state: float32 tensors by name, ready for ``load_state_dict``.
+        preprocessing: how an image becomes the network's input.
+        classes: a name for each output; empty where nobody gave names.
+        sha256: of the file; ``None`` for weights that came from no file.
+        notes: what was assumed, chosen or converted while reading, one sentence each.
+        training: recipe, data and accuracy, as the file's metadata has them.
+    """
+
+    arch: str
+    config: DMFormerConfig
+    state: dict[str, Tensor] = field(repr=False)
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+    sha256: str | None = None
+    notes: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def model(self) -> DMFormer:
+        """The network with these weights, in evaluation mode."""
+        model = DMFormer(self.config)
+        model.load_state_dict(self.state, strict=False)  # names and shapes were compared when it was read
+        return model.eval()
+
+
+class Metadata(msgspec.Struct, kw_only=True):
+    """What a ``.safetensors`` file of this project says of itself."""
+
+    version: int
+    arch: str
+    config: dict[str, Any]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+    training: dict[str, Any] = {}
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a ``.safetensors`` file; :func:`load_checkpoint` reads it back, configuration and all."""
+    from safetensors.torch import save
+
+    metadata = Metadata(
+        version=METADATA_VERSION,
+        arch=checkpoint.arch,
+        config=checkpoint.config.to_dict(),
+        preprocessing=checkpoint.preprocessing,
+        classes=checkpoint.classes,
+        training=dict(checkpoint.training),
+    )
+    state = {name: tensor.detach().contiguous() for name, tensor in sorted(checkpoint.state.items())}
+    path.write_bytes(save(state, metadata={METADATA_KEY: msgspec.json.encode(metadata, order="sorted").decode()}))
+
+
+def load_checkpoint(
+    path: Path, arch: str | None = None, options: Mapping[str, Any] | None = None, image_size: int | None = None
+) -> Checkpoint:
+    """Read a checkpoint and check it against the network it is for.
+
+    The configuration comes, in this order, from ``options``, from the file's metadata, from ``arch``, from the names
+    and shapes of the tensors, and from the defaults; what was left to the defaults is listed in ``notes``.
+
+    Args:
+        path: a ``.safetensors``, ``.pt`` or ``.pth`` file.
+        arch: a variant's name; inferred where it is not given.
+        options: fields of :class:`DMFormerConfig` that override what the file says.
+        image_size: replaces the preprocessing's input size, in pixels.
+
+    Raises:
+        UsageError: the file is missing, truncated, of another kind, wants to run code, holds values that are not
+            finite, or does not fit the network.
+    """
+    raw, metadata_text, sha256 = _read(path)
+    notes: list[str] = []
+    state = _normalise(_unwrap(raw, path, notes), path, notes)
+    metadata = _parse_metadata(metadata_text, path)
+    config = _decide_config(state, metadata, arch, options or {}, notes)
+    _check_fit(state, config, path)
+    preprocessing = metadata.preprocessing if metadata else default_preprocessing(config)
+    if metadata is None:
+        notes.append("preprocessing is not in the checkpoint: ImageNet's was assumed (224 pixels, bicubic)")
+    if image_size is not None:
+        preprocessing = msgspec.structs.replace(preprocessing, image_size=image_size)
+    classes = metadata.classes if metadata and len(metadata.classes) == config.num_classes else ()
+    return Checkpoint(
+        arch=variant_name(config) or "custom",
+        config=config,
+        state=state,
+        preprocessing=preprocessing,
+        classes=classes,
+        sha256=sha256,
+        notes=tuple(notes),
+        training=metadata.training if metadata else {},
+    )
+
+
+def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
+    """ImageNet's evaluation transform; for one input channel its mean and deviation are those of luma in 0..1."""
+    if config.in_channels == 1:
+        return Preprocessing(channels="L", mean=(0.5,), std=(0.5,))
+    return Preprocessing()
+
+
+def _read(path: Path) -> tuple[Any, str | None, str]:
+    """The file's content, the text of its metadata, and its SHA-256."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}; expected a file") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if data[:64].lstrip()[:1] == b"<":
+        raise UsageError(f"checkpoint {str(path)!r} is an HTML or XML page, not weights: download it again")
+    if path.suffix == ".safetensors":
+        state, text = _read_safetensors(data, path)
+        return state, text, sha256
+    if path.suffix in (".pt", ".pth"):
+        return _read_pickle(path), None, sha256
+    raise UsageError(f"checkpoint {str(path)!r} ends in {path.suffix!r}; expected .safetensors, .pt or .pth")
+
+
+def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], str | None]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        state = load(data)
+    except SafetensorError as error:
+        raise UsageError(
+            f"checkpoint {str(path)!r} is no whole .safetensors file ({first_line(error)}): copy or download it again"
+        ) from error
+    # The format: the header's length as a little-endian u64, then the header in JSON.
+    header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get(METADATA_KEY)
+    return state, text
+
+
+def _read_pickle(path: Path) -> Any:
+    import pickle
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UsageError(
+                f"checkpoint {str(path)!r} holds more than weights and wants to run code while loading; "
+                "it was not loaded: save only its state_dict"
+            ) from error
+        raise UsageError(f"checkpoint {str(path)!r} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
+        raise UsageError(
+            f"checkpoint {str(path)!r} is truncated, damaged or no PyTorch checkpoint ({first_line(error)[:120]}): "
+            "copy or download it again"
+        ) from error
+
+
+def _unwrap(raw: Any, path: Path, notes: list[str]) -> dict[str, Any]:
+    """The mapping of tensors inside whatever a training script saved."""
+    current = raw
+    while isinstance(current, dict) and not any(isinstance(value, Tensor) for value in current.values()):
+        found = [key for key in _WRAPPERS if isinstance(current.get(key), dict)]
+        if not found:
+            break
+        if len(found) > 1:
+            notes.append(f"the checkpoint holds {', '.join(found)}: {found[0]} was taken")
+        current = current[found[0]]
+    if not isinstance(current, dict) or not any(isinstance(value, Tensor) for value in current.values()):
+        received = f"keys {', '.join(map(str, list(current)[:_LISTED]))}" if isinstance(current, dict) else type(current)
+        raise UsageError(
+            f"checkpoint {str(path)!r} holds no weights ({received}); "
+            f"expected tensors by name, or them under {', '.join(_WRAPPERS)}"
+        )
+    return current
+
+
+def _strip_prefixes(name: str) -> str:
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name[len(prefix) :], True
+    return name
+
+
+def _normalise(wrapped: dict[str, Any], path: Path, notes: list[str]) -> dict[str, Tensor]:
+    """Plain names, float32, finite values."""
+    state: dict[str, Tensor] = {}
+    converted = set()
+    for name, value in wrapped.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UsageError(
+                f"checkpoint {str(path)!r}: entry {name!r} is of type {type(value).__name__}; expected tensors only"
+            )
+        plain = _strip_prefixes(name)
+        if plain in state:
+            raise UsageError(f"checkpoint {str(path)!r} holds {plain!r} twice, under different prefixes")
+        if plain.endswith(_COUNTER):
+            continue
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            raise UsageError(f"checkpoint {str(path)!r}: {plain} is {value.dtype}, {value.layout}; expected dense floats")
+        if value.dtype != torch.float32:
+            converted.add(str(value.dtype).removeprefix("torch."))
+        state[plain] = value.detach().to(torch.float32)
+    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UsageError(
+            f"checkpoint {str(path)!r}: NaN or infinite values in {_some(broken)}; expected finite weights: "
+            "the training diverged or the file is damaged"
+        )
+    if converted:
+        notes.append(f"weights of type {', '.join(sorted(converted))} were converted to float32")
+    return state
+
+
+def _parse_metadata(text: str | None, path: Path) -> Metadata | None:
+    if text is None:
+        return None
+    try:
+        metadata = msgspec.json.decode(text, type=Metadata)
+    except (msgspec.DecodeError, UsageError) as error:
+        raise UsageError(f"checkpoint {str(path)!r}: its metadata is damaged: {error}") from error
+    if metadata.version != METADATA_VERSION:
+        raise UsageError(
+            f"checkpoint {str(path)!r}: metadata version {metadata.version}; expected {METADATA_VERSION}: "
+            "use the version of dmformer that wrote it"
+        )
+    return metadata
+
+
+def _decide_config(
+    state: dict[str, Tensor],
+    metadata: Metadata | None,
+    arch: str | None,
+    options: Mapping[str, Any],
+    notes: list[str],
+) -> DMFormerConfig:
+    if arch is not None:
+        shaped = {**variant_config(arch).to_dict(), **_class_count(state)}
+        untold: tuple[str, ...] = UNTOLD
+    elif metadata is not None:
+        shaped, untold = {}, ()
+    else:
+        shaped, untold = infer_config(state)
+    told = metadata.config if metadata is not None else {}
+    if arch is not None:  # the shapes are the variant's; the rest may still come from the file
+        told = {name: value for name, value in told.items() if name in UNTOLD}
+    config = DMFormerConfig.from_dict({**shaped, **told, **options})
+    assumed = [name for name in untold if name not in told and name not in options]
+    if assumed:
+        values = ", ".join(f"{name}={msgspec.json.encode(config.to_dict()[name]).decode()}" for name in assumed)
+        notes.append(f"not told by the checkpoint, so the defaults were assumed: {values}")
+    return config
+
+
+def _class_count(state: dict[str, Tensor]) -> dict[str, int]:
+    head = state.get("head.weight")
+    return {"num_classes": head.shape[0]} if head is not None and head.ndim == 2 else {}
+
+
+def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, path: Path) -> None:
+    """Compare names and shapes with the network's; meta tensors, so that nothing is allocated for it."""
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in DMFormer(config).state_dict().items() if not k.endswith(_COUNTER)}
+    received = {name: tuple(value.shape) for name, value in state.items()}
+    missing = sorted(set(expected) - set(received))
+    unexpected = sorted(set(received) - set(expected))
+    reshaped = [
+        f"{name} (received {received[name]}, expected {expected[name]})"
+        for name in sorted(set(expected) & set(received))
+        if received[name] != expected[name]
+    ]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing: {_some(missing)}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
+    if reshaped:
+        parts.append(f"{len(reshaped)} of another shape: {_some(reshaped)}")
+    if parts:
+        raise UsageError(
+            f"checkpoint {str(path)!r} does not fit {variant_name(config) or 'the network'}: {'; '.join(parts)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,73 @@
+"""What the names and shapes of a checkpoint tell about the network it is for."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from dmformer.errors import UsageError
+from dmformer.models.dmformer import VARIANTS, DMFormerConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Fields that leave no trace in names and shapes, yet change what the network computes.
+UNTOLD = ("dilations", "gate_input", "inner_residual", "batch_norm_eps")
+
+_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.")
+
+
+def variant_name(config: DMFormerConfig) -> str | None:
+    """The variant with these widths and depths; ``None`` where it is none of them."""
+    for name, variant in VARIANTS.items():
+        if (variant.widths, variant.depths) == (config.widths, config.depths):
+            return name
+    return None
+
+
+def infer_config(state: dict[str, Tensor]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fields of :class:`DMFormerConfig` that names and shapes tell, and the names of those they leave open.
+
+    Raises:
+        UsageError: the tensors are not a DMFormer's; the message has the first name that is missing.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    try:
+        return _infer(shapes)
+    except KeyError as error:
+        raise UsageError(
+            f"the checkpoint is no DMFormer: it has no tensor {error.args[0]!r}; received {', '.join(list(shapes)[:4])}, …"
+        ) from error
+    except (IndexError, ZeroDivisionError) as error:
+        raise UsageError("the checkpoint is no DMFormer: its tensors have the names, but not the shapes") from error
+
+
+def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    depths = [0, 0, 0, 0]
+    for name in shapes:
+        if (match := _BLOCK.match(name)) and int(match[1]) < 4:
+            depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
+    widths = [shapes[f"stages.{stage}.blocks.0.norm1.weight"][0] for stage in range(4)]
+    attention = "stages.0.blocks.0.dma"
+    kernel_sizes = []
+    while (branch := f"{attention}.branches.{len(kernel_sizes)}.weight") in shapes:
+        kernel_sizes.append(shapes[branch][-1])
+    expanded = shapes[f"{attention}.expand.weight"][0]
+    merged = shapes[f"{attention}.reduce.weight"][1]
+    stem = shapes["stages.0.downsample.conv1.weight"]
+    told = {
+        "widths": widths,
+        "depths": depths,
+        "num_classes": shapes["head.weight"][0],
+        "in_channels": stem[1],
+        "stem_width": None if stem[0] == widths[0] else stem[0],
+        "expansion": expanded // widths[0],
+        "kernel_sizes": kernel_sizes,
+        "branch_merge": "sum" if merged == expanded else "concat",
+        "gate_reduction": widths[0] // shapes[f"{attention}.gate.fc1.weight"][0],
+        "layer_scale": DMFormerConfig.layer_scale if "stages.0.blocks.0.scale1.gamma" in shapes else None,
+        "ffn_ratios": [shapes[f"stages.{i}.blocks.0.ffn.fc1.weight"][0] / widths[i] for i in range(4)],
+    }
+    if len(kernel_sizes) != len(DMFormerConfig.kernel_sizes):
+        told["dilations"] = list(range(1, len(kernel_sizes) + 1))  # the default's pattern, carried on
+    return told, UNTOLD

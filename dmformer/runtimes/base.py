@@ -1,0 +1,199 @@
+"""The contract of a runtime: arrays by name in, arrays by name out, and nothing silent about what ran them.
+
+A runtime is a context manager. Entering loads the artifact, leaving frees it; :meth:`Runtime.run` is legal only in
+between, any number of times, with any batch size. A runtime never falls back to another device, provider or precision:
+where it cannot have what was asked, entering raises.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Any
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output. Dimensions are numbers, or names where they may vary from call to call."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a runtime can work on this machine: its version, or why not and what to do."""
+
+    available: bool
+    version: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Details:
+    """What really executes, as read back from the engine after loading.
+
+    Attributes:
+        device: provider or device in the engine's own words.
+        precision: the type its arithmetic was asked to use.
+        threads: how many the engine will use for one inference.
+        version: of the engine.
+    """
+
+    device: str
+    precision: str
+    threads: int
+    version: str
+
+
+class Runtime(ABC):
+    """Loads one artifact and runs it.
+
+    Args:
+        path: the artifact's main file.
+        threads: threads for one inference; ``None`` means all the cores that this process may use.
+        precision: what the artifact was made for; the runtime refuses to run it in another.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, path: Path, *, threads: int | None = None, precision: str = "fp32") -> None:
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}; expected at least 1")
+        self.path = path
+        self.threads = threads if threads is not None else usable_cores()
+        self.precision = precision
+        self._open = False
+
+    @classmethod
+    @abstractmethod
+    def probe(cls) -> Availability:
+        """Whether the engine is installed and loads here. Does not raise."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the artifact and get ready to run. Called by entering the context."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything, also after an error in :meth:`load`. Called by leaving the context."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What :meth:`run` takes. Legal while open."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What :meth:`run` gives. Legal while open."""
+
+    @property
+    @abstractmethod
+    def details(self) -> Details:
+        """What executes, read back from the engine. Legal while open."""
+
+    @abstractmethod
+    def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run on checked inputs; the arrays returned are the caller's to keep. Called by :meth:`run`."""
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """One inference.
+
+        Args:
+            inputs: an array for each of :attr:`inputs`, of its type and shape; not modified, not kept.
+
+        Returns:
+            A new array for each of :attr:`outputs`, the caller's to keep.
+
+        Raises:
+            UsageError: an input is missing, unknown, or of another type or shape.
+            StageFailed: the runtime is not open, or the engine failed.
+        """
+        if not self._open:
+            raise StageFailed(f"runtime {self.name} is not open; expected run() inside its 'with' block")
+        self._check(inputs)
+        with self._engine_errors("running"):
+            return self.infer(inputs)
+
+    def __enter__(self) -> Self:
+        try:
+            with self._engine_errors("loading"):
+                self.load()
+        except BaseException:
+            self.close()
+            raise
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open = False
+        self.close()
+
+    def _check(self, inputs: Arrays) -> None:
+        expected = {spec.name: spec for spec in self.inputs}
+        if set(inputs) != set(expected):
+            raise UsageError(f"{self.name}: received inputs {sorted(inputs)}; expected {sorted(expected)}")
+        for name, array in inputs.items():
+            spec = expected[name]
+            fits = array.ndim == len(spec.shape) and all(
+                want == have for want, have in zip(spec.shape, array.shape, strict=True) if isinstance(want, int)
+            )
+            if not fits or array.dtype != np.dtype(spec.dtype) or 0 in array.shape:
+                raise UsageError(
+                    f"{self.name}: input {name!r} is {array.dtype} {array.shape}; expected {spec.dtype} {spec.shape}"
+                )
+
+    def _engine_errors(self, doing: str) -> _EngineErrors:
+        return _EngineErrors(f"{self.name} failed while {doing} {self.path.name}")
+
+
+class _EngineErrors:
+    """Turns whatever an engine raises into one line of ours."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DMFormerError):
+            raise StageFailed(f"{self.what}: {first_line(error)}") from error
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
+def symbolic(shape: list[Any] | tuple[Any, ...]) -> tuple[int | str, ...]:
+    """A shape with its variable dimensions named: the first is ``batch``, the others by their index."""
+    return tuple(
+        size if isinstance(size, int) and size > 0 else ("batch" if axis == 0 else f"dim{axis}")
+        for axis, size in enumerate(shape)
+    )

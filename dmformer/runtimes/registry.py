@@ -1,0 +1,111 @@
+"""The only table of runtimes and formats. A new runtime is a new row; see CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dmformer.errors import UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from dmformer.runtimes.base import Runtime
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One runtime and the format that it reads.
+
+    Attributes:
+        name: canonical name of the runtime.
+        aliases: other names that users may type, for the runtime and for its format.
+        adapter: ``module:Class`` of the runtime.
+        format: canonical name of the format.
+        converter: ``module:function`` that makes the format (``dmformer.export.formats`` has the signature).
+        extra: the extra of this distribution that installs the engine.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    adapter: str
+    format: str
+    converter: str
+    extra: str
+
+
+ENTRIES = (
+    Entry(
+        name="torch",
+        aliases=("pytorch",),
+        adapter="dmformer.runtimes.torch:TorchRuntime",
+        format="torch",
+        converter="dmformer.export.formats:to_torch",
+        extra="export",
+    ),
+    Entry(
+        name="onnxruntime",
+        aliases=("ort",),
+        adapter="dmformer.runtimes.onnxruntime:OnnxRuntime",
+        format="onnx",
+        converter="dmformer.export.formats:to_onnx",
+        extra="onnxruntime",
+    ),
+    Entry(
+        name="openvino",
+        aliases=("ov",),
+        adapter="dmformer.runtimes.openvino:OpenVinoRuntime",
+        format="openvino",
+        converter="dmformer.export.openvino:to_openvino",
+        extra="openvino",
+    ),
+)
+
+
+def entry(name: str) -> Entry:
+    """The row of a runtime, by its name or an alias.
+
+    Raises:
+        UsageError: no such runtime.
+    """
+    for row in ENTRIES:
+        if name.lower() in (row.name, *row.aliases):
+            return row
+    raise UsageError(f"unknown runtime {name!r}; expected one of {_choices('name')}")
+
+
+def entry_of_format(name: str) -> Entry:
+    """The row of a format, by its name or an alias.
+
+    Raises:
+        UsageError: no such format.
+    """
+    for row in ENTRIES:
+        if name.lower() in (row.format, row.name, *row.aliases):
+            return row
+    raise UsageError(f"unknown format {name!r}; expected one of {_choices('format')}")
+
+
+def adapter(row: Entry) -> type[Runtime]:
+    """The adapter's class; imports its module, not the engine."""
+    module, _, name = row.adapter.partition(":")
+    found: type[Runtime] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def available_adapter(row: Entry) -> type[Runtime]:
+    """The adapter's class, once its engine has been seen to load.
+
+    Raises:
+        UnavailableError: it cannot run on this machine; the message says why and what can.
+    """
+    kind = adapter(row)
+    status = kind.probe()
+    if not status.available:
+        others = [other.name for other in ENTRIES if other is not row and adapter(other).probe().available]
+        can = f"; what can run here: {', '.join(others)}" if others else ""
+        raise UnavailableError(f"runtime {row.name} cannot run on this machine: {status.reason}{can}")
+    return kind
+
+
+def _choices(attribute: str) -> str:
+    return ", ".join(f"{getattr(row, attribute)} ({', '.join(row.aliases)})" for row in ENTRIES)

@@ -1,0 +1,87 @@
+"""PyTorch on the CPU: the reference that every other runtime is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dmformer._optional import require
+from dmformer.errors import UnavailableError
+from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dmformer.runtimes.base import Arrays
+
+
+def _import() -> Any:
+    return require("torch", extra="export", purpose="runtime torch")
+
+
+class TorchRuntime(Runtime):
+    """Runs a ``.safetensors`` checkpoint in eager mode."""
+
+    name = "torch"
+    _checkpoint: Any = None
+    _model: Any = None
+    _threads_before: int | None = None
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Whether torch is installed and loads."""
+        try:
+            return Availability(True, _import().__version__)
+        except UnavailableError as error:
+            return Availability(False, reason=str(error))
+
+    def load(self) -> None:
+        """Read the checkpoint and build the network. Threads are a setting of the whole process in PyTorch."""
+        torch = _import()
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        from dmformer.models.checkpoint import load_checkpoint
+
+        self._checkpoint = load_checkpoint(self.path)
+        self._model = self._checkpoint.model()
+
+    def close(self) -> None:
+        """Drop the network and give the process its number of threads back."""
+        if self._threads_before is not None:
+            _import().set_num_threads(self._threads_before)
+            self._threads_before = None
+        self._checkpoint = None
+        self._model = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The network's input, at the size of the checkpoint's preprocessing."""
+        from dmformer.models.dmformer import INPUT_NAME
+
+        size = self._checkpoint.preprocessing.image_size
+        return (TensorSpec(INPUT_NAME, "float32", ("batch", self._checkpoint.config.in_channels, size, size)),)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The network's output."""
+        from dmformer.models.dmformer import OUTPUT_NAME
+
+        return (TensorSpec(OUTPUT_NAME, "float32", ("batch", self._checkpoint.config.num_classes)),)
+
+    @property
+    def details(self) -> Details:
+        """Device and type of the weights, and the threads of the process."""
+        torch = _import()
+        weight = next(self._model.parameters())
+        precision = {torch.float32: "fp32"}.get(weight.dtype, str(weight.dtype))
+        return Details(
+            device=str(weight.device), precision=precision, threads=torch.get_num_threads(), version=torch.__version__
+        )
+
+    def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the network without autograd."""
+        torch = _import()
+        (array,) = inputs.values()
+        with torch.inference_mode():
+            # from_numpy shares memory and wants it writable
+            result = self._model(torch.from_numpy(array if array.flags.writeable else array.copy()))
+        return {spec.name: result.numpy() for spec in self.outputs}

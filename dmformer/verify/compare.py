@@ -1,0 +1,109 @@
+"""Compare two sets of outputs, with limits that come from a measurement.
+
+The limit on the largest absolute difference is the noise of float32 itself: the distance between PyTorch in float32
+and the same weights in float64 on the same inputs, times :data:`NOISE_FACTOR`. Another correct implementation differs
+from PyTorch by about one such noise, for it adds in another order; an error in a weight or an operator differs by
+hundreds (``benchmarks/parity_noise.py`` measures both).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmformer.errors import StageFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+NOISE_FACTOR = 16.0
+# The noise of few images may be small by luck; it is never taken to be less than this many units in the last place of
+# the largest output.
+_FLOOR_ULPS = 1.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Largest absolute difference allowed, and where the figure comes from."""
+
+    max_abs: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a candidate is from the reference; figures are ``None`` where values are not finite.
+
+    Attributes:
+        passed: whether every value is finite and within the limit.
+        max_abs: largest absolute difference.
+        max_rel: largest difference relative to the reference's value, where that is above the limit; for information.
+        cosine: smallest cosine similarity between two rows.
+        top1_agreement: share of rows with the same largest value (0..1).
+        reason: what failed; ``None`` where nothing did.
+    """
+
+    passed: bool
+    max_abs: float | None = None
+    max_rel: float | None = None
+    cosine: float | None = None
+    top1_agreement: float | None = None
+    reason: str | None = None
+
+
+def float32_limit(float32: Mapping[str, NDArray[Any]], float64: Mapping[str, NDArray[Any]]) -> dict[str, Limit]:
+    """A limit for each output, from PyTorch's float32 and float64 outputs on the same inputs.
+
+    Raises:
+        StageFailed: the reference is not finite, so that nothing can be compared with it.
+    """
+    limits = {}
+    for name, single in float32.items():
+        double = float64[name]
+        if not (np.isfinite(single).all() and np.isfinite(double).all()):
+            raise StageFailed(f"PyTorch's own output {name!r} is NaN or infinite; expected a network that gives numbers")
+        noise = float(np.abs(single - double).max())
+        floor = _FLOOR_ULPS * float(np.finfo(np.float32).eps) * float(np.abs(double).max())
+        limits[name] = Limit(
+            NOISE_FACTOR * max(noise, floor),
+            f"{NOISE_FACTOR:g} x float32 noise: PyTorch float32 against float64 differs by {noise:.2g} "
+            f"on the same {len(single)} images",
+        )
+    return limits
+
+
+def compare(candidate: NDArray[Any], reference: NDArray[Any], limit: Limit) -> Comparison:
+    """Compare outputs of the same shape, rows first; anything that is not finite fails before a number is looked at."""
+    if candidate.shape != reference.shape:
+        return Comparison(False, reason=f"output of shape {candidate.shape}; expected {reference.shape}")
+    if candidate.dtype != reference.dtype:
+        return Comparison(False, reason=f"output of type {candidate.dtype}; expected {reference.dtype}")
+    broken = int(candidate.size - np.isfinite(candidate).sum())
+    if broken:
+        return Comparison(False, reason=f"{broken} of {candidate.size} output values are NaN or infinite")
+    rows, expected = _rows(candidate), _rows(reference)
+    difference = np.abs(rows - expected)
+    max_abs = float(difference.max())
+    passed = max_abs <= limit.max_abs
+    reason = None if passed else f"differs by {max_abs:.3g}, limit {limit.max_abs:.3g}"
+    return Comparison(
+        passed=passed,
+        max_abs=max_abs,
+        max_rel=float((difference / np.maximum(np.abs(expected), limit.max_abs)).max()),
+        cosine=_smallest_cosine(rows, expected),
+        top1_agreement=float((rows.argmax(1) == expected.argmax(1)).mean()),
+        reason=reason,
+    )
+
+
+def _rows(array: NDArray[Any]) -> NDArray[np.float64]:
+    return array.reshape(len(array), -1).astype(np.float64)
+
+
+def _smallest_cosine(rows: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(((rows * expected).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)).min())

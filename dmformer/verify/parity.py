@@ -1,0 +1,134 @@
+"""Parity checks: a runtime against golden outputs, at several batch sizes, and the preprocessing against golden pixels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from msgspec import Struct
+
+from dmformer.errors import DMFormerError, UnavailableError
+from dmformer.verify.compare import Comparison, Limit, compare, float32_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from dmformer.bundle.golden import Golden
+    from dmformer.data.preprocessing import Preprocessing
+    from dmformer.runtimes.base import Runtime
+
+# One row alone, an even batch, and one that no power of two divides.
+BATCH_SIZES = (1, 2, 5)
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """One row of the parity report; see :class:`dmformer.verify.compare.Comparison` for the figures."""
+
+    stage: str
+    runtime: str
+    precision: str
+    batch: int
+    passed: bool
+    max_abs: float | None
+    max_rel: float | None
+    cosine: float | None
+    top1_agreement: float | None
+    limit: float | None
+    limit_source: str | None
+    reason: str | None
+
+
+class ParityReport(Struct, frozen=True, kw_only=True):
+    """What ``verify`` found. ``skipped`` has a sentence for each artifact that no runtime here can run."""
+
+    passed: bool
+    checks: tuple[Check, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
+    """Sum up; no check at all is no pass."""
+    return ParityReport(
+        passed=bool(checks) and all(check.passed for check in checks), checks=tuple(checks), skipped=tuple(skipped)
+    )
+
+
+def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> Check:
+    """This machine's normalisation of the golden images against the tensors that the reference was computed on."""
+    peak = float(np.abs(golden.inputs).max())
+    limit = Limit(4 * float(np.finfo(np.float32).eps) * peak, "4 x the last place of the largest input value")
+    try:
+        comparison = compare(preprocessing.normalize(golden.images), golden.inputs, limit)
+    except (ValueError, IndexError) as error:
+        comparison = Comparison(False, reason=f"the golden images cannot be normalised: {error}")
+    return _check("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit)
+
+
+def check_runtime(
+    stage: str, runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES
+) -> Iterator[Check]:
+    """Load the runtime and compare it with the golden outputs, one check a batch size, every golden row in each.
+
+    A failure of the runtime is a failed check; that it cannot run on this machine at all is raised.
+
+    Raises:
+        UnavailableError: the runtime cannot run on this machine.
+        StageFailed: the golden outputs themselves are not finite.
+    """
+    limits = float32_limit(golden.outputs, golden.outputs_float64)
+    loosest = max(limits.values(), key=lambda limit: limit.max_abs)
+    remaining = list(batch_sizes)
+    try:
+        with runtime:
+            while remaining:
+                comparison, limit = _compare_outputs(_run_in_batches(runtime, golden.inputs, remaining[0]), golden, limits)
+                yield _check(stage, runtime.name, runtime.precision, remaining[0], comparison, limit)
+                remaining.pop(0)
+    except UnavailableError:
+        raise
+    except DMFormerError as error:
+        for batch in remaining:
+            failed = Comparison(False, reason=str(error))
+            yield _check(stage, runtime.name, runtime.precision, batch, failed, loosest)
+
+
+def _run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -> dict[str, NDArray[Any]]:
+    """Run all rows in batches of one size, the last filled up from the start; outputs have one row for each input."""
+    count = len(inputs)
+    name = runtime.inputs[0].name
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for start in range(0, count, batch):
+        rows = np.arange(start, start + batch) % count
+        for output, array in runtime.run({name: inputs[rows]}).items():
+            parts.setdefault(output, []).append(array)
+    return {output: np.concatenate(arrays)[:count] for output, arrays in parts.items()}
+
+
+def _compare_outputs(
+    candidate: Mapping[str, NDArray[Any]], golden: Golden, limits: Mapping[str, Limit]
+) -> tuple[Comparison, Limit]:
+    """The first comparison that failed, or the one nearest to its limit."""
+    if set(candidate) != set(golden.outputs):
+        reason = f"outputs {sorted(candidate)}; expected {sorted(golden.outputs)}"
+        return Comparison(False, reason=reason), next(iter(limits.values()))
+    found = [(compare(candidate[name], reference, limits[name]), limits[name]) for name, reference in golden.outputs.items()]
+    return min(found, key=lambda pair: (pair[0].passed, -(pair[0].max_abs or 0.0) / pair[1].max_abs))
+
+
+def _check(stage: str, runtime: str, precision: str, batch: int, comparison: Comparison, limit: Limit) -> Check:
+    return Check(
+        stage=stage,
+        runtime=runtime,
+        precision=precision,
+        batch=batch,
+        passed=comparison.passed,
+        max_abs=comparison.max_abs,
+        max_rel=comparison.max_rel,
+        cosine=comparison.cosine,
+        top1_agreement=comparison.top1_agreement,
+        limit=limit.max_abs,
+        limit_source=limit.source,
+        reason=comparison.reason,
+    )
