@@ -9,22 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmformer.bench.api import bench
+    from dmformer.bundle.predictor import load
+    from dmformer.export.api import export
     from dmformer.models.checkpoint import load_checkpoint
     from dmformer.models.dmformer import create_model, list_models
+    from dmformer.verify.api import verify
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_FUNCTIONS = {
     "create_model": "dmformer.models.dmformer",
     "list_models": "dmformer.models.dmformer",
+    "load": "dmformer.bundle.predictor",
     "load_checkpoint": "dmformer.models.checkpoint",
 }
-__all__ = ["__version__", "create_model", "list_models", "load_checkpoint"]
+_CALLABLE_PACKAGES = ("bench", "export", "verify")
+__all__ = [
+    "__version__", "bench", "create_model", "export", "list_models", "load", "load_checkpoint", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    if name in _CALLABLE_PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

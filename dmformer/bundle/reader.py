@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from dmformer.bundle.golden import Golden, load_golden
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, Artifact, FileEntry, Manifest, decode_manifest, hash_file
 from dmformer.errors import CheckFailed, UsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -34,8 +31,8 @@ class Bundle:
         sha256, size = hash_file(path)
         if (sha256, size) != (entry.sha256, entry.bytes):
             raise CheckFailed(
-                f"{path}: SHA-256 {sha256[:12]}… of {size} bytes; the manifest says {entry.sha256[:12]}… of {entry.bytes}: "
-                "the file was changed or damaged: copy or export the bundle again"
+                f"{path}: SHA-256 {sha256[:12]}… of {size} bytes; the manifest says {entry.sha256[:12]}… of "
+                f"{entry.bytes}: the file was changed or damaged: copy or export the bundle again"
             )
         return path
 
@@ -45,7 +42,8 @@ class Bundle:
         Raises:
             CheckFailed: a file is not what the manifest says.
         """
-        return [self.check(entry) for entry in artifact.files][0]
+        paths = [self.check(entry) for entry in artifact.files]
+        return paths[0]
 
     def golden(self) -> Golden:
         """Golden inputs and outputs, after checking their hash.

@@ -31,7 +31,8 @@ def check_destination(destination: Path) -> None:
         raise UsageError(f"output {str(destination)!r} is a file; expected a folder")
     if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
         raise UsageError(
-            f"output {str(destination)!r} is a folder with other things in it; expected a new one, an empty one or a bundle"
+            f"output {str(destination)!r} is a folder with other things in it; "
+            "expected a new one, an empty one or a bundle"
         )
     parent = destination.absolute().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
@@ -60,7 +61,9 @@ def staged(destination: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise StageFailed(f"the bundle could not be written to {str(destination)!r}: {error.strerror or error}") from error
+        raise StageFailed(
+            f"the bundle could not be written to {str(destination)!r}: {error.strerror or error}"
+        ) from error
 
 
 def _umask() -> int:
@@ -70,7 +73,7 @@ def _umask() -> int:
 
 
 def _put_in_place(folder: Path, destination: Path) -> None:
-    """Rename; where a bundle is in the way, exchange the two in one system call, and leave the old one in ``folder``."""
+    """Rename; where a bundle is in the way, exchange the two in one system call: the old one is then ``folder``."""
     if not destination.exists():
         folder.rename(destination)
     elif not _exchange(folder, destination):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -97,5 +97,7 @@ def synthetic_pixels(count: int, size: int, channels: int, seed: int) -> NDArray
         if index % 2:
             noise = np.fft.irfft2(np.fft.rfft2(noise) * falloff, s=(size, size))
             noise /= noise.std()
-        images[index] = np.clip(127.5 + 64 * noise, 0, 255).astype(np.uint8).transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+        images[index] = (
+            np.clip(127.5 + 64 * noise, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        )  # (C, H, W) -> (H, W, C)
     return images

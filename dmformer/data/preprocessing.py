@@ -65,6 +65,14 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         except msgspec.ValidationError as error:
             raise UsageError(f"preprocessing: {error}") from error
 
+    def resized_to(self, image_size: int) -> Preprocessing:
+        """The same for another input size.
+
+        Raises:
+            UsageError: the size is out of range.
+        """
+        return Preprocessing.from_dict(msgspec.to_builtins(self) | {"image_size": image_size})
+
     def pixels(self, image: Image) -> NDArray[np.uint8]:
         """Orient by EXIF, convert, resize and crop: a Pillow image -> uint8 (H, W, C), channels in RGB (or L) order.
 

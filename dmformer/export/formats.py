@@ -6,15 +6,14 @@ import importlib
 import importlib.metadata
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmformer.models.checkpoint import save_checkpoint
+from dmformer.models.checkpoint import Checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from dmformer.models.checkpoint import Checkpoint
     from dmformer.runtimes.registry import Entry
 
 

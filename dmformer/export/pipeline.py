@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,10 +26,9 @@ from dmformer.bundle.manifest import (
     file_entry,
 )
 from dmformer.bundle.writer import check_destination, staged
-from dmformer.errors import CheckFailed, StageFailed
+from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
 from dmformer.export.formats import ConversionSource, converter, versions
-from dmformer.export.reference import golden_pixels, make_golden
 from dmformer.export.simplify import simplify
 from dmformer.export.torch_onnx import onnx_metadata, trace
 from dmformer.models.checkpoint import Checkpoint
@@ -37,10 +36,10 @@ from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
 from dmformer.models.flops import count_macs
 from dmformer.runtimes import registry
 from dmformer.verify.parity import Check, ParityReport, check_preprocessing, check_runtime, report
+from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Sequence
 
     from dmformer.bundle.golden import Golden
     from dmformer.models.dmformer import DMFormer

@@ -7,6 +7,7 @@ Two kinds of file are read. ``.safetensors`` carries the configuration in its me
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from dmformer.models.dmformer import DMFormer, DMFormerConfig, variant_config
 from dmformer.models.infer import UNTOLD, infer_config, variant_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 METADATA_KEY = "dmformer"
@@ -119,7 +119,7 @@ def load_checkpoint(
     if metadata is None:
         notes.append("preprocessing is not in the checkpoint: ImageNet's was assumed (224 pixels, bicubic)")
     if image_size is not None:
-        preprocessing = msgspec.structs.replace(preprocessing, image_size=image_size)
+        preprocessing = preprocessing.resized_to(image_size)
     classes = metadata.classes if metadata and len(metadata.classes) == config.num_classes else ()
     return Checkpoint(
         arch=variant_name(config) or "custom",
@@ -184,7 +184,9 @@ def _read_pickle(path: Path) -> Any:
                 f"checkpoint {str(path)!r} holds more than weights and wants to run code while loading; "
                 "it was not loaded: save only its state_dict"
             ) from error
-        raise UsageError(f"checkpoint {str(path)!r} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
+        raise UsageError(
+            f"checkpoint {str(path)!r} is damaged or no PyTorch checkpoint: {first_line(error)}"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
         raise UsageError(
             f"checkpoint {str(path)!r} is truncated, damaged or no PyTorch checkpoint ({first_line(error)[:120]}): "
@@ -203,7 +205,9 @@ def _unwrap(raw: Any, path: Path, notes: list[str]) -> dict[str, Any]:
             notes.append(f"the checkpoint holds {', '.join(found)}: {found[0]} was taken")
         current = current[found[0]]
     if not isinstance(current, dict) or not any(isinstance(value, Tensor) for value in current.values()):
-        received = f"keys {', '.join(map(str, list(current)[:_LISTED]))}" if isinstance(current, dict) else type(current)
+        received = (
+            f"keys {', '.join(map(str, list(current)[:_LISTED]))}" if isinstance(current, dict) else type(current)
+        )
         raise UsageError(
             f"checkpoint {str(path)!r} holds no weights ({received}); "
             f"expected tensors by name, or them under {', '.join(_WRAPPERS)}"
@@ -236,7 +240,9 @@ def _normalise(wrapped: dict[str, Any], path: Path, notes: list[str]) -> dict[st
         if plain.endswith(_COUNTER):
             continue
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-            raise UsageError(f"checkpoint {str(path)!r}: {plain} is {value.dtype}, {value.layout}; expected dense floats")
+            raise UsageError(
+                f"checkpoint {str(path)!r}: {plain} is {value.dtype}, {value.layout}; expected dense floats"
+            )
         if value.dtype != torch.float32:
             converted.add(str(value.dtype).removeprefix("torch."))
         state[plain] = value.detach().to(torch.float32)

@@ -49,7 +49,7 @@ def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[st
             depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
     widths = [shapes[f"stages.{stage}.blocks.0.norm1.weight"][0] for stage in range(4)]
     attention = "stages.0.blocks.0.dma"
-    kernel_sizes = []
+    kernel_sizes: list[int] = []
     while (branch := f"{attention}.branches.{len(kernel_sizes)}.weight") in shapes:
         kernel_sizes.append(shapes[branch][-1])
     expanded = shapes[f"{attention}.expand.weight"][0]

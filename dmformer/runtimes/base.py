@@ -7,7 +7,6 @@ where it cannot have what was asked, entering raises.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
+from dmformer.machine import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -181,14 +181,6 @@ class _EngineErrors:
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, DMFormerError):
             raise StageFailed(f"{self.what}: {first_line(error)}") from error
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows
-        return os.cpu_count() or 1
 
 
 def symbolic(shape: list[Any] | tuple[Any, ...]) -> tuple[int | str, ...]:

@@ -30,7 +30,7 @@ class TorchRuntime(Runtime):
     def probe(cls) -> Availability:
         """Whether torch is installed and loads."""
         try:
-            return Availability(True, _import().__version__)
+            return Availability(True, str(_import().__version__))
         except UnavailableError as error:
             return Availability(False, reason=str(error))
 
@@ -74,7 +74,10 @@ class TorchRuntime(Runtime):
         weight = next(self._model.parameters())
         precision = {torch.float32: "fp32"}.get(weight.dtype, str(weight.dtype))
         return Details(
-            device=str(weight.device), precision=precision, threads=torch.get_num_threads(), version=torch.__version__
+            device=str(weight.device),
+            precision=precision,
+            threads=torch.get_num_threads(),
+            version=str(torch.__version__),
         )
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:

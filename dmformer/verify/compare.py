@@ -65,7 +65,9 @@ def float32_limit(float32: Mapping[str, NDArray[Any]], float64: Mapping[str, NDA
     for name, single in float32.items():
         double = float64[name]
         if not (np.isfinite(single).all() and np.isfinite(double).all()):
-            raise StageFailed(f"PyTorch's own output {name!r} is NaN or infinite; expected a network that gives numbers")
+            raise StageFailed(
+                f"PyTorch's own output {name!r} is NaN or infinite; expected a network that gives numbers"
+            )
         noise = float(np.abs(single - double).max())
         floor = _FLOOR_ULPS * float(np.finfo(np.float32).eps) * float(np.abs(double).max())
         limits[name] = Limit(

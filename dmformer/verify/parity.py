@@ -63,7 +63,7 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> Check:
         comparison = compare(preprocessing.normalize(golden.images), golden.inputs, limit)
     except (ValueError, IndexError) as error:
         comparison = Comparison(False, reason=f"the golden images cannot be normalised: {error}")
-    return _check("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit)
+    return as_check("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit)
 
 
 def check_runtime(
@@ -83,15 +83,17 @@ def check_runtime(
     try:
         with runtime:
             while remaining:
-                comparison, limit = _compare_outputs(_run_in_batches(runtime, golden.inputs, remaining[0]), golden, limits)
-                yield _check(stage, runtime.name, runtime.precision, remaining[0], comparison, limit)
+                comparison, limit = _compare_outputs(
+                    _run_in_batches(runtime, golden.inputs, remaining[0]), golden, limits
+                )
+                yield as_check(stage, runtime.name, runtime.precision, remaining[0], comparison, limit)
                 remaining.pop(0)
     except UnavailableError:
         raise
     except DMFormerError as error:
         for batch in remaining:
             failed = Comparison(False, reason=str(error))
-            yield _check(stage, runtime.name, runtime.precision, batch, failed, loosest)
+            yield as_check(stage, runtime.name, runtime.precision, batch, failed, loosest)
 
 
 def _run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -> dict[str, NDArray[Any]]:
@@ -113,11 +115,13 @@ def _compare_outputs(
     if set(candidate) != set(golden.outputs):
         reason = f"outputs {sorted(candidate)}; expected {sorted(golden.outputs)}"
         return Comparison(False, reason=reason), next(iter(limits.values()))
-    found = [(compare(candidate[name], reference, limits[name]), limits[name]) for name, reference in golden.outputs.items()]
+    found = [
+        (compare(candidate[name], reference, limits[name]), limits[name]) for name, reference in golden.outputs.items()
+    ]
     return min(found, key=lambda pair: (pair[0].passed, -(pair[0].max_abs or 0.0) / pair[1].max_abs))
 
 
-def _check(stage: str, runtime: str, precision: str, batch: int, comparison: Comparison, limit: Limit) -> Check:
+def as_check(stage: str, runtime: str, precision: str, batch: int, comparison: Comparison, limit: Limit) -> Check:
     return Check(
         stage=stage,
         runtime=runtime,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.models.dmformer import DMFormer
 
-GOLDEN_IMAGES = 8
-_LARGEST_REAL_SHARE = 5  # of the golden images; the others are noise, which reaches what few images may not
+GOLDEN_IMAGES = 6
+_MOST_REAL = 4  # of the golden images; the others are noise, which reaches what few images may not
 _SEED = 20230604
 
 
@@ -32,7 +32,7 @@ def golden_pixels(preprocessing: Preprocessing, images: Sequence[Path]) -> NDArr
     Raises:
         UsageError: an image cannot be read.
     """
-    chosen = spread(images, _LARGEST_REAL_SHARE)
+    chosen = spread(images, _MOST_REAL)
     noise = synthetic_pixels(
         GOLDEN_IMAGES - len(chosen), preprocessing.image_size, len(preprocessing.channels), seed=_SEED
     )

@@ -1,0 +1,5 @@
+"""``python -m dmformer``."""
+
+from dmformer.cli import main
+
+main()

@@ -1,0 +1,133 @@
+"""``dmformer.bench``: rounds of fresh processes, interleaved over the configurations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dmformer.bench import DEFAULT_DURATION_S
+from dmformer.bench.measure import SAMPLES_FOR, Measurement
+from dmformer.bench.report import BenchReport, Result, summarise
+from dmformer.bench.worker import Answer, Job
+from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.bundle.select import select
+from dmformer.errors import UsageError
+from dmformer.machine import describe_machine, usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    Stage = Callable[[str], AbstractContextManager[object]]
+
+ROUNDS = 3
+PROCESS_LIMIT_S = 900
+
+
+def bench(
+    bundle: str | Path | Bundle,
+    *,
+    runtimes: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    batches: Sequence[int] = (1,),
+    threads: int | None = None,
+    duration_s: float = DEFAULT_DURATION_S,
+    stage: Stage = lambda _: nullcontext(),
+) -> BenchReport:
+    """Time the runtimes of a bundle on its golden inputs.
+
+    Each configuration runs in :data:`ROUNDS` processes of its own, one round of all configurations after the other, so
+    that no runtime disturbs another and a slow minute of the machine hits all of them.
+
+    Args:
+        bundle: a bundle's folder.
+        runtimes: names of runtimes, or ``all``; otherwise every one that can run on this machine.
+        precisions: otherwise every one there is.
+        batches: batch sizes.
+        threads: for one inference; otherwise all cores.
+        duration_s: least time of steady state for each configuration, over all rounds, in seconds.
+        stage: told about each round of each configuration.
+
+    Returns:
+        A row for each configuration; one whose process failed has the status ``failed``.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
+        UsageError: an argument cannot be used.
+    """
+    if not batches or min(batches) < 1:
+        raise UsageError(f"batch sizes {list(batches)}; expected at least 1")
+    if duration_s <= 0:
+        raise UsageError(f"duration {duration_s:g} s; expected more than 0")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; expected at least 1")
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    chosen, _ = select(opened, runtimes, precisions)
+    for choice in chosen:
+        opened.load_path(choice.artifact)  # a damaged file is found before anything is timed
+    planned = [
+        Result(
+            runtime=choice.entry.name,
+            precision=choice.artifact.precision,
+            batch=batch,
+            threads=threads if threads is not None else usable_cores(),
+            artifact_sha256=choice.artifact.sha256,
+            status="ok",
+        )
+        for choice in chosen
+        for batch in dict.fromkeys(batches)
+    ]
+    before = describe_machine()
+    answers: list[list[Answer]] = [[] for _ in planned]
+    for number in range(1, ROUNDS + 1):
+        for result, found in zip(planned, answers, strict=True):
+            with stage(f"{result.runtime} {result.precision} batch {result.batch}, round {number} of {ROUNDS}"):
+                if not found or found[-1].measurement:  # a configuration that failed is not tried again
+                    found.append(_run(opened, result, duration_s))
+    results = tuple(_result(result, found) for result, found in zip(planned, answers, strict=True))
+    return BenchReport(environment=before, results=results)
+
+
+def _run(bundle: Bundle, result: Result, duration_s: float) -> Answer:
+    """One round in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
+        answer = Path(folder) / "answer.json"
+        job = Job(
+            bundle=str(bundle.root.absolute()),
+            runtime=result.runtime,
+            precision=result.precision,
+            artifact_sha256=result.artifact_sha256,
+            batch=result.batch,
+            threads=result.threads,
+            duration_s=duration_s / ROUNDS,
+            least_calls=-(-SAMPLES_FOR["p90"] // ROUNDS),
+            answer=str(answer),
+        )
+        command = [sys.executable, "-m", "dmformer.bench.worker"]
+        try:
+            done = subprocess.run(
+                command, input=msgspec.json.encode(job), capture_output=True, timeout=PROCESS_LIMIT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return Answer(error=f"the process did not end within {PROCESS_LIMIT_S} s")
+        if done.returncode < 0:
+            return Answer(error=f"the process was ended by signal {-done.returncode}")
+        if done.returncode > 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+            return Answer(error=f"the process failed: {said[-1]}")
+        return msgspec.json.decode(answer.read_bytes(), type=Answer)
+
+
+def _result(planned: Result, answers: Sequence[Answer]) -> Result:
+    for answer in answers:
+        if answer.measurement is None:
+            return msgspec.structs.replace(planned, status="failed", reason=answer.error)
+    rounds: list[Measurement] = [answer.measurement for answer in answers if answer.measurement]
+    return summarise(planned, rounds)

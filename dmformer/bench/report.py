@@ -1,0 +1,101 @@
+"""What ``bench`` reports: types, and the figures made from raw samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from dmformer.bench.measure import SAMPLES_FOR
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dmformer.bench.measure import Measurement
+
+
+class Latency(Struct, frozen=True, kw_only=True):
+    """Milliseconds for one call. A percentile is ``null`` where there are too few samples to know it."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    mean: float
+    min: float
+    max: float
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """One configuration. Where ``status`` is ``failed``, ``reason`` says why and the figures are ``null``.
+
+    ``samples_ns`` has the raw latencies, a list for each process. ``attainable_ms`` and ``share_of_limit`` are ``null``
+    in this version, which does not measure the machine's limits.
+    """
+
+    runtime: str
+    precision: str
+    batch: int
+    threads: int
+    artifact_sha256: str
+    status: Literal["ok", "unstable", "failed"]
+    reason: str | None = None
+    device: str | None = None
+    engine_version: str | None = None
+    latency_ms: Latency | None = None
+    samples: int = 0
+    throughput_ips: float | None = None
+    load_ms: float | None = None
+    first_inference_ms: float | None = None
+    peak_rss_mb: float | None = None
+    attainable_ms: float | None = None
+    share_of_limit: float | None = None
+    samples_ns: tuple[tuple[int, ...], ...] = ()
+
+
+class BenchReport(Struct, frozen=True, kw_only=True):
+    """All configurations of one run. ``limits`` and ``noise_floor`` are ``null`` where they were not measured."""
+
+    environment: dict[str, Any]
+    results: tuple[Result, ...]
+    limits: dict[str, float] | None = None
+    noise_floor: float | None = None
+
+
+def latency(samples_ns: Sequence[int]) -> Latency:
+    """Figures in milliseconds from raw nanoseconds; nothing is clipped."""
+    values = np.asarray(samples_ns, np.float64) / 1e6
+
+    def percentile(name: str) -> float | None:
+        return float(np.percentile(values, int(name[1:]))) if len(values) >= SAMPLES_FOR[name] else None
+
+    return Latency(
+        p50=percentile("p50"),
+        p90=percentile("p90"),
+        p99=percentile("p99"),
+        mean=float(values.mean()),
+        min=float(values.min()),
+        max=float(values.max()),
+    )
+
+
+def summarise(result: Result, rounds: Sequence[Measurement]) -> Result:
+    """Fill a configuration's figures in from its rounds; load and first inference are medians over the rounds."""
+    pooled = [sample for measured in rounds for sample in measured.latencies_ns]
+    stable = all(measured.stable for measured in rounds)
+    reason = None if stable else "the warm-up did not settle within 3 %: the machine is busy or its clock changes"
+    return msgspec.structs.replace(
+        result,
+        status="ok" if stable else "unstable",
+        reason=reason,
+        device=rounds[0].device,
+        engine_version=rounds[0].version,
+        latency_ms=latency(pooled),
+        samples=len(pooled),
+        throughput_ips=result.batch * len(pooled) / (sum(pooled) / 1e9),
+        load_ms=float(np.median([measured.load_ms for measured in rounds])),
+        first_inference_ms=float(np.median([measured.first_inference_ms for measured in rounds])),
+        peak_rss_mb=max(measured.peak_rss_mb for measured in rounds),
+        samples_ns=tuple(tuple(measured.latencies_ns) for measured in rounds),
+    )

@@ -1,0 +1,119 @@
+"""An image in, classes and probabilities out, through any runtime of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from msgspec import Struct
+
+from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.select import Choice, select
+from dmformer.data.images import load_pixels
+from dmformer.runtimes import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from dmformer.bundle.reader import Bundle
+
+_BATCH = 8
+
+
+class ClassProbability(Struct, frozen=True, kw_only=True):
+    """One class: its index, its name where the checkpoint has names, and the softmax of its logit (0..1)."""
+
+    index: int
+    name: str | None
+    probability: float
+
+
+class Prediction(Struct, frozen=True, kw_only=True):
+    """The most likely classes of one image, most likely first."""
+
+    image: str
+    classes: tuple[ClassProbability, ...]
+
+
+class Predictor:
+    """Classifies image files. A context manager, to be used from one thread at a time."""
+
+    def __init__(self, choice: Choice, threads: int | None = None) -> None:
+        self.manifest = choice.bundle.manifest
+        self.runtime = choice.runtime(threads)
+
+    def __enter__(self) -> Self:
+        self.runtime.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.runtime.__exit__(kind, error, traceback)
+
+    def predict(self, images: Sequence[str | Path], top_k: int = 5) -> list[Prediction]:
+        """Classify image files.
+
+        Raises:
+            UsageError: an image cannot be read; the message names it.
+            StageFailed: the runtime failed.
+        """
+        paths = [Path(image) for image in images]
+        preprocessing = self.manifest.preprocessing
+        (output,) = self.manifest.outputs
+        predictions = []
+        for start in range(0, len(paths), _BATCH):
+            batch = paths[start : start + _BATCH]
+            inputs = preprocessing.normalize(load_pixels(batch, preprocessing))
+            logits = self.runtime.run({self.manifest.inputs[0].name: inputs})[output.name]
+            predictions += [self._top(path, row, top_k) for path, row in zip(batch, logits, strict=True)]
+        return predictions
+
+    def _top(self, path: Path, logits: np.ndarray, top_k: int) -> Prediction:
+        scaled = np.exp(logits.astype(np.float64) - logits.max())
+        probabilities = scaled / scaled.sum()
+        names = self.manifest.model.classes
+        order = np.argsort(-probabilities, kind="stable")[:top_k]
+        return Prediction(
+            image=str(path),
+            classes=tuple(
+                ClassProbability(index=int(i), name=names[i] if names else None, probability=float(probabilities[i]))
+                for i in order
+            ),
+        )
+
+
+def load(
+    bundle: str | Path, runtime: str | None = None, precision: str | None = None, threads: int | None = None
+) -> Predictor:
+    """A bundle as a predictor: ``with dmformer.load("dmformer-bundle") as p: p.predict(["image.png"])``.
+
+    Args:
+        bundle: the bundle's folder.
+        runtime: a runtime's name; otherwise the first one of the bundle that can run on this machine.
+        precision: of the artifact; otherwise the first one there is.
+        threads: for one inference; otherwise all cores.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        UnavailableError: the runtime cannot run on this machine.
+        UsageError: there is no such bundle, runtime or precision.
+    """
+    return Predictor(choose(open_bundle(Path(bundle)), runtime, precision), threads)
+
+
+def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
+    """The runtime that was named, or the first artifact, in the manifest's order, that can run on this machine."""
+    precisions = [precision] if precision else []
+    if runtime is None:
+        for artifact in bundle.manifest.artifacts:
+            row = next((row for row in registry.ENTRIES if row.format == artifact.format), None)
+            fits = row is not None and precision in (None, artifact.precision)
+            if row is not None and fits and registry.adapter(row).probe().available:
+                return Choice(artifact, row, bundle)
+    chosen, _ = select(bundle, [runtime] if runtime else [], precisions)
+    return chosen[0]

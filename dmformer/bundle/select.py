@@ -1,0 +1,89 @@
+"""From names that a user typed to artifacts of a bundle and the runtimes that run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dmformer.bundle.manifest import Artifact
+from dmformer.bundle.reader import Bundle
+from dmformer.errors import UnavailableError, UsageError
+from dmformer.runtimes import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dmformer.runtimes.base import Runtime
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An artifact and the runtime for it."""
+
+    artifact: Artifact
+    entry: registry.Entry
+    bundle: Bundle
+
+    def runtime(self, threads: int | None = None) -> Runtime:
+        """The runtime, not yet open, over files whose hashes were checked.
+
+        Raises:
+            CheckFailed: a file is not what the manifest says.
+            UnavailableError: the runtime cannot run on this machine.
+        """
+        adapter = registry.available_adapter(self.entry)
+        path = self.bundle.load_path(self.artifact)
+        return adapter(path, threads=threads, precision=self.artifact.precision)
+
+
+def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:
+    """Artifacts to work on, and a sentence for each one that had to be left out.
+
+    A runtime that is named must be able to run and must have an artifact. With none named, or ``all``, every artifact
+    whose runtime can run on this machine is taken.
+
+    Raises:
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
+        UsageError: a name is unknown, or the bundle has nothing for it.
+    """
+    wanted = [registry.entry(name) for name in runtimes if name.lower() != "all"]
+    chosen: list[Choice] = []
+    skipped: list[str] = []
+    for row in wanted:
+        registry.available_adapter(row)
+        found = _choices(bundle, row, precisions)
+        if not found:
+            raise UsageError(
+                f"the bundle has nothing for runtime {row.name}{_at(precisions)}; it has {_contents(bundle)}: "
+                f"export with --format {row.format}"
+            )
+        chosen.extend(found)
+    if not wanted or any(name.lower() == "all" for name in runtimes):
+        for row in registry.ENTRIES:
+            found = [] if row in wanted else _choices(bundle, row, precisions)
+            status = registry.adapter(row).probe() if found else None
+            if status is not None and status.available:
+                chosen.extend(found)
+            elif status is not None:
+                skipped.append(f"{row.format}: {status.reason}")
+    if not chosen and skipped:
+        raise UnavailableError(f"nothing in the bundle can run on this machine: {'; '.join(skipped)}")
+    if not chosen:
+        raise UsageError(f"the bundle has nothing{_at(precisions)}; it has {_contents(bundle)}")
+    return chosen, skipped
+
+
+def _choices(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> list[Choice]:
+    return [
+        Choice(artifact, row, bundle)
+        for artifact in bundle.artifacts(row.format)
+        if not precisions or artifact.precision in precisions
+    ]
+
+
+def _at(precisions: Sequence[str]) -> str:
+    return f" at {', '.join(precisions)}" if precisions else ""
+
+
+def _contents(bundle: Bundle) -> str:
+    return ", ".join(f"{artifact.format} {artifact.precision}" for artifact in bundle.manifest.artifacts)

@@ -1,0 +1,85 @@
+"""The command line: registers the commands, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from dmformer import __version__
+from dmformer.commands.bench import bench
+from dmformer.commands.doctor import doctor
+from dmformer.commands.export import export
+from dmformer.commands.inspect import inspect
+from dmformer.commands.predict import predict
+from dmformer.commands.verify import verify
+from dmformer.errors import DMFormerError, first_line
+
+DEBUG = "--debug"
+
+app = typer.Typer(
+    name="dmformer",
+    help="Take a trained DMFormer from PyTorch to the machine at the edge: export, verify, bench, predict.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for _command in (export, verify, bench, predict, inspect, doctor):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmformer {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit codes: 0 done, 1 a check or the work failed, 2 wrong usage or input, 3 cannot run here.")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Print the traceback of a failure; legal anywhere.")] = False,
+) -> None:
+    del version, debug  # both are handled before a command runs
+
+
+def main() -> None:
+    """Run the command line; the entry point of the ``dmformer`` script."""
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        # Not standalone: Typer would print its own panels, and end with codes of its own.
+        code = app(args=arguments or ["--help"], prog_name="dmformer", standalone_mode=False)
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        sys.exit(_report(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException) -> int:
+    """One line on standard error; returns the exit code."""
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        sys.stderr.write("stopped\n")
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        return 128 + signal.SIGPIPE
+    if isinstance(error, DMFormerError):
+        message, code = str(error), error.exit_code
+    elif hasattr(error, "format_message"):  # what Typer raises for wrong usage
+        message, code = f"{error.format_message()} Try 'dmformer --help'.", 2
+    elif isinstance(error, (OSError, MemoryError)):
+        message, code = f"{type(error).__name__}: {first_line(error)}", 1
+    else:
+        message, code = f"{type(error).__name__}: {first_line(error)} (a defect of dmformer; add {DEBUG})", 1
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What commands share: where output goes, progress, tables and JSON files."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmformer.errors import StageFailed, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    from dmformer.bundle.reader import Bundle
+
+BundleArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[BUNDLE]", help="Folder of the bundle; otherwise the one the last export wrote."),
+]
+RuntimeOption = Annotated[
+    list[str] | None,
+    typer.Option("--runtime", metavar="NAME", help="torch, onnxruntime (ort) or openvino (ov). Repeatable."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads for one inference; otherwise all cores.")
+]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is standard output.")
+]
+
+
+_PIPED_WIDTH = 120
+
+
+def _console(stderr: bool, **settings: Any) -> Console:
+    from rich.console import Console
+
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, **settings)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _PIPED_WIDTH
+    return made
+
+
+def messages() -> Console:
+    """The console of progress and messages: standard error, so that standard output can be piped."""
+    return _console(stderr=True, soft_wrap=True)
+
+
+def results(json_target: str | None = None) -> Console:
+    """The console of results: standard output, unless JSON goes there."""
+    return _console(stderr=json_target == "-")
+
+
+def say(line: str) -> None:
+    """One line to standard error."""
+    messages().print(line)
+
+
+def table(title: str, columns: Sequence[str], numeric: Sequence[str] = ()) -> Table:
+    """An empty table; the columns named in ``numeric`` are set flush right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
+    return made
+
+
+def add_row(listing: Table, cells: Sequence[str | Text]) -> None:
+    """Add a row of literal texts: nothing in them is markup."""
+    from rich.text import Text
+
+    listing.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
+def mark(good: bool, bad: str = "no") -> Text:
+    """A green ok, or a word in red."""
+    from rich.text import Text
+
+    return Text("ok", style="green") if good else Text(bad, style="bold red")
+
+
+def show(renderable: RenderableType, json_target: str | None = None) -> None:
+    """Print a result."""
+    results(json_target).print(renderable)
+
+
+def write_json(report: Any, target: str | None) -> None:
+    """Write a report as indented JSON to a file or to standard output; nothing where no target was given."""
+    if target is None:
+        return
+    import msgspec
+
+    data = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+    if target == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        Path(target).write_bytes(data)
+    except OSError as error:
+        raise StageFailed(f"report {target!r} could not be written: {error.strerror}") from error
+
+
+def check_json_target(target: str | None) -> None:
+    """Refuse a report file that cannot be written, before the work is done.
+
+    Raises:
+        UsageError: its folder does not exist, or it is a folder.
+    """
+    if target in (None, "-"):
+        return
+    path = Path(str(target))
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"report {target!r}: expected a file in a folder that exists")
+
+
+def bundle_named(named: Path | None) -> Bundle:
+    """The bundle that a command is about; says which, where it was not named."""
+    from dmformer.bundle.locate import find_bundle
+
+    bundle = find_bundle(named)
+    if named is None:
+        say(f"bundle {bundle.root}")
+    return bundle
+
+
+class Stages:
+    """A line and a bar for each stage: live on a terminal, one plain line when it ends elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self.live = console.is_terminal
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not self.live,
+        )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One stage; its bar moves while it runs and is full when it is done."""
+        begun = time.monotonic()
+        task = self.progress.add_task(name, total=None)
+        yield
+        self.progress.update(task, total=1, completed=1)
+        self.progress.stop_task(task)
+        if not self.live:
+            self.console.print(f"{name}: {time.monotonic() - begun:.1f} s")
+
+
+@contextmanager
+def stages() -> Iterator[Stages]:
+    """Progress on standard error for the length of the block."""
+    shown = Stages(messages())
+    with shown.progress:
+        yield shown
+
+
+def three_digits(value: float | None) -> str:
+    """Three significant digits; a dash for what is not known."""
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def megabytes(size: int) -> str:
+    """Bytes as MB (10^6)."""
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,137 @@
+"""``dmformer export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmformer.commands import _present as present
+from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from dmformer.export.pipeline import ExportRequest, ExportResult
+
+
+def export(
+    weights: Annotated[
+        Path | None, typer.Option("--weights", metavar="FILE", help="Checkpoint: .safetensors, .pt or .pth.")
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", metavar="NAME", help="dmformer_nano, dmformer_t, dmformer_s or dmformer_l."),
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help="onnx, openvino (ov), torch or all. Repeatable; otherwise onnx."),
+    ] = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option("--precision", metavar="NAME", help="fp32, so far. Repeatable.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the bundle.")] = Path(
+        "dmformer-bundle"
+    ),
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Side of the input in pixels; otherwise the checkpoint's.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="DIR", help="Real images to compare on; noise fills up.")
+    ] = None,
+    model_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model-option",
+            metavar="KEY=VALUE",
+            help="A field of the model's configuration, for instance gate_input=x_prime or dilations=[1,1,1]. Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random weights that --arch alone exports.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write the bundle although a parity check failed.")] = False,
+) -> None:
+    """Take a checkpoint to a verified bundle: ONNX, OpenVINO.
+
+    Without --weights and --arch, the trained demonstration checkpoint that ships with the package is exported.
+    """
+    from dmformer._optional import require
+
+    require("torch", extra="export", purpose="dmformer export")
+    from dmformer.bundle.locate import remember
+    from dmformer.bundle.writer import check_destination
+    from dmformer.export.api import make_request
+    from dmformer.export.pipeline import Progress
+    from dmformer.export.pipeline import export as run_export
+
+    check_destination(output)
+    request = make_request(
+        weights, arch, formats or ["onnx"], precisions or ["fp32"], output, image_size, images,
+        parse_options(model_options or []), seed, force,
+    )  # fmt: skip
+    _say_source(request)
+    if dry_run:
+        _show_plan(request)
+        return
+    with present.stages() as shown:
+        result = run_export(request, Progress(stage=shown.stage))
+    remember(output)
+    _show_result(result)
+    if not result.parity.passed:
+        from dmformer.errors import CheckFailed
+
+        raise CheckFailed(f"parity failed; the bundle was written to {output} all the same, as --force asked")
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; a value is JSON where it reads as JSON, and a plain word otherwise."""
+    options = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key or not text:
+            raise UsageError(f"--model-option {pair!r}; expected KEY=VALUE, for instance gate_input=x_prime")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
+
+
+def _say_source(request: ExportRequest) -> None:
+    checkpoint = request.checkpoint
+    if request.weights == "demonstration":
+        accuracy = checkpoint.training.get("held_out_top1")
+        said = f", {accuracy:.1%} on held-out digits" if isinstance(accuracy, float) else ""
+        present.say(f"no --weights given: exporting the demonstration checkpoint that ships with dmformer{said}")
+    if request.weights == "random":
+        present.say(
+            f"warning: no --weights given: {checkpoint.arch} gets random weights (seed {request.seed}); "
+            "good for timing, its answers mean nothing"
+        )
+    for note in checkpoint.notes:
+        present.say(f"note: {note}")
+
+
+def _show_plan(request: ExportRequest) -> None:
+    from dmformer.export.pipeline import planned_artifacts
+
+    size = request.checkpoint.preprocessing.image_size
+    present.say(f"{request.checkpoint.arch}, {request.checkpoint.config.num_classes} classes, {size}x{size} pixels")
+    present.say(f"would write to {request.output}:")
+    for path in planned_artifacts(request):
+        present.show(path)
+
+
+def _show_result(result: ExportResult) -> None:
+    listing = present.table(f"Bundle {result.output}", ["file", "precision", "size", "SHA-256"], numeric=["size"])
+    for artifact in result.manifest.artifacts:
+        for file in artifact.files:
+            size = present.megabytes(file.bytes)
+            present.add_row(listing, [file.path, artifact.precision, size, file.sha256[:12] + "…"])
+    present.show(listing)
+    evidence = result.manifest.evidence.parity
+    worst = max((check.max_abs or 0.0) / check.limit for check in result.parity.checks if check.limit)
+    present.show(
+        f"Parity with PyTorch: {evidence.checks - evidence.failed} of {evidence.checks} checks held; "
+        f"the largest difference is {worst:.0%} of its limit. Simplification: {result.manifest.simplification.reason}."
+    )

@@ -1,0 +1,60 @@
+"""``dmformer inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmformer.commands import _present as present
+
+if TYPE_CHECKING:
+    from dmformer.bundle.manifest import Manifest
+
+
+def inspect(
+    bundle: present.BundleArgument = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Show what is in a bundle."""
+    opened = present.bundle_named(bundle)
+    if as_json:
+        present.write_json(opened.manifest, "-")
+        return
+    _show(opened.manifest, str(opened.root))
+
+
+def _show(manifest: Manifest, root: str) -> None:
+    model, pre = manifest.model, manifest.preprocessing
+    facts = present.table(f"Bundle {root}", ["", "what it is"])
+    weights = {
+        "checkpoint": f"checkpoint, SHA-256 {model.checkpoint_sha256}",
+        "demonstration": "the demonstration checkpoint",
+        "random": f"RANDOM, seed {model.seed}: never trained",
+    }[model.weights]
+    evidence = manifest.evidence.parity
+    for name, value in (
+        ("model", f"{model.arch}, {model.task}, {model.config['num_classes']} classes"),
+        ("size", f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e9:.3g} GMACs an image"),
+        ("weights", weights),
+        (
+            "input",
+            f"{pre.image_size}x{pre.image_size} pixels, {pre.channels}, {pre.interpolation}, crop {pre.crop_fraction:g}",
+        ),
+        ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
+        ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),
+        ("made by", f"dmformer {manifest.tool_version}"),
+        *(("note", note) for note in model.notes),
+    ):
+        present.add_row(facts, [name, value])
+    present.show(facts)
+    listing = present.table("Artifacts", ["format", "precision", "size", "file", "built with"], numeric=["size"])
+    for artifact in manifest.artifacts:
+        built = ", ".join(f"{name} {version}" for name, version in artifact.built_with.items())
+        size = present.megabytes(artifact.bytes)
+        present.add_row(listing, [artifact.format, artifact.precision, size, artifact.files[0].path, built])
+    present.show(listing)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

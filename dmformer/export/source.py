@@ -1,0 +1,65 @@
+"""Which weights an export starts from: a file, the demonstration checkpoint, or seeded random ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.data.images import list_images
+from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint
+from dmformer.models.dmformer import create_model
+from dmformer.models.lively import lively_
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, where it came from, and real images to compare on, where there are some."""
+
+    checkpoint: Checkpoint
+    weights: Literal["checkpoint", "demonstration", "random"]
+    seed: int | None
+    images: tuple[Path, ...]
+
+
+def find_source(
+    weights: Path | None,
+    arch: str | None,
+    options: Mapping[str, Any],
+    image_size: int | None,
+    images: Path | None,
+    seed: int,
+) -> Source:
+    """A file where one is named; random weights where only an architecture is; the demonstration where neither is.
+
+    Raises:
+        UsageError: the checkpoint, the architecture, an option or the image folder cannot be used.
+    """
+    given = tuple(list_images(images)) if images is not None else ()
+    if weights is not None:
+        return Source(load_checkpoint(weights, arch, options, image_size), "checkpoint", None, given)
+    if arch is not None:
+        return Source(random_checkpoint(arch, options, image_size, seed), "random", seed, given)
+    checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT, None, options, image_size)
+    return Source(checkpoint, "demonstration", None, given or tuple(list_images(SAMPLE_IMAGES)))
+
+
+def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | None, seed: int) -> Checkpoint:
+    """Untrained weights, loud enough for parity checks to mean something.
+
+    Raises:
+        UsageError: no such architecture or option.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = lively_(create_model(arch, **options), seed)
+    preprocessing = default_preprocessing(model.config)
+    if image_size is not None:
+        preprocessing = preprocessing.resized_to(image_size)
+    return Checkpoint(arch, model.config, model.state_dict(), preprocessing)

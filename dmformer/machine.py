@@ -1,0 +1,50 @@
+"""The machine and the versions that a figure was measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dmformer import __version__
+
+_PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, system, load and versions, as JSON types."""
+    versions = {"dmformer": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+        "architecture": platform.machine(),
+        "os": f"{platform.system()} {platform.release()}",
+        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": versions,
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("model name", "Model")):  # x86; Arm boards
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()

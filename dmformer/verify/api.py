@@ -1,0 +1,106 @@
+"""``dmformer.verify``: a bundle against its golden outputs, or against a checkpoint and images."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.bundle.select import select
+from dmformer.data.images import list_images
+from dmformer.errors import UsageError
+from dmformer.verify.compare import compare, float32_limit
+from dmformer.verify.parity import Check, ParityReport, as_check, check_preprocessing, check_runtime, report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dmformer.bundle.golden import Golden
+    from dmformer.models.checkpoint import Checkpoint
+
+    Stage = Callable[[str], AbstractContextManager[object]]
+
+
+def verify(
+    bundle: str | Path | Bundle,
+    *,
+    runtimes: Sequence[str] = (),
+    weights: str | Path | None = None,
+    images: str | Path | None = None,
+    stage: Stage = lambda _: nullcontext(),
+) -> ParityReport:
+    """Compare what the runtimes of a bundle answer with what PyTorch answers.
+
+    Without ``weights`` and ``images`` the reference is the bundle's golden outputs, and PyTorch is not needed.
+
+    Args:
+        bundle: a bundle's folder.
+        runtimes: names of runtimes; otherwise every one that can run on this machine.
+        weights: a checkpoint to compare with; the golden outputs are compared with it too.
+        images: a folder of images to compare on, beside the golden ones; needs PyTorch, and ``weights`` or a bundle
+            with the ``torch`` format.
+        stage: told about each step.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
+        UsageError: an argument or a file cannot be used.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    chosen, skipped = select(opened, runtimes)
+    golden = opened.golden()
+    with stage("preprocessing"):
+        checks: list[Check] = [check_preprocessing(opened.manifest.preprocessing, golden)]
+    reference = golden
+    if weights is not None or images is not None:
+        with stage("PyTorch reference"):
+            checkpoint = _reference_checkpoint(opened, Path(weights) if weights is not None else None)
+            reference = _recompute(opened, checkpoint, golden, Path(images) if images is not None else None)
+            checks.append(_check_golden(golden, reference))
+    for choice in chosen:
+        with stage(f"{choice.entry.name} {choice.artifact.precision}"):
+            checks.extend(check_runtime("runtime", choice.runtime(), reference))
+    return report(checks, skipped)
+
+
+def _reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
+    from dmformer._optional import require
+
+    require("torch", extra="export", purpose="comparing with a checkpoint")
+    from dmformer.models.checkpoint import load_checkpoint
+    from dmformer.models.infer import UNTOLD
+
+    config = bundle.manifest.model.config
+    if weights is not None:
+        # What names and shapes cannot tell is taken from the bundle, or else a plain .pth could not be compared.
+        return load_checkpoint(weights, options={name: config[name] for name in UNTOLD if name in config})
+    for artifact in bundle.artifacts("torch"):
+        return load_checkpoint(bundle.load_path(artifact))
+    raise UsageError("images have no stored answers; give --weights FILE, or export with --format torch as well")
+
+
+def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, images: Path | None) -> Golden:
+    """PyTorch's answers on the golden images, and on the images given."""
+    import numpy as np
+
+    from dmformer.data.images import load_pixels, spread
+    from dmformer.verify.reference import make_golden
+
+    pixels = golden.images
+    if images is not None:
+        given = spread(list_images(images), MOST_IMAGES)
+        pixels = np.concatenate([pixels, load_pixels(given, bundle.manifest.preprocessing)])
+    return make_golden(checkpoint.model(), bundle.manifest.preprocessing, pixels)
+
+
+def _check_golden(golden: Golden, reference: Golden) -> Check:
+    """The bundle's stored answers against the checkpoint's: is the bundle made from these weights?"""
+    (name,) = golden.outputs
+    limit = float32_limit(reference.outputs, reference.outputs_float64)[name]
+    rows = len(golden.images)
+    comparison = compare(golden.outputs[name], reference.outputs[name][:rows], limit)
+    return as_check("golden", "torch", "fp32", rows, comparison, limit)
+
+
+MOST_IMAGES = 64
