@@ -11,7 +11,6 @@ from dmformer.commands import _present as present
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
     from dmformer.bundle.diagnosis import Finding
 
@@ -43,13 +42,8 @@ def doctor(
     if found.artifacts:
         artifacts = present.table(f"Bundle {bundle}", ["", "format", "precision", "runs here"])
         for artifact in found.artifacts:
-            cells: list[str | Text] = [
-                present.mark(artifact.runs),
-                artifact.format,
-                artifact.precision,
-                artifact.reason or "yes",
-            ]
-            present.add_row(artifacts, cells)
+            mark = present.mark(artifact.runs)
+            present.add_row(artifacts, [mark, artifact.format, artifact.precision, artifact.reason or "yes"])
         present.show(artifacts)
 
 

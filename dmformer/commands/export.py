@@ -44,7 +44,7 @@ def export(
         typer.Option(
             "--model-option",
             metavar="KEY=VALUE",
-            help="A field of the model's configuration, for instance gate_input=x_prime or dilations=[1,1,1]. Repeatable.",
+            help="A field of the model's configuration, like gate_input=x_prime or dilations=[1,1,1]. Repeatable.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random weights that --arch alone exports.")] = 0,

@@ -39,7 +39,7 @@ def _show(manifest: Manifest, root: str) -> None:
         ("weights", weights),
         (
             "input",
-            f"{pre.image_size}x{pre.image_size} pixels, {pre.channels}, {pre.interpolation}, crop {pre.crop_fraction:g}",
+            f"{pre.image_size}x{pre.image_size} {pre.channels}, {pre.interpolation}, crop {pre.crop_fraction:g}",
         ),
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
         ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),

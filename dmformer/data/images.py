@@ -49,7 +49,8 @@ def open_image(path: Path) -> Image:
             warnings.simplefilter("error", PillowImage.DecompressionBombWarning)
             with PillowImage.open(path) as image:
                 image.load()
-                return image.copy()
+                copied: Image = image.copy()
+                return copied
     except UnidentifiedImageError as error:
         raise UsageError(f"{path}: not an image that Pillow can read; expected PNG, JPEG or the like") from error
     except (PillowImage.DecompressionBombWarning, PillowImage.DecompressionBombError) as error:

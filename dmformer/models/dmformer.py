@@ -163,7 +163,7 @@ class DynamicMultilevelAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """V = ReLU(FC(GAP(X))), Attn = Sigmoid(FC(V)), the fully connected layers as 1x1 convolutions: (N, C, H, W) -> (N, C, 1, 1)."""
+    """V = ReLU(FC(GAP(X))), Attn = Sigmoid(FC(V)), with the FCs as 1x1 convolutions: (N, C, H, W) -> (N, C, 1, 1)."""
 
     def __init__(self, width: int, reduction: int) -> None:
         super().__init__()

@@ -36,7 +36,8 @@ def infer_config(state: dict[str, Tensor]) -> tuple[dict[str, Any], tuple[str, .
         return _infer(shapes)
     except KeyError as error:
         raise UsageError(
-            f"the checkpoint is no DMFormer: it has no tensor {error.args[0]!r}; received {', '.join(list(shapes)[:4])}, …"
+            f"the checkpoint is no DMFormer: it has no tensor {error.args[0]!r}; "
+            f"received {', '.join(list(shapes)[:4])}, …"
         ) from error
     except (IndexError, ZeroDivisionError) as error:
         raise UsageError("the checkpoint is no DMFormer: its tensors have the names, but not the shapes") from error

@@ -100,7 +100,7 @@ def train(recipe: Recipe, digits: Digits) -> tuple[DMFormer, float]:
                 model(_augment(inputs[batch], recipe)), labels[batch], label_smoothing=recipe.label_smoothing
             )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         sys.stderr.write(f"\repoch {epoch + 1}/{recipe.epochs}  loss {loss.item():.3f} ")

@@ -1,4 +1,4 @@
-"""Parity checks: a runtime against golden outputs, at several batch sizes, and the preprocessing against golden pixels."""
+"""Parity checks: a runtime against golden outputs at several batch sizes, preprocessing against golden pixels."""
 
 from __future__ import annotations
 
@@ -122,6 +122,7 @@ def _compare_outputs(
 
 
 def as_check(stage: str, runtime: str, precision: str, batch: int, comparison: Comparison, limit: Limit) -> Check:
+    """A row of the report from a comparison."""
     return Check(
         stage=stage,
         runtime=runtime,
