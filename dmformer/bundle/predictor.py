@@ -39,6 +39,14 @@ class Prediction(Struct, frozen=True, kw_only=True):
     classes: tuple[ClassProbability, ...]
 
 
+class PredictReport(Struct, frozen=True, kw_only=True):
+    """What ``predict`` writes as JSON."""
+
+    runtime: str
+    precision: str
+    predictions: tuple[Prediction, ...]
+
+
 class Predictor:
     """Classifies image files. A context manager, to be used from one thread at a time."""
 

@@ -27,7 +27,7 @@ def predict(
     json_file: present.JsonOption = None,
 ) -> None:
     """Classify images: the most likely classes and their probabilities."""
-    from dmformer.bundle.predictor import Predictor, choose
+    from dmformer.bundle.predictor import Predictor, PredictReport, choose
 
     present.check_json_target(json_file)
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() else (None, paths)
@@ -37,7 +37,9 @@ def predict(
     with Predictor(choice, threads) as predictor:
         predictions = predictor.predict(images, top_k)
     present.say(f"{choice.entry.name} {choice.artifact.precision}")
-    report = {"runtime": choice.entry.name, "precision": choice.artifact.precision, "predictions": predictions}
+    report = PredictReport(
+        runtime=choice.entry.name, precision=choice.artifact.precision, predictions=tuple(predictions)
+    )
     present.write_json(report, json_file)
     listing = present.table("", ["image", "class", "probability", ""], numeric=["probability"])
     for prediction in predictions:

@@ -1,0 +1,37 @@
+"""Write the schemas from the types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dmformer.bench.report import BenchReport
+from dmformer.bundle.diagnosis import Diagnosis
+from dmformer.bundle.manifest import Manifest
+from dmformer.bundle.predictor import PredictReport
+from dmformer.verify.parity import ParityReport
+
+TYPES: dict[str, type[msgspec.Struct]] = {
+    "manifest": Manifest,
+    "verify": ParityReport,
+    "bench": BenchReport,
+    "predict": PredictReport,
+    "doctor": Diagnosis,
+}
+
+
+def schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a type."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(kind)}
+
+
+def encode(kind: type[msgspec.Struct]) -> bytes:
+    """The schema as it is written to its file."""
+    return msgspec.json.format(msgspec.json.encode(schema(kind)), indent=2) + b"\n"
+
+
+if __name__ == "__main__":
+    for name, kind in TYPES.items():
+        Path(__file__).with_name(f"{name}.json").write_bytes(encode(kind))
