@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,7 @@ def bench(
     """
     if not batches or min(batches) < 1:
         raise UsageError(f"batch sizes {list(batches)}; expected at least 1")
-    if duration_s <= 0:
+    if not 0 < duration_s < math.inf:
         raise UsageError(f"duration {duration_s:g} s; expected more than 0")
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; expected at least 1")
@@ -122,7 +123,10 @@ def _run(bundle: Bundle, result: Result, duration_s: float) -> Answer:
         if done.returncode > 0:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             return Answer(error=f"the process failed: {said[-1]}")
-        return msgspec.json.decode(answer.read_bytes(), type=Answer)
+        try:
+            return msgspec.json.decode(answer.read_bytes(), type=Answer)
+        except (OSError, msgspec.DecodeError):
+            return Answer(error="the process ended without an answer")
 
 
 def _result(planned: Result, answers: Sequence[Answer]) -> Result:

@@ -43,7 +43,8 @@ def load_golden(path: Path) -> Golden:
         UsageError: it is damaged or lacks an array.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # NumPy leaves a file that it opened itself open where the archive is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         golden = Golden(
             images=arrays["images"],
@@ -55,9 +56,24 @@ def load_golden(path: Path) -> Golden:
         raise UsageError(f"{path}: no array {error}; expected the golden file of a bundle") from error
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise UsageError(f"{path}: damaged: {first_line(error)}; expected the golden file of a bundle") from error
+    _check_arrays(golden, path)
     if not golden.outputs or set(golden.outputs) != set(golden.outputs_float64):
         raise UsageError(f"{path}: outputs {sorted(golden.outputs)} and {sorted(golden.outputs_float64)} do not match")
     return golden
+
+
+def _check_arrays(golden: Golden, path: Path) -> None:
+    rows = len(golden.images) if golden.images.ndim else 0
+    expected = [("images", golden.images, np.uint8, 4), ("inputs", golden.inputs, np.float32, 4)]
+    expected += [(f"outputs/{name}", array, np.float32, None) for name, array in golden.outputs.items()]
+    expected += [(f"outputs_float64/{name}", array, np.float64, None) for name, array in golden.outputs_float64.items()]
+    for name, array, dtype, rank in expected:
+        fits = array.dtype == dtype and array.ndim == (rank or array.ndim) and array.shape[:1] == (rows,)
+        if not fits or 0 in array.shape:
+            raise UsageError(
+                f"{path}: array {name!r} is {array.dtype} {array.shape}; "
+                f"expected {np.dtype(dtype)} with a row for each image"
+            )
 
 
 def _group(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:

@@ -151,7 +151,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
                 f"{where}: schema version {version}; expected {SCHEMA_VERSION}: use the dmformer that wrote the bundle"
             )
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{where} is no manifest that this version reads: {error}") from error
 
 

@@ -34,7 +34,9 @@ def check_destination(destination: Path) -> None:
             f"output {str(destination)!r} is a folder with other things in it; "
             "expected a new one, an empty one or a bundle"
         )
-    parent = destination.absolute().parent
+    if destination.is_dir() and Path.cwd().is_relative_to(destination.resolve()):
+        raise UsageError(f"output {str(destination)!r} is the working folder or above it; expected a folder in it")
+    parent = destination.resolve().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another --output")
@@ -50,7 +52,7 @@ def staged(destination: Path) -> Iterator[Path]:
         StageFailed: writing failed, for instance because the disk is full.
     """
     check_destination(destination)
-    destination = destination.absolute()
+    destination = destination.resolve()  # through a link, so that the link stays
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_LARGEST = 1e30  # float32 holds it, and its inverse
 _PILLOW_MODE = {"RGB": "RGB", "BGR": "RGB", "L": "L"}
 # 16-bit and floating-point images have no fixed range that would map to 0..255.
 _UNSUPPORTED_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -52,6 +53,9 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 f"preprocessing: {len(self.mean)} means and {len(self.std)} deviations for channels {self.channels!r}; "
                 f"expected {count} each"
             )
+        usable = all(abs(m) <= _LARGEST for m in self.mean) and all(1 / _LARGEST <= s <= _LARGEST for s in self.std)
+        if not usable:  # NaN compares false
+            raise UsageError(f"preprocessing: mean {self.mean}, std {self.std}; expected values on the scale 0..1")
 
     @classmethod
     def from_dict(cls, values: Any) -> Preprocessing:
@@ -86,6 +90,8 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise UsageError(f"image of mode {image.mode!r}; expected 8 bits a channel: convert it first")
         upright = ImageOps.exif_transpose(image).convert(_PILLOW_MODE[self.channels])
         width, height = upright.size
+        if self.crop_fraction * 64 < 1:
+            raise UsageError(f"preprocessing: crop_fraction is {self.crop_fraction}; expected at least 1/64")
         scale = round(self.image_size / self.crop_fraction) / min(width, height)
         resized_size = (max(self.image_size, round(width * scale)), max(self.image_size, round(height * scale)))
         if max(resized_size) > 64 * self.image_size:

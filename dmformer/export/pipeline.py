@@ -35,7 +35,7 @@ from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
 from dmformer.models.flops import count_macs
 from dmformer.runtimes import registry
-from dmformer.verify.parity import Check, ParityReport, check_preprocessing, check_runtime, report
+from dmformer.verify.parity import Check, ParityReport, check_preprocessing, check_runtime, report, run_in_batches
 from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.models.dmformer import DMFormer
+    from dmformer.runtimes.base import Runtime
 
 PARITY_REPORT = "reports/parity.json"
 
@@ -136,28 +137,29 @@ class _Export:
             traced = self.scratch / "traced.onnx"
             trace(self.checkpoint, model, traced)
         with self.progress.stage("verify the traced ONNX"):
-            self._verify_onnx("traced", traced, golden)
+            self.checks.extend(check_runtime("traced", self._onnxruntime(traced), golden))
         with self.progress.stage("simplify and verify"):
             onnx, simplification = self._simplify(traced, golden)
         artifacts = [artifact for row in rows for artifact in self._convert(row, onnx, golden)]
         return self._finish(model, artifacts, simplification)
 
-    def _verify_onnx(self, stage: str, path: Path, golden: Golden) -> list[Check]:
-        adapter = registry.available_adapter(registry.entry("onnxruntime"))
-        found = list(check_runtime(stage, adapter(path), golden))
-        self.checks.extend(found)
-        return found
+    def _onnxruntime(self, path: Path) -> Runtime:
+        return registry.available_adapter(registry.entry("onnxruntime"))(path)
 
     def _simplify(self, traced: Path, golden: Golden) -> tuple[Path, Simplification]:
-        """The simplified graph where it answers as PyTorch does, or else the traced one."""
+        """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
         before = len(onnx_file.read(traced).graph.node)
         simplified = self.scratch / "simplified.onnx"
         simplify(traced, simplified)
         model = onnx_file.read(simplified)
         after = len(model.graph.node)
         onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | _version_metadata("onnxsim"))
-        adapter = registry.available_adapter(registry.entry("onnxruntime"))
-        checks = list(check_runtime("simplified", adapter(simplified), golden))
+        with self._onnxruntime(traced) as runtime:
+            answers = run_in_batches(runtime, golden.inputs, len(golden.inputs))
+        checks = [
+            *check_runtime("simplified against traced", self._onnxruntime(simplified), golden, expected=answers),
+            *check_runtime("simplified", self._onnxruntime(simplified), golden),
+        ]
         wrong = [check.reason for check in checks if not check.passed]
         if wrong:
             reason = f"the simplified graph is not equal to the traced one: {wrong[0]}"

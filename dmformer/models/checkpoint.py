@@ -7,6 +7,8 @@ Two kinds of file are read. ``.safetensors`` carries the configuration in its me
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,10 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = ".num_batches_tracked"
 _LISTED = 6
+# A tag, and text after it: the length that starts a .safetensors file can begin with the bytes " <" as well.
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z][\s -~]{8}")
+# What PyTorch's weights-only reader says of a pickle that is whole but asks for more than tensors.
+_WANTS_CODE = re.compile("GLOBAL|Trying to call|Can only create new object|Can only build")
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,11 @@ def load_checkpoint(
     preprocessing = metadata.preprocessing if metadata else default_preprocessing(config)
     if metadata is None:
         notes.append("preprocessing is not in the checkpoint: ImageNet's was assumed (224 pixels, bicubic)")
+    if len(preprocessing.channels) != config.in_channels:
+        raise UsageError(
+            f"checkpoint {str(path)!r}: its preprocessing gives channels {preprocessing.channels!r}; "
+            f"expected as many as the network's {config.in_channels}"
+        )
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)
     classes = metadata.classes if metadata and len(metadata.classes) == config.num_classes else ()
@@ -147,7 +158,7 @@ def _read(path: Path) -> tuple[Any, str | None, str]:
     except OSError as error:
         raise UsageError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}; expected a file") from error
     sha256 = hashlib.sha256(data).hexdigest()
-    if data[:64].lstrip()[:1] == b"<":
+    if _PAGE.match(data):
         raise UsageError(f"checkpoint {str(path)!r} is an HTML or XML page, not weights: download it again")
     if path.suffix == ".safetensors":
         state, text = _read_safetensors(data, path)
@@ -163,41 +174,46 @@ def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], str |
 
     try:
         state = load(data)
-    except SafetensorError as error:
+        # The format: the header's length as a little-endian u64, then the header in JSON.
+        header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, msgspec.DecodeError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UsageError(
             f"checkpoint {str(path)!r} is no whole .safetensors file ({first_line(error)}): copy or download it again"
         ) from error
-    # The format: the header's length as a little-endian u64, then the header in JSON.
-    header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
-    return state, text
+    return state, (header.get("__metadata__") or {}).get(METADATA_KEY)
 
 
 def _read_pickle(path: Path) -> Any:
     import pickle
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to programmers
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever the code that they reach raises
+        if isinstance(error, pickle.UnpicklingError) and _WANTS_CODE.search(str(error)):
             raise UsageError(
                 f"checkpoint {str(path)!r} holds more than weights and wants to run code while loading; "
                 "it was not loaded: save only its state_dict"
             ) from error
         raise UsageError(
-            f"checkpoint {str(path)!r} is damaged or no PyTorch checkpoint: {first_line(error)}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
-        raise UsageError(
-            f"checkpoint {str(path)!r} is truncated, damaged or no PyTorch checkpoint ({first_line(error)[:120]}): "
+            f"checkpoint {str(path)!r} is truncated, damaged or no PyTorch checkpoint ({_reason(error)}): "
             "copy or download it again"
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    """What PyTorch found wrong, without the advice around it."""
+    text = first_line(error)
+    _, found, reason = str(error).partition("WeightsUnpickler error: ")
+    return ascii((reason.strip().splitlines() or [text])[0] if found else text)[1:-1][:120]
+
+
 def _unwrap(raw: Any, path: Path, notes: list[str]) -> dict[str, Any]:
     """The mapping of tensors inside whatever a training script saved."""
-    current = raw
-    while isinstance(current, dict) and not any(isinstance(value, Tensor) for value in current.values()):
+    current, seen = raw, set()
+    while isinstance(current, dict) and id(current) not in seen:
+        seen.add(id(current))  # a pickle may hold itself
         found = [key for key in _WRAPPERS if isinstance(current.get(key), dict)]
         if not found:
             break
@@ -206,7 +222,7 @@ def _unwrap(raw: Any, path: Path, notes: list[str]) -> dict[str, Any]:
         current = current[found[0]]
     if not isinstance(current, dict) or not any(isinstance(value, Tensor) for value in current.values()):
         received = (
-            f"keys {', '.join(map(str, list(current)[:_LISTED]))}" if isinstance(current, dict) else type(current)
+            f"keys {', '.join(map(_shown, list(current)[:_LISTED]))}" if isinstance(current, dict) else type(current)
         )
         raise UsageError(
             f"checkpoint {str(path)!r} holds no weights ({received}); "
@@ -225,6 +241,17 @@ def _strip_prefixes(name: str) -> str:
     return name
 
 
+def _is_dense_float(value: Tensor) -> bool:
+    """Whether the file holds every value of the tensor, in a type that float32 can take over."""
+    return (
+        value.is_floating_point()
+        and value.dtype != torch.float4_e2m1fn_x2  # two values in one byte
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_nested)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # not repeated by its strides
+    )
+
+
 def _normalise(wrapped: dict[str, Any], path: Path, notes: list[str]) -> dict[str, Tensor]:
     """Plain names, float32, finite values."""
     state: dict[str, Tensor] = {}
@@ -239,9 +266,9 @@ def _normalise(wrapped: dict[str, Any], path: Path, notes: list[str]) -> dict[st
             raise UsageError(f"checkpoint {str(path)!r} holds {plain!r} twice, under different prefixes")
         if plain.endswith(_COUNTER):
             continue
-        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        if not _is_dense_float(value):
             raise UsageError(
-                f"checkpoint {str(path)!r}: {plain} is {value.dtype}, {value.layout}; expected dense floats"
+                f"checkpoint {str(path)!r}: {_shown(plain)} is {value.dtype}, {value.layout}; expected dense floats"
             )
         if value.dtype != torch.float32:
             converted.add(str(value.dtype).removeprefix("torch."))
@@ -262,8 +289,9 @@ def _parse_metadata(text: str | None, path: Path) -> Metadata | None:
         return None
     try:
         metadata = msgspec.json.decode(text, type=Metadata)
-    except (msgspec.DecodeError, UsageError) as error:
-        raise UsageError(f"checkpoint {str(path)!r}: its metadata is damaged: {error}") from error
+    except (msgspec.DecodeError, UsageError, RecursionError) as error:
+        reason = " ".join(str(error).split())  # it may quote a name that has line breaks
+        raise UsageError(f"checkpoint {str(path)!r}: its metadata is damaged: {reason}") from error
     if metadata.version != METADATA_VERSION:
         raise UsageError(
             f"checkpoint {str(path)!r}: metadata version {metadata.version}; expected {METADATA_VERSION}: "
@@ -304,8 +332,12 @@ def _class_count(state: dict[str, Tensor]) -> dict[str, int]:
 
 def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, path: Path) -> None:
     """Compare names and shapes with the network's; meta tensors, so that nothing is allocated for it."""
-    with torch.device("meta"):
-        expected = {k: tuple(v.shape) for k, v in DMFormer(config).state_dict().items() if not k.endswith(_COUNTER)}
+    try:
+        with torch.device("meta"):
+            network = DMFormer(config)
+    except (RuntimeError, TypeError) as error:  # a size that no tensor can have
+        raise UsageError(f"checkpoint {str(path)!r}: its configuration asks for a network beyond all memory") from error
+    expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(_COUNTER)}
     received = {name: tuple(value.shape) for name, value in state.items()}
     missing = sorted(set(expected) - set(received))
     unexpected = sorted(set(received) - set(expected))
@@ -329,4 +361,9 @@ def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, path: Path) -> 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(map(_shown, names[:_LISTED])) + more
+
+
+def _shown(name: Any) -> str:
+    """A key of the file on one line, whatever it holds."""
+    return ascii(str(name))[1:-1]

@@ -10,6 +10,7 @@ Shapes are written (N, C, H, W): batch, channels, height, width; E stands for th
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
 Count = Annotated[int, Meta(ge=1, le=65536)]
+Depth = Annotated[int, Meta(ge=1, le=1024)]
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -62,7 +64,7 @@ class DMFormerConfig:
     """
 
     widths: tuple[Count, Count, Count, Count] = (64, 128, 320, 512)
-    depths: tuple[Count, Count, Count, Count] = (3, 3, 10, 3)
+    depths: tuple[Depth, Depth, Depth, Depth] = (3, 3, 10, 3)
     num_classes: Count = 1000
     in_channels: Literal[1, 3] = 3
     stem_width: Count | None = None
@@ -100,7 +102,8 @@ class DMFormerConfig:
         """
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
-            raise UsageError(f"model configuration: unknown field {', '.join(unknown)}; known: {', '.join(known)}")
+            shown = ", ".join(ascii(name)[1:-1] for name in unknown)  # one line, whatever a file's metadata holds
+            raise UsageError(f"model configuration: unknown field {shown}; known: {', '.join(known)}")
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:
@@ -113,6 +116,8 @@ def _config_problems(c: DMFormerConfig) -> Iterator[str]:
     """What the fields' types and ranges cannot express."""
     if len(c.kernel_sizes) != len(c.dilations):
         yield f"{len(c.kernel_sizes)} kernel_sizes but {len(c.dilations)} dilations; expected as many"
+    if not all(math.isfinite(v) for v in (*c.ffn_ratios, c.batch_norm_eps, c.layer_scale or 0.0)):
+        yield "ffn_ratios, batch_norm_eps or layer_scale is not finite; expected numbers"
     if any(k % 2 == 0 for k in c.kernel_sizes):
         yield f"kernel_sizes is {c.kernel_sizes}; expected odd sizes"
     if any(w % c.gate_reduction for w in c.widths):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from dmformer.errors import UsageError
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
 
 # Fields that leave no trace in names and shapes, yet change what the network computes.
 UNTOLD = ("dilations", "gate_input", "inner_residual", "batch_norm_eps")
-
-_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.")
 
 
 def variant_name(config: DMFormerConfig) -> str | None:
@@ -37,7 +34,7 @@ def infer_config(state: dict[str, Tensor]) -> tuple[dict[str, Any], tuple[str, .
     except KeyError as error:
         raise UsageError(
             f"the checkpoint is no DMFormer: it has no tensor {error.args[0]!r}; "
-            f"received {', '.join(list(shapes)[:4])}, …"
+            f"received {', '.join(ascii(name)[1:-1] for name in list(shapes)[:4])}, …"
         ) from error
     except (IndexError, ZeroDivisionError) as error:
         raise UsageError("the checkpoint is no DMFormer: its tensors have the names, but not the shapes") from error
@@ -45,9 +42,9 @@ def infer_config(state: dict[str, Tensor]) -> tuple[dict[str, Any], tuple[str, .
 
 def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[str, ...]]:
     depths = [0, 0, 0, 0]
-    for name in shapes:
-        if (match := _BLOCK.match(name)) and int(match[1]) < 4:
-            depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
+    for stage in range(4):
+        while any(name.startswith(f"stages.{stage}.blocks.{depths[stage]}.") for name in shapes):
+            depths[stage] += 1
     widths = [shapes[f"stages.{stage}.blocks.0.norm1.weight"][0] for stage in range(4)]
     attention = "stages.0.blocks.0.dma"
     kernel_sizes: list[int] = []

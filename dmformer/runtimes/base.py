@@ -69,10 +69,12 @@ class Runtime(ABC):
     Args:
         path: the artifact's main file.
         threads: threads for one inference; ``None`` means all the cores that this process may use.
-        precision: what the artifact was made for; the runtime refuses to run it in another.
+        precision: what the artifact was made for; the runtime refuses to run it in another, and entering refuses one
+            that is not among its ``precisions``.
     """
 
     name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
 
     def __init__(self, path: Path, *, threads: int | None = None, precision: str = "fp32") -> None:
         if threads is not None and threads < 1:
@@ -134,6 +136,10 @@ class Runtime(ABC):
             return self.infer(inputs)
 
     def __enter__(self) -> Self:
+        if self.precision not in self.precisions:
+            raise StageFailed(
+                f"{self.name} cannot honour precision {self.precision!r}; expected {', '.join(self.precisions)}"
+            )
         try:
             with self._engine_errors("loading"):
                 self.load()
@@ -155,6 +161,8 @@ class Runtime(ABC):
             raise UsageError(f"{self.name}: received inputs {sorted(inputs)}; expected {sorted(expected)}")
         for name, array in inputs.items():
             spec = expected[name]
+            if not isinstance(array, np.ndarray):
+                raise UsageError(f"{self.name}: input {name!r} is a {type(array).__name__}; expected a NumPy array")
             fits = array.ndim == len(spec.shape) and all(
                 want == have for want, have in zip(spec.shape, array.shape, strict=True) if isinstance(want, int)
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed, UnavailableError
+from dmformer.errors import StageFailed, first_line
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ class OnnxRuntime(Runtime):
         """Whether onnxruntime is installed and has its CPU provider."""
         try:
             ort = _import()
-        except UnavailableError as error:
-            return Availability(False, reason=str(error))
-        if _PROVIDER not in ort.get_available_providers():
-            return Availability(False, ort.__version__, f"this build of onnxruntime has no {_PROVIDER}")
-        return Availability(True, ort.__version__)
+            version, providers = ort.__version__, ort.get_available_providers()
+        except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
+            return Availability(False, reason=first_line(error))
+        if _PROVIDER not in providers:
+            return Availability(False, version, f"this build of onnxruntime has no {_PROVIDER}")
+        return Availability(True, version)
 
     def load(self) -> None:
         """Create the session and make sure that it uses the provider that was asked for."""

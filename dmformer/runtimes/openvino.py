@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed, UnavailableError
+from dmformer.errors import StageFailed, first_line
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ class OpenVinoRuntime(Runtime):
         """Whether openvino is installed and its CPU plugin loads."""
         try:
             ov = _import()
-        except UnavailableError as error:
-            return Availability(False, reason=str(error))
-        version = ov.__version__.split("-")[0]
-        if _DEVICE not in ov.Core().available_devices:
+            version, devices = ov.__version__.split("-")[0], ov.Core().available_devices
+        except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
+            return Availability(False, reason=first_line(error))
+        if _DEVICE not in devices:
             return Availability(False, version, f"this installation of openvino has no {_DEVICE} plugin")
         return Availability(True, version)
 

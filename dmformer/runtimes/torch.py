@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dmformer._optional import require
-from dmformer.errors import UnavailableError
+from dmformer.errors import first_line
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ class TorchRuntime(Runtime):
         """Whether torch is installed and loads."""
         try:
             return Availability(True, str(_import().__version__))
-        except UnavailableError as error:
-            return Availability(False, reason=str(error))
+        except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
+            return Availability(False, reason=first_line(error))
 
     def load(self) -> None:
         """Read the checkpoint and build the network. Threads are a setting of the whole process in PyTorch."""
@@ -85,6 +87,6 @@ class TorchRuntime(Runtime):
         torch = _import()
         (array,) = inputs.values()
         with torch.inference_mode():
-            # from_numpy shares memory and wants it writable
-            result = self._model(torch.from_numpy(array if array.flags.writeable else array.copy()))
+            # from_numpy shares memory, wants it writable and knows no negative strides
+            result = self._model(torch.from_numpy(np.require(array, requirements=["C", "W"])))
         return {spec.name: result.numpy() for spec in self.outputs}

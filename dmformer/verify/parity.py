@@ -67,9 +67,20 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> Check:
 
 
 def check_runtime(
-    stage: str, runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES
+    stage: str,
+    runtime: Runtime,
+    golden: Golden,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    expected: Mapping[str, NDArray[Any]] | None = None,
 ) -> Iterator[Check]:
     """Load the runtime and compare it with the golden outputs, one check a batch size, every golden row in each.
+
+    Args:
+        stage: name of the step that is checked.
+        runtime: not open yet.
+        golden: inputs, and the measure of noise that the limits come from.
+        batch_sizes: rows in each call.
+        expected: what to compare with instead of PyTorch's outputs.
 
     A failure of the runtime is a failed check; that it cannot run on this machine at all is raised.
 
@@ -78,14 +89,14 @@ def check_runtime(
         StageFailed: the golden outputs themselves are not finite.
     """
     limits = float32_limit(golden.outputs, golden.outputs_float64)
+    expected = golden.outputs if expected is None else expected
     loosest = max(limits.values(), key=lambda limit: limit.max_abs)
     remaining = list(batch_sizes)
     try:
         with runtime:
             while remaining:
-                comparison, limit = _compare_outputs(
-                    _run_in_batches(runtime, golden.inputs, remaining[0]), golden, limits
-                )
+                answers = run_in_batches(runtime, golden.inputs, remaining[0])
+                comparison, limit = _compare_outputs(answers, expected, limits)
                 yield as_check(stage, runtime.name, runtime.precision, remaining[0], comparison, limit)
                 remaining.pop(0)
     except UnavailableError:
@@ -96,7 +107,7 @@ def check_runtime(
             yield as_check(stage, runtime.name, runtime.precision, batch, failed, loosest)
 
 
-def _run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -> dict[str, NDArray[Any]]:
+def run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -> dict[str, NDArray[Any]]:
     """Run all rows in batches of one size, the last filled up from the start; outputs have one row for each input."""
     count = len(inputs)
     name = runtime.inputs[0].name
@@ -109,15 +120,13 @@ def _run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -
 
 
 def _compare_outputs(
-    candidate: Mapping[str, NDArray[Any]], golden: Golden, limits: Mapping[str, Limit]
+    candidate: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], limits: Mapping[str, Limit]
 ) -> tuple[Comparison, Limit]:
     """The first comparison that failed, or the one nearest to its limit."""
-    if set(candidate) != set(golden.outputs):
-        reason = f"outputs {sorted(candidate)}; expected {sorted(golden.outputs)}"
+    if set(candidate) != set(expected):
+        reason = f"outputs {sorted(candidate)}; expected {sorted(expected)}"
         return Comparison(False, reason=reason), next(iter(limits.values()))
-    found = [
-        (compare(candidate[name], reference, limits[name]), limits[name]) for name, reference in golden.outputs.items()
-    ]
+    found = [(compare(candidate[name], array, limits[name]), limits[name]) for name, array in expected.items()]
     return min(found, key=lambda pair: (pair[0].passed, -(pair[0].max_abs or 0.0) / pair[1].max_abs))
 
 

@@ -1,0 +1,45 @@
+# make install   .venv with everything, pinned by constraints.txt
+# make demo      export, verify, time and try the demonstration checkpoint
+# make test      linters, types and all tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+
+.PHONY: install demo test test-fast lint digits picture clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d; expected 3.10 or newer: make PYTHON=python3.x" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/dmformer export --format onnx --format openvino --format torch --output $(DEMO)
+	$(BIN)/dmformer verify $(DEMO)
+	$(BIN)/dmformer bench $(DEMO)
+	$(BIN)/dmformer predict $(DEMO) dmformer/assets/digits/7.png --top-k 3
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-fast: install
+	$(BIN)/pytest -m 'not slow'
+
+# Remakes the checkpoint and the images that ship with the package: about three minutes on two cores.
+digits: install
+	$(BIN)/python -m dmformer.train.digits --output dmformer/assets
+
+picture: install
+	$(BIN)/python docs/picture.py
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,38 @@
+"""Make docs/run.svg: a real run of the commands that the README begins with, as a terminal shows it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = (
+    "dmformer export --format onnx --format openvino",
+    "dmformer verify",
+    "dmformer bench",
+    "dmformer predict dmformer/assets/digits/7.png --top-k 3",
+)
+
+
+def main() -> None:
+    """Run the commands and draw what they print on standard output."""
+    console = Console(record=True, width=100, file=Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "dmformer").symlink_to(ROOT / "dmformer")
+        environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100", "XDG_STATE_HOME": folder}
+        for command in COMMANDS:
+            console.print(Text(f"$ {command}", style="bold"))
+            arguments = [sys.executable, "-m", *command.split()]
+            done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder, env=environment, check=True)
+            console.print(Text.from_ansi(done.stdout))
+    console.save_svg(str(ROOT / "docs/run.svg"), title="dmformer")
+
+
+if __name__ == "__main__":
+    main()

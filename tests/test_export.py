@@ -1,0 +1,259 @@
+"""What an export writes, and what it does when a stage breaks."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import dmformer
+from dmformer.assets import DEMONSTRATION_CHECKPOINT
+from dmformer.bundle.manifest import decode_manifest, hash_file
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
+from dmformer.export import pipeline
+from dmformer.models.checkpoint import load_checkpoint
+from dmformer.verify.compare import Comparison
+
+if TYPE_CHECKING:
+    from dmformer.export.pipeline import ExportResult
+
+FAKE_ONNXSIM = """
+import onnx, os, signal
+def simplify(model, check_n=0):
+    {body}
+    return model, True
+"""
+
+
+@pytest.fixture(scope="module")
+def graph(exported: ExportResult) -> onnx.ModelProto:
+    return onnx.load(exported.output / "onnx/fp32/model.onnx")
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def fake_onnxsim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Put another onnxsim before the installed one, for child processes."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/onnxsim.py").write_text(FAKE_ONNXSIM.format(body=body), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+
+
+def test_the_graph_is_named_typed_and_open_in_the_batch(graph: onnx.ModelProto) -> None:
+    assert graph.opset_import[0].version >= 20
+    described = [
+        (value.name, [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim])
+        for value in (*graph.graph.input, *graph.graph.output)
+    ]
+    assert described == [("image", ["batch", 3, 32, 32]), ("logits", ["batch", 10])]
+    assert "Gelu" in {node.op_type for node in graph.graph.node}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_any_batch_really_runs(exported: ExportResult, batch: int) -> None:
+    session = onnxruntime.InferenceSession(exported.output / "onnx/fp32/model.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"image": np.zeros((batch, 3, 32, 32), np.float32)})[0].shape == (batch, 10)
+
+
+def test_node_names_lead_back_to_modules(graph: onnx.ModelProto) -> None:
+    modules = {name for name, _ in load_checkpoint(DEMONSTRATION_CHECKPOINT).model().named_modules()}
+    names = [node.name for node in graph.graph.node]
+    assert {name.rpartition("/")[0] for name in names} <= modules
+    assert len(set(names)) == len(names)
+    assert "stages.2.blocks.1.dma.branches.2/Conv" in names
+    assert "stages.0.downsample.conv1/Conv" in names
+
+
+def test_the_file_says_what_it_is(graph: onnx.ModelProto, exported: ExportResult) -> None:
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
+    assert metadata["dmformer.arch"] == "dmformer_nano"
+    assert json.loads(metadata["dmformer.classes"]) == list("0123456789")
+    assert json.loads(metadata["dmformer.config"]) == checkpoint.config.to_dict()
+    assert json.loads(metadata["dmformer.preprocessing"])["image_size"] == 32
+    assert metadata["dmformer.checkpoint_sha256"] == hash_file(DEMONSTRATION_CHECKPOINT)[0]
+    assert metadata["torch.version"] == torch.__version__
+    assert not [key for key in metadata if key.startswith("onnxsim.") and key != "onnxsim.version"]
+    assert exported.manifest.model.checkpoint_sha256 == metadata["dmformer.checkpoint_sha256"]
+
+
+def test_nothing_tells_of_the_machine_that_exported(exported: ExportResult) -> None:
+    traces = [str(Path(dmformer.__file__).parents[1]), str(exported.output), "site-packages", "/tmp", str(Path.home())]
+    for path in files_below(exported.output):
+        data = path.read_bytes()
+        assert not [trace for trace in traces if trace.encode() in data], path
+
+
+def test_the_same_inputs_give_the_same_bytes(exported: ExportResult, tmp_path: Path) -> None:
+    """In another process, with another hash seed and another output folder."""
+    script = "import sys, dmformer; dmformer.export(formats=['all'], output=sys.argv[1])"
+    again = tmp_path / "again"
+    subprocess.run([sys.executable, "-c", script, str(again)], check=True, env={"PYTHONHASHSEED": "7"}, timeout=300)
+    for path in files_below(exported.output):
+        name = path.relative_to(exported.output)
+        assert (again / name).read_bytes() == path.read_bytes(), name
+
+
+def test_the_manifest_lists_every_file(exported: ExportResult) -> None:
+    manifest = decode_manifest((exported.output / "manifest.json").read_bytes(), "manifest")
+    assert manifest == exported.manifest
+    listed = {file.path for artifact in manifest.artifacts for file in artifact.files}
+    listed |= {file.path for file in manifest.files} | {"manifest.json"}
+    assert listed == {path.relative_to(exported.output).as_posix() for path in files_below(exported.output)}
+
+
+def test_openvino_keeps_float32(exported: ExportResult) -> None:
+    text = (exported.output / "openvino/fp32/model.xml").read_text(encoding="utf-8")
+    assert set(re.findall(r'element_type="(f\d+)"', text)) == {"f32"}
+
+
+def test_every_stage_is_a_row_of_the_parity_report(exported: ExportResult) -> None:
+    stages = [(check.stage, check.runtime) for check in exported.parity.checks]
+    assert list(dict.fromkeys(stages)) == [
+        ("preprocessing", "numpy"),
+        ("traced", "onnxruntime"),
+        ("simplified against traced", "onnxruntime"),
+        ("simplified", "onnxruntime"),
+        ("runtime", "torch"),
+        ("runtime", "onnxruntime"),
+        ("runtime", "openvino"),
+    ]
+    assert exported.manifest.evidence.parity.checks == len(stages)
+    assert exported.manifest.simplification.kept
+
+
+def test_random_weights_are_marked(tmp_path: Path) -> None:
+    options = {"num_classes": 3, "gate_input": "x_prime", "branch_merge": "concat", "in_channels": 1}
+    result = dmformer.export(arch="dmformer_nano", image_size=48, options=options, seed=5, output=tmp_path / "b")
+    model = result.manifest.model
+    assert (model.weights, model.seed, model.checkpoint_sha256) == ("random", 5, None)
+    assert model.config["branch_merge"] == "concat"
+    assert result.manifest.inputs[0].shape == ("batch", 1, 48, 48)
+    assert result.parity.passed
+
+
+def test_a_checkpoint_with_assumptions_says_so(tmp_path: Path) -> None:
+    model = dmformer.create_model("dmformer_nano", num_classes=2).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    result = dmformer.export(tmp_path / "w.pth", image_size=32, output=tmp_path / "b")
+    assert result.manifest.model.weights == "checkpoint"
+    assert any("dilations" in note for note in result.manifest.model.notes)
+    assert any("ImageNet" in note for note in result.manifest.model.notes)
+
+
+def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmformer.verify.parity.compare", lambda *_: Comparison(False, reason="seeded"))
+    with pytest.raises(CheckFailed, match=r"parity failed in .* nothing was written.*seeded"):
+        dmformer.export(output=tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+    forced = dmformer.export(output=tmp_path / "b", force=True)
+    assert not forced.manifest.evidence.parity.passed
+    assert (tmp_path / "b/manifest.json").is_file()
+
+
+def test_a_crash_in_the_simplifier_is_an_error_of_that_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_onnxsim(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(StageFailed, match="simplification crashed: onnxsim was ended by signal 11"):
+        dmformer.export(output=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_error_in_the_simplifier_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_onnxsim(tmp_path, monkeypatch, "raise RuntimeError('no such rule')")
+    with pytest.raises(StageFailed, match="simplification failed: RuntimeError: no such rule"):
+        dmformer.export(output=tmp_path / "b")
+
+
+def test_a_simplifier_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_onnxsim(tmp_path, monkeypatch, "import time; time.sleep(600)")
+    monkeypatch.setattr("dmformer.export.simplify.TIMEOUT_S", 3)
+    begun = time.monotonic()
+    with pytest.raises(StageFailed, match="did not end within 3 s"):
+        dmformer.export(output=tmp_path / "b")
+    assert time.monotonic() - begun < 300
+
+
+def test_a_simplified_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = (
+        "tensor = model.graph.initializer[0]; array = onnx.numpy_helper.to_array(tensor) * 1.01; "
+        "tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))"
+    )
+    fake_onnxsim(tmp_path, monkeypatch, body)
+    result = dmformer.export(output=tmp_path / "b")
+    assert not result.manifest.simplification.kept
+    assert "not equal to the traced one" in result.manifest.simplification.reason
+    assert result.parity.passed  # the traced graph took its place
+
+
+def test_a_plan_writes_nothing(tmp_path: Path) -> None:
+    from dmformer.export.api import make_request
+
+    request = make_request(None, None, ["onnx", "ov"], ["fp32"], tmp_path / "b", None, None, None, seed=0, force=False)
+    assert pipeline.planned_artifacts(request) == [
+        "manifest.json",
+        "golden.npz",
+        "onnx/fp32/",
+        "openvino/fp32/",
+        "reports/parity.json",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"formats": ["tflite"]}, "unknown format 'tflite'"),
+        ({"precisions": ["fp16"]}, "precision 'fp16'"),
+        ({"arch": "resnet50"}, "unknown architecture 'resnet50'"),
+        ({"image_size": 8}, "image_size"),
+        ({"images": "/nonexistent"}, "no folder"),
+        ({"options": {"gate_input": "y"}}, "gate_input"),
+        ({"weights": "/nonexistent.pth"}, "cannot be read"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(arguments: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        dmformer.export(**{"output": tmp_path / "b", **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_engine_is_found_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UnavailableError, match=r"pip install 'dmformer\[openvino\]'"):
+        dmformer.export(formats=["openvino"], output=tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_finds_a_bundle_made_from_other_weights(exported: ExportResult, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
+    checkpoint.state["head.bias"][4] += 0.01
+    torch.save(checkpoint.state, tmp_path / "other.pth")
+    assert dmformer.verify(exported.output, weights=DEMONSTRATION_CHECKPOINT).passed
+    found = dmformer.verify(exported.output, weights=tmp_path / "other.pth", runtimes=["ort"])
+    assert not found.passed
+    assert [check.stage for check in found.checks if not check.passed] == ["golden", *["runtime"] * 3]
+
+
+def test_verify_compares_on_images_that_are_given(exported: ExportResult) -> None:
+    images = Path(dmformer.__file__).parent / "assets/digits"
+    found = dmformer.verify(exported.output, images=images, runtimes=["ort"])
+    assert found.passed
+    assert "on the same 16 images" in (found.checks[-1].limit_source or "")
+
+
+def test_verify_on_images_needs_weights(tmp_path: Path) -> None:
+    dmformer.export(output=tmp_path / "b")
+    with pytest.raises(UsageError, match="give --weights FILE"):
+        dmformer.verify(tmp_path / "b", images=Path(dmformer.__file__).parent / "assets/digits")

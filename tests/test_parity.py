@@ -1,0 +1,248 @@
+"""Parity must fail: each fault goes through the real export path and must be caught in every runtime."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.bundle.golden import Golden
+from dmformer.data.images import list_images
+from dmformer.errors import StageFailed
+from dmformer.export.formats import ConversionSource, converter
+from dmformer.export.source import random_checkpoint
+from dmformer.export.torch_onnx import trace
+from dmformer.models.checkpoint import Checkpoint, load_checkpoint
+from dmformer.models.dmformer import DMFormer, Gate
+from dmformer.runtimes import registry
+from dmformer.verify.compare import Limit, compare, float32_limit
+from dmformer.verify.parity import Check, check_preprocessing, check_runtime, report
+from dmformer.verify.reference import golden_pixels, make_golden
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+ENGINES = ("onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint and what PyTorch answers with it."""
+
+    checkpoint: Checkpoint
+    golden: Golden
+
+
+@pytest.fixture(scope="module", params=["demonstration", "dmformer_s"])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """The trained demonstration checkpoint; DMFormer-S with lively weights, at 96 pixels to save time."""
+    if request.param == "demonstration":
+        checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
+        pixels = golden_pixels(checkpoint.preprocessing, list_images(SAMPLE_IMAGES))
+    else:
+        checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, image_size=96, seed=1)
+        pixels = golden_pixels(checkpoint.preprocessing, [])
+    return Subject(checkpoint, make_golden(checkpoint.model(), checkpoint.preprocessing, pixels))
+
+
+def checks_of(subject: Subject, model: DMFormer, folder: Path, engine: str) -> list[Check]:
+    """Trace this model, convert it for an engine, and compare it with the subject's golden outputs."""
+    row = registry.entry(engine)
+    traced = folder / "traced.onnx"
+    trace(subject.checkpoint, model, traced)
+    files = converter(row)(ConversionSource(subject.checkpoint, traced, "fp32"), folder).files
+    return list(check_runtime("runtime", registry.available_adapter(row)(files[0]), subject.golden))
+
+
+def perturb(name: str) -> Callable[[DMFormer], None]:
+    def fault(model: DMFormer) -> None:
+        with torch.no_grad():
+            model.state_dict()[name].mul_(1.01)
+
+    return fault
+
+
+def swap_dilations(model: DMFormer) -> None:
+    branches = model.stages[0].blocks[0].dma.branches
+    for branch, dilation in zip(branches, (3, 2, 1), strict=True):
+        branch.dilation, branch.padding = (dilation,) * 2, (dilation * (branch.kernel_size[0] // 2),) * 2
+
+
+def swap_classes(model: DMFormer) -> None:
+    order = [1, 0, *range(2, model.config.num_classes)]
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight[order].clone())
+        model.head.bias.copy_(model.head.bias[order].clone())
+
+
+def swap_channels(model: DMFormer) -> None:
+    weight = model.stages[0].downsample.conv1.weight
+    with torch.no_grad():
+        weight.copy_(weight.flip(1).clone())
+
+
+def wrong_epsilon(model: DMFormer) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+
+
+class OpenGate(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(x[:, :, :1, :1])
+
+
+def drop_gate(model: DMFormer) -> None:
+    gate = model.stages[2].blocks[1].dma.gate
+    assert isinstance(gate, Gate)
+    model.stages[2].blocks[1].dma.gate = OpenGate()
+
+
+def not_a_number(model: DMFormer) -> None:
+    with torch.no_grad():
+        model.stages[1].blocks[0].ffn.fc1.weight.view(-1)[3] = torch.nan
+
+
+FAULTS = {
+    "1 % of a depth-wise kernel": perturb("stages.2.blocks.1.dma.branches.1.weight"),
+    "1 % of a gate's layer": perturb("stages.1.blocks.0.dma.gate.fc2.weight"),
+    "1 % of a layer scale": perturb("stages.3.blocks.0.scale2.gamma"),
+    "1 % of BatchNorm statistics": perturb("stages.0.blocks.0.norm2.running_var"),
+    "1 % of the head's weights": perturb("head.weight"),
+    "swapped dilations": swap_dilations,
+    "two swapped classes": swap_classes,
+    "RGB as BGR": swap_channels,
+    "BatchNorm epsilon 1e-3": wrong_epsilon,
+    "a dropped gate": drop_gate,
+    "a NaN weight": not_a_number,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_right_model_passes(subject: Subject, engine: str, tmp_path: Path) -> None:
+    checks = checks_of(subject, subject.checkpoint.model(), tmp_path, engine)
+    assert [check.batch for check in checks] == [1, 2, 5]
+    assert report(checks).passed, checks
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught(subject: Subject, fault: str, tmp_path: Path) -> None:
+    model = subject.checkpoint.model()
+    FAULTS[fault](model)
+    for engine in ENGINES:
+        folder = tmp_path / engine
+        folder.mkdir()
+        checks = checks_of(subject, model, folder, engine)
+        assert len(checks) == 3
+        assert not any(check.passed for check in checks), (engine, checks)
+
+
+def test_not_a_number_is_named_before_any_figure(subject: Subject, tmp_path: Path) -> None:
+    model = subject.checkpoint.model()
+    not_a_number(model)
+    for check in checks_of(subject, model, tmp_path, "onnxruntime"):
+        assert check.max_abs is None
+        assert "NaN" in (check.reason or "")
+
+
+def test_a_baked_in_batch_is_caught(subject: Subject, tmp_path: Path) -> None:
+    traced = tmp_path / "baked.onnx"
+    trace(subject.checkpoint, subject.checkpoint.model(), traced)
+    model = onnx.load(traced)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, traced)
+    row = registry.entry("onnxruntime")
+    checks = list(check_runtime("runtime", registry.available_adapter(row)(traced), subject.golden))
+    assert [(check.batch, check.passed) for check in checks] == [(1, True), (2, False), (5, False)]
+
+
+def test_exchanged_channels_in_preprocessing_are_caught(subject: Subject) -> None:
+    preprocessing = subject.checkpoint.preprocessing
+    assert check_preprocessing(preprocessing, subject.golden).passed
+    for wrong in (
+        msgspec.structs.replace(preprocessing, channels="BGR"),
+        msgspec.structs.replace(preprocessing, mean=(0.5, 0.5, 0.501)),
+        msgspec.structs.replace(preprocessing, std=(0.5, 0.501, 0.5)),
+    ):
+        assert not check_preprocessing(wrong, subject.golden).passed
+
+
+def test_one_percent_of_any_tensor_is_caught_unless_it_drowns_in_rounding(subject: Subject) -> None:
+    """Some biases are so near to zero that 1 % of them is less than float32's own noise; no output could show it."""
+    model, golden = subject.checkpoint.model(), subject.golden
+    (reference,) = golden.outputs.values()
+    (limit,) = float32_limit(golden.outputs, golden.outputs_float64).values()
+    inputs = torch.from_numpy(golden.inputs[-3:])
+    missed, tensors = [], [(k, v) for k, v in model.state_dict().items() if v.is_floating_point()]
+    for name, tensor in tensors:
+        before = tensor.clone()
+        tensor.mul_(1.01)
+        with torch.inference_mode():
+            answer = model(inputs).numpy()
+        tensor.copy_(before)
+        if compare(answer, reference[-3:], limit).passed:
+            missed.append(name)
+    assert len(missed) <= 0.05 * len(tensors), missed
+    assert all(name.endswith(".bias") or "running_mean" in name for name in missed), missed
+
+
+def test_a_reference_that_is_not_finite_is_refused(subject: Subject) -> None:
+    golden = copy.deepcopy(subject.golden)
+    next(iter(golden.outputs.values()))[0, 0] = np.inf
+    with pytest.raises(StageFailed, match="NaN or infinite"):
+        float32_limit(golden.outputs, golden.outputs_float64)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reason"),
+    [
+        (np.zeros((2, 3), np.float32), "shape"),
+        (np.zeros((2, 4), np.float64), "type"),
+        (np.full((2, 4), np.nan, np.float32), "8 of 8"),
+        (np.array([[0, 0, 0, np.inf], [0, 0, 0, 0]], np.float32), "1 of 8"),
+        (np.full((2, 4), 2e-3, np.float32), "differs by 0.002, limit 0.001"),
+    ],
+)
+def test_compare_fails_with_the_reason(candidate: np.ndarray, reason: str) -> None:
+    comparison = compare(candidate, np.zeros((2, 4), np.float32), Limit(1e-3, "test"))
+    assert not comparison.passed
+    assert reason in (comparison.reason or "")
+
+
+def test_no_check_is_no_pass() -> None:
+    assert not report([]).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_clean_exports_raise_no_alarm(seed: int, tmp_path: Path) -> None:
+    """Random configurations and weights through trace and both engines; the whole pipeline is in test_export."""
+    random = np.random.default_rng(seed)
+    options = {
+        "num_classes": int(random.integers(2, 40)),
+        "expansion": int(random.integers(1, 4)),
+        "branch_merge": str(random.choice(["sum", "concat"])),
+        "inner_residual": bool(random.integers(2)),
+        "gate_input": str(random.choice(["x", "x_prime"])),
+        "layer_scale": [None, 0.01][int(random.integers(2))],
+        "depths": [int(depth) for depth in random.integers(1, 4, 4)],
+    }
+    checkpoint = random_checkpoint("dmformer_nano", options, image_size=int(random.choice([32, 64, 80])), seed=seed)
+    model = checkpoint.model()
+    golden = make_golden(model, checkpoint.preprocessing, golden_pixels(checkpoint.preprocessing, []))
+    for engine in ENGINES:
+        folder = tmp_path / engine
+        folder.mkdir()
+        checks = checks_of(Subject(replace(checkpoint), golden), model, folder, engine)
+        assert report(checks).passed, checks

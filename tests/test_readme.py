@@ -1,0 +1,91 @@
+"""Every command and every line of Python in the README runs, in the order in which a newcomer would type them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.conftest import Run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line.partition("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder as the README supposes it: the repository's files, a checkpoint and a folder of photos."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    (folder / "dmformer").symlink_to(ROOT / "dmformer")
+    (folder / "model.safetensors").symlink_to(DEMONSTRATION_CHECKPOINT)
+    (folder / "photos").symlink_to(SAMPLE_IMAGES)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_commands_and_the_python_run(clone: Path, cli: Callable[..., Run]) -> None:
+    typed = [line for line in commands() if line[0] == "dmformer"]
+    assert {line[1] for line in typed} == {"export", "verify", "bench", "predict", "inspect", "doctor"}
+    for line in typed:
+        done = cli(*line[1:], cwd=clone)
+        assert done.code == 0, (line, done.err)
+    assert msgspec.json.decode((clone / "parity.json").read_bytes())["passed"]
+    for block in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=clone, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "name='7'" in done.stdout
+
+
+def test_every_other_command_is_a_target_of_make(tmp_path: Path) -> None:
+    others = [line for line in commands() if line[0] != "dmformer"]
+    assert others == [["make", "demo"], ["make", "test"]]
+    for line in others:
+        plan = subprocess.run([*line, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert ("predict" if line[1] == "demo" else "pytest") in plan
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    table = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    extras = re.findall(r"^(\w+) = \[", table.partition("\n[")[0], flags=re.MULTILINE)
+    named = {
+        name for row in re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE) for name in re.findall("`(.*?)`", row)
+    }
+    assert len(extras) >= 7
+    assert set(extras) <= named
+
+
+def test_the_figures_of_the_networks_are_true() -> None:
+    from dmformer.models.dmformer import create_model, list_models
+    from dmformer.models.flops import count_macs
+
+    for name in list_models():
+        parameters, gmacs = re.findall(rf"\| `{name}` \|.*?\| ([\d.]+) M \| ([\d.]+) \|", README)[0]
+        model = create_model(name)
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == parameters
+        assert f"{count_macs(model, 224) / 1e9:.3g}" == f"{float(gmacs):.3g}"
+
+
+def test_the_pinned_torch_is_the_stated_one() -> None:
+    pinned = re.findall(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert pinned == ["2.13.0"]
+    assert "PyTorch at 2.13.0" in README
