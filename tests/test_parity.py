@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,7 +28,7 @@ from dmformer.verify.parity import Check, check_preprocessing, check_runtime, re
 from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 
@@ -45,23 +45,27 @@ class Subject:
 
 @pytest.fixture(scope="module", params=["demonstration", "dmformer_s"])
 def subject(request: pytest.FixtureRequest) -> Subject:
-    """The trained demonstration checkpoint; DMFormer-S with lively weights, at 96 pixels to save time."""
+    """The trained demonstration checkpoint; DMFormer-S with lively weights, at 64 pixels to save time."""
     if request.param == "demonstration":
         checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
         pixels = golden_pixels(checkpoint.preprocessing, list_images(SAMPLE_IMAGES))
     else:
-        checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, image_size=96, seed=1)
+        checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, image_size=64, seed=1)
         pixels = golden_pixels(checkpoint.preprocessing, [])
     return Subject(checkpoint, make_golden(checkpoint.model(), checkpoint.preprocessing, pixels))
 
 
-def checks_of(subject: Subject, model: DMFormer, folder: Path, engine: str) -> list[Check]:
-    """Trace this model, convert it for an engine, and compare it with the subject's golden outputs."""
-    row = registry.entry(engine)
+def checks_of(subject: Subject, model: DMFormer, folder: Path, engines: Sequence[str]) -> list[Check]:
+    """Trace this model, convert it for each engine, and compare it with the subject's golden outputs."""
     traced = folder / "traced.onnx"
     trace(subject.checkpoint, model, traced)
-    files = converter(row)(ConversionSource(subject.checkpoint, traced, "fp32"), folder).files
-    return list(check_runtime("runtime", registry.available_adapter(row)(files[0]), subject.golden))
+    checks: list[Check] = []
+    for row in map(registry.entry, engines):
+        target = folder / row.name
+        target.mkdir()
+        files = converter(row)(ConversionSource(subject.checkpoint, traced, "fp32"), target).files
+        checks.extend(check_runtime("runtime", registry.available_adapter(row)(files[0]), subject.golden))
+    return checks
 
 
 def perturb(name: str) -> Callable[[DMFormer], None]:
@@ -128,10 +132,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_right_model_passes(subject: Subject, engine: str, tmp_path: Path) -> None:
-    checks = checks_of(subject, subject.checkpoint.model(), tmp_path, engine)
-    assert [check.batch for check in checks] == [1, 2, 5]
+def test_the_right_model_passes(subject: Subject, tmp_path: Path) -> None:
+    checks = checks_of(subject, subject.checkpoint.model(), tmp_path, ENGINES)
+    assert [(check.runtime, check.batch) for check in checks] == [(e, b) for e in ENGINES for b in (1, 2, 5)]
     assert report(checks).passed, checks
 
 
@@ -139,18 +142,15 @@ def test_the_right_model_passes(subject: Subject, engine: str, tmp_path: Path) -
 def test_a_fault_is_caught(subject: Subject, fault: str, tmp_path: Path) -> None:
     model = subject.checkpoint.model()
     FAULTS[fault](model)
-    for engine in ENGINES:
-        folder = tmp_path / engine
-        folder.mkdir()
-        checks = checks_of(subject, model, folder, engine)
-        assert len(checks) == 3
-        assert not any(check.passed for check in checks), (engine, checks)
+    checks = checks_of(subject, model, tmp_path, ENGINES)
+    assert len(checks) == 6
+    assert not any(check.passed for check in checks), checks
 
 
 def test_not_a_number_is_named_before_any_figure(subject: Subject, tmp_path: Path) -> None:
     model = subject.checkpoint.model()
     not_a_number(model)
-    for check in checks_of(subject, model, tmp_path, "onnxruntime"):
+    for check in checks_of(subject, model, tmp_path, ["onnxruntime"]):
         assert check.max_abs is None
         assert "NaN" in (check.reason or "")
 
@@ -184,7 +184,9 @@ def test_one_percent_of_any_tensor_is_caught_unless_it_drowns_in_rounding(subjec
     (reference,) = golden.outputs.values()
     (limit,) = float32_limit(golden.outputs, golden.outputs_float64).values()
     inputs = torch.from_numpy(golden.inputs[-3:])
-    missed, tensors = [], [(k, v) for k, v in model.state_dict().items() if v.is_floating_point()]
+    tensors = [(k, v) for k, v in model.state_dict().items() if v.is_floating_point()]
+    tensors = tensors[:: 1 if len(tensors) < 200 else 20]  # all of nano's, some of S's
+    missed = []
     for name, tensor in tensors:
         before = tensor.clone()
         tensor.mul_(1.01)
@@ -241,8 +243,5 @@ def test_clean_exports_raise_no_alarm(seed: int, tmp_path: Path) -> None:
     checkpoint = random_checkpoint("dmformer_nano", options, image_size=int(random.choice([32, 64, 80])), seed=seed)
     model = checkpoint.model()
     golden = make_golden(model, checkpoint.preprocessing, golden_pixels(checkpoint.preprocessing, []))
-    for engine in ENGINES:
-        folder = tmp_path / engine
-        folder.mkdir()
-        checks = checks_of(Subject(replace(checkpoint), golden), model, folder, engine)
-        assert report(checks).passed, checks
+    checks = checks_of(Subject(checkpoint, golden), model, tmp_path, ENGINES)
+    assert report(checks).passed, checks
