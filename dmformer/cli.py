@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -50,13 +52,15 @@ def main() -> None:
     """Run the command line; the entry point of the ``dmformer`` script."""
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv) - 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # bars and dots in tables, where output is not UTF-8
     try:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
         code = app(args=arguments or ["--help"], prog_name="dmformer", standalone_mode=False)
         sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every failure becomes one line
         if debug:
-            raise
+            traceback.print_exc()
         sys.exit(_report(error))
     sys.exit(code if isinstance(code, int) else 0)
 

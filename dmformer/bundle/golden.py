@@ -64,6 +64,7 @@ def load_golden(path: Path) -> Golden:
 
 def _check_arrays(golden: Golden, path: Path) -> None:
     rows = len(golden.images) if golden.images.ndim else 0
+    expected: list[tuple[str, NDArray[Any], Any, int | None]]
     expected = [("images", golden.images, np.uint8, 4), ("inputs", golden.inputs, np.float32, 4)]
     expected += [(f"outputs/{name}", array, np.float32, None) for name, array in golden.outputs.items()]
     expected += [(f"outputs_float64/{name}", array, np.float64, None) for name, array in golden.outputs_float64.items()]

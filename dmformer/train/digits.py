@@ -136,7 +136,7 @@ def write(output: Path, recipe: Recipe) -> float:
     digits = load_digits()
     model, held_out_accuracy = train(recipe, digits)
     training = {
-        "data": "scikit-learn load_digits, 1437 images",
+        "data": f"scikit-learn load_digits, {len(digits.training)} images",
         "recipe": {"script": "dmformer.train.digits", **vars(recipe)},
         "held_out_images": len(digits.held_out),
         "held_out_top1": round(held_out_accuracy, 6),
@@ -150,7 +150,7 @@ def write(output: Path, recipe: Recipe) -> float:
     samples = output / "digits"
     samples.mkdir(exist_ok=True)
     for label in range(SAMPLES):
-        index = next(i for i in digits.held_out if digits.labels[i] == label)
+        index = digits.held_out[digits.labels[digits.held_out] == label][-1]
         Image.fromarray(digits.pixels[index]).save(samples / f"{label}.png")
     return held_out_accuracy
 

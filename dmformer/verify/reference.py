@@ -6,11 +6,9 @@ import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dmformer.bundle.golden import Golden
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
-from dmformer.models.dmformer import OUTPUT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +41,10 @@ def golden_pixels(preprocessing: Preprocessing, images: Sequence[Path]) -> NDArr
 
 def make_golden(model: DMFormer, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     """Run the network in float32 and in float64 on preprocessed images, one batch of all."""
+    import torch
+
+    from dmformer.models.dmformer import OUTPUT_NAME
+
     inputs = preprocessing.normalize(pixels)
     double = copy.deepcopy(model).double()
     with torch.inference_mode():

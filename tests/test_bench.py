@@ -1,0 +1,396 @@
+"""Benchmarks: figures from samples, settling, timing one runtime, and processes that fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+import dmformer
+from dmformer.bench import api, measure
+from dmformer.bench.measure import Measurement, settled
+from dmformer.bench.report import Result, latency, summarise
+from dmformer.bench.worker import Job
+from dmformer.bench.worker import run as run_job
+from dmformer.bundle.manifest import MANIFEST
+from dmformer.bundle.reader import open_bundle
+from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dmformer.export.pipeline import ExportResult
+
+SCHEMA = Path(dmformer.__file__).parent / "schemas" / "bench.json"
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 63, 64, 661, 662, 1000])
+def test_percentiles_are_numpys_where_there_are_enough_samples(count: int) -> None:
+    samples = np.random.default_rng(count).integers(1_000_000, 50_000_000, count)
+    found = latency(samples.tolist())
+    for name, least in (("p50", 7), ("p90", 64), ("p99", 662)):
+        expected = np.percentile(samples, int(name[1:])) / 1e6 if count >= least else None
+        assert getattr(found, name) == (None if expected is None else pytest.approx(expected))
+    assert found.mean == pytest.approx(samples.mean() / 1e6)
+    assert (found.min, found.max) == (pytest.approx(samples.min() / 1e6), pytest.approx(samples.max() / 1e6))
+
+
+def test_nothing_is_clipped() -> None:
+    found = latency([1_000_000] * 99 + [10_000_000_000])
+    assert found.max == 10_000
+    assert found.mean == pytest.approx(100.99)
+    assert found.p50 == 1
+
+
+def measurement(latencies: list[int], *, stable: bool = True, load_ms: float = 1.0, rss: float = 1.0) -> Measurement:
+    return Measurement(
+        device="CPU", threads=1, version="1", load_ms=load_ms, first_inference_ms=load_ms, stable=stable,
+        latencies_ns=latencies, peak_rss_mb=rss,
+    )  # fmt: skip
+
+
+PLANNED = Result(runtime="fake", precision="fp32", batch=4, threads=1, artifact_sha256="0" * 64, status="ok")
+
+
+def test_rounds_are_pooled() -> None:
+    rounds = [
+        measurement([1_000_000] * 4, load_ms=1, rss=5),
+        measurement([3_000_000] * 4, load_ms=9, rss=7),
+        measurement([2_000_000] * 2, load_ms=2, rss=6),
+    ]
+    found = summarise(PLANNED, rounds)
+    assert (found.status, found.reason, found.samples) == ("ok", None, 10)
+    assert found.latency_ms is not None
+    assert found.latency_ms.mean == pytest.approx(2)
+    assert found.throughput_ips == pytest.approx(4 * 10 / 0.020)
+    assert (found.load_ms, found.first_inference_ms, found.peak_rss_mb) == (2, 2, 7)
+    assert [len(samples) for samples in found.samples_ns] == [4, 4, 2]
+
+
+def test_one_round_that_did_not_settle_makes_the_row_unstable() -> None:
+    found = summarise(PLANNED, [measurement([1] * 10), measurement([1] * 10, stable=False)])
+    assert found.status == "unstable"
+    assert found.reason is not None
+    assert found.latency_ms is not None
+
+
+# --- settling ---------------------------------------------------------------------------------------------------------
+
+
+def noisy(spread: float, count: int) -> list[int]:
+    return (1e6 * (1 + spread * np.random.default_rng(0).uniform(-1, 1, count))).astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("latencies", "expected"),
+    [
+        pytest.param([], False, id="nothing"),
+        pytest.param([100] * 14, False, id="too few"),
+        pytest.param([100] * 15, True, id="flat"),
+        pytest.param([100_000 - 200 * i for i in range(100)], False, id="falling"),
+        pytest.param([100_000 + 200 * i for i in range(100)], False, id="rising"),
+        pytest.param([9000 - 80 * i for i in range(100)] + [1000] * 60, True, id="falling, then flat"),
+        pytest.param([1000] * 60 + [1000 + 50 * i for i in range(60)], False, id="flat, then rising"),
+        pytest.param(noisy(0.01, 100), True, id="a little noise"),
+        pytest.param(noisy(0.9, 60), False, id="much noise"),
+        pytest.param(([100] * 9 + [100_000]) * 10, True, id="lonely spikes"),
+        pytest.param([1000] * 10 + [1030] * 5, True, id="within 3 %"),
+        pytest.param([1000] * 10 + [1031] * 5, False, id="beyond 3 %"),
+        pytest.param([1000] * 80 + [1031] * 10 + [1000] * 10, False, id="window of a tenth"),
+        pytest.param([9999] + [1000] * 15, True, id="only the last windows"),
+    ],
+)
+def test_settled(latencies: list[int], expected: bool) -> None:
+    assert settled(latencies) is expected
+
+
+def test_a_warm_up_that_never_settles_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    latencies = iter(range(1_000, 100_000_000, 1_000))
+    calls: list[int] = []
+
+    def call() -> int:
+        calls.append(next(latencies) ** 2)
+        return calls[-1]
+
+    assert measure._warm_up(call) is False
+    assert len(calls) == measure.WARM_UP_LIMIT * measure.WARM_UP_CALLS + 1
+
+
+# --- timing one runtime -----------------------------------------------------------------------------------------------
+
+
+class Fake(Runtime):
+    """Notes what it is called with."""
+
+    name = "fake"
+
+    def __init__(self, **changed: Any) -> None:
+        super().__init__(Path("fake.model"), threads=1)
+        self.changed = changed
+        self.seen: list[np.ndarray] = []
+        self.closed = 0
+
+    @classmethod
+    def probe(cls) -> Availability:
+        return Availability(True, "1")
+
+    def load(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("x", "float32", ("batch", 2)),)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("y", "float32", ("batch", 2)),)
+
+    @property
+    def details(self) -> Details:
+        told: dict[str, Any] = {"device": "CPU", "precision": "fp32", "threads": 1, "version": "1", **self.changed}
+        return Details(**told)
+
+    def infer(self, inputs: Any) -> Any:
+        self.seen.append(inputs["x"])
+        return {"y": inputs["x"] + 1}
+
+
+ROWS = np.arange(10, dtype=np.float32).reshape(5, 2)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No least time of warm-up, and one that settles at once."""
+    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(measure, "settled", lambda latencies: len(latencies) >= 1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("batch", "least_calls"), [(1, 30), (2, 7), (12, 1)])
+def test_calls_are_counted_apart(batch: int, least_calls: int) -> None:
+    runtime = Fake()
+    found = measure.measure(runtime, ROWS, batch, 0.0, least_calls)
+    assert len(found.latencies_ns) == least_calls
+    assert len(runtime.seen) == 1 + measure.WARM_UP_CALLS + least_calls
+    assert all(len(array) == batch for array in runtime.seen)
+    assert all(sample > 0 for sample in found.latencies_ns)
+    assert runtime.closed == 1
+    assert (found.device, found.threads, found.version, found.stable) == ("CPU", 1, "1", True)
+    assert found.load_ms > 0
+    assert found.first_inference_ms > 0
+    assert found.peak_rss_mb > 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("batch", [1, 2, 5, 12])
+def test_inputs_differ_from_call_to_call(batch: int) -> None:
+    runtime = Fake()
+    measure.measure(runtime, ROWS, batch, 0.0, 5)
+    for one, other in zip(runtime.seen, runtime.seen[1:], strict=False):
+        assert not np.array_equal(one, other)
+    assert {float(array[0, 0]) for array in runtime.seen} == {0, 2, 4, 6, 8}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_duration_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    found = measure.measure(Fake(), ROWS, 1, 50.0, 3)
+    assert 40 <= len(found.latencies_ns) <= 60
+
+
+@pytest.mark.parametrize("changed", [{"threads": 2}, {"precision": "bf16"}])
+def test_what_runs_otherwise_than_asked_is_not_timed(changed: dict[str, Any]) -> None:
+    runtime = Fake(**changed)
+    with pytest.raises(StageFailed, match=f"runs .*{next(iter(changed.values()))}.*expected fp32 on 1"):
+        measure.measure(runtime, ROWS, 1, 0.0, 1)
+    assert not runtime.seen
+    assert runtime.closed == 1
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(exported: ExportResult) -> Any:
+    return dmformer.bench(exported.output, runtimes=["ort"], duration_s=0.3)
+
+
+def test_a_real_run_is_valid_against_its_schema(report: Any) -> None:
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    document = json.loads(msgspec.json.encode(report))
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(document)
+    document["results"][0].pop("status")
+    assert not Draft202012Validator(schema).is_valid(document)
+
+
+def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> None:
+    (row,) = report.results
+    (artifact,) = open_bundle(exported.output).artifacts("onnx")
+    assert row.status in ("ok", "unstable")
+    assert (row.runtime, row.precision, row.batch, row.device) == ("onnxruntime", "fp32", 1, "CPUExecutionProvider")
+    assert row.artifact_sha256 == artifact.sha256
+    assert row.threads == report.environment["cores"]
+    assert len(row.samples_ns) == api.ROUNDS
+    assert row.samples == sum(len(samples) for samples in row.samples_ns) >= 64
+    assert row.latency_ms.min <= row.latency_ms.p50 <= row.latency_ms.p90 <= row.latency_ms.max
+    assert sum(map(sum, row.samples_ns)) > 0.1e9
+    assert min(row.load_ms, row.first_inference_ms, row.throughput_ips, row.peak_rss_mb) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"batches": []}, "batch sizes"),
+        ({"batches": [1, 0]}, "batch sizes"),
+        ({"duration_s": 0}, "duration"),
+        ({"duration_s": -1}, "duration"),
+        ({"duration_s": math.nan}, "duration"),
+        ({"duration_s": math.inf}, "duration"),
+        ({"threads": 0}, "threads"),
+        ({"runtimes": ["tflite"]}, "unknown runtime"),
+        ({"precisions": ["int8"]}, "nothing at int8"),
+    ],
+)
+def test_arguments_that_cannot_be_used(
+    exported: ExportResult, arguments: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_run", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(UsageError, match=expected):
+        dmformer.bench(exported.output, **arguments)
+
+
+def test_a_damaged_file_is_found_before_anything_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_run", lambda *_: pytest.fail("the work was begun"))
+    with (bundle / "onnx/fp32/model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckFailed):
+        dmformer.bench(bundle, runtimes=["ov", "ort"])
+
+
+# A worker for onnxruntime that goes wrong; any other answers at once.
+WORKER = """
+import json, os, signal, sys, time
+job = json.load(sys.stdin)
+if job["runtime"] == "onnxruntime":
+    WRONG
+answer = {"measurement": {"device": "CPU", "threads": 1, "version": "1", "load_ms": 1, "first_inference_ms": 1,
+          "stable": True, "latencies_ns": [1000000] * 30, "peak_rss_mb": 1}}
+open(job["answer"], "w").write(json.dumps(answer))
+"""
+WRONGS = {
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
+    "aborted": ("os.abort()", "ended by signal 6"),
+    "raises": ("raise RuntimeError('out of luck')", "the process failed: RuntimeError: out of luck"),
+    "exits": ("sys.exit(3)", "the process failed: no message"),
+    "hangs": ("time.sleep(600)", "did not end within"),
+    "says so": ("open(job['answer'], 'w').write('{\"error\": \"no luck\"}'); sys.exit()", "^no luck$"),
+    "no answer": ("sys.exit()", "ended without an answer"),
+    "half an answer": ("open(job['answer'], 'w').write('{\"measure'); sys.exit()", "ended without an answer"),
+}
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Put a script in the worker's place; returns the list of the runtimes that it was started for."""
+
+    def replace(script: str) -> list[str]:
+        started: list[str] = []
+        really = api.subprocess.run
+
+        def run(command: list[str], **options: Any) -> Any:
+            assert command == [sys.executable, "-m", "dmformer.bench.worker"]
+            started.append(json.loads(options["input"])["runtime"])
+            return really([sys.executable, "-c", script], **options)
+
+        monkeypatch.setattr(api.subprocess, "run", run)
+        return started
+
+    return replace
+
+
+@pytest.mark.parametrize("kind", WRONGS)
+def test_a_process_that_goes_wrong_is_a_failed_row(
+    exported: ExportResult, kind: str, worker: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, expected = WRONGS[kind]
+    if kind == "hangs":
+        monkeypatch.setattr(api, "PROCESS_LIMIT_S", 2)
+    started = worker(WORKER.replace("WRONG", code))
+    failed, good = dmformer.bench(exported.output, runtimes=["ort", "ov"]).results
+    assert (failed.runtime, failed.status, failed.samples, failed.latency_ms) == ("onnxruntime", "failed", 0, None)
+    assert re.search(expected, failed.reason)
+    assert (good.runtime, good.status, good.samples) == ("openvino", "ok", 90)
+    assert started == ["onnxruntime", "openvino", "openvino", "openvino"]
+
+
+def test_rounds_are_interleaved(exported: ExportResult, worker: Callable[[str], list[str]]) -> None:
+    started = worker(WORKER.replace("WRONG", "pass"))
+    stages: list[str] = []
+
+    def stage(name: str) -> Any:
+        stages.append(name)
+        return api.nullcontext()
+
+    found = dmformer.bench(exported.output, runtimes=["ov", "ort"], batches=[1, 4, 1], stage=stage)
+    assert started == ["openvino", "openvino", "onnxruntime", "onnxruntime"] * api.ROUNDS
+    assert [(row.runtime, row.batch) for row in found.results] == [
+        ("openvino", 1), ("openvino", 4), ("onnxruntime", 1), ("onnxruntime", 4),
+    ]  # fmt: skip
+    assert len(stages) == 12
+    assert stages[0] == f"openvino fp32 batch 1, round 1 of {api.ROUNDS}"
+
+
+def change_artifact(bundle: Path) -> None:
+    """Another model under the same name, with a manifest that fits it."""
+    content = json.loads((bundle / MANIFEST).read_bytes())
+    files = {artifact["format"]: artifact["files"][0] for artifact in content["artifacts"]}
+    files["onnx"]["sha256"] = files["torch"]["sha256"]
+    (bundle / MANIFEST).write_text(json.dumps(content))
+
+
+def test_a_bundle_that_changed_after_planning_is_a_failed_row(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_bundle(bundle)
+    planned = api.describe_machine
+
+    def change() -> Any:
+        change_artifact(bundle)
+        return planned()
+
+    monkeypatch.setattr(api, "describe_machine", change)
+    (row,) = dmformer.bench(opened, runtimes=["ort"], duration_s=0.03).results
+    assert row.status == "failed"
+    assert row.reason is not None
+    assert "the bundle changed" in row.reason
+
+
+def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (artifact,) = open_bundle(bundle).artifacts("onnx")
+    job = Job(
+        bundle=str(bundle), runtime="onnxruntime", precision="fp32", artifact_sha256=artifact.sha256,
+        batch=1, threads=1, duration_s=0.0, least_calls=1, answer="unused",
+    )  # fmt: skip
+    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    assert run_job(job).device == "CPUExecutionProvider"
+    with pytest.raises(StageFailed, match="the bundle changed"):
+        run_job(msgspec.structs.replace(job, artifact_sha256="0" * 64))
+    with (bundle / artifact.files[0].path).open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckFailed):
+        run_job(job)

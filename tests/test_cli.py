@@ -1,0 +1,384 @@
+"""The command line as users have it: exit codes, one line for each failure, JSON, and the last bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+import dmformer
+from dmformer.assets import SAMPLE_IMAGES
+from dmformer.bundle.manifest import MANIFEST, hash_file
+from dmformer.bundle.reader import open_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import Run
+
+    Cli = Callable[..., Run]
+
+SCHEMAS = Path(dmformer.__file__).parent / "schemas"
+COMMANDS = ("export", "verify", "bench", "predict", "inspect", "doctor")
+DIGIT = SAMPLE_IMAGES / "3.png"
+
+
+@dataclass(frozen=True)
+class Made:
+    """One export by the command line: the folder it ran in, its home, and what it said."""
+
+    folder: Path
+    state: str
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "made here"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("work")
+    state = str(tmp_path_factory.mktemp("state"))
+    done = subprocess.run(
+        [sys.executable, "-m", "dmformer", "export", "--format", "all", "--format", "ort", "--output", "made here"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "XDG_STATE_HOME": state},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Made(folder, state, done)
+
+
+@pytest.fixture
+def spoilt(made: Made, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(made.bundle, tmp_path / "spoilt"))
+
+
+def valid(text: str, schema: str) -> Any:
+    """The document, once it was found to be one JSON document and valid."""
+    document = json.loads(text)
+    Draft202012Validator(json.loads((SCHEMAS / f"{schema}.json").read_text(encoding="utf-8"))).validate(document)
+    return document
+
+
+def hidden(folder: Path, engine: str, error: str) -> str:
+    """A PYTHONPATH on which an engine fails to import."""
+    folder.mkdir()
+    (folder / f"{engine}.py").write_text(f"raise {error}\n")
+    return str(folder)
+
+
+# --- without a bundle -------------------------------------------------------------------------------------------------
+
+
+def test_without_arguments_there_is_help(cli: Cli) -> None:
+    bare, asked = cli(), cli("--help")
+    assert (bare.code, bare.err) == (0, "")
+    assert bare.out == asked.out
+    assert all(command in bare.out for command in COMMANDS)
+
+
+def test_version(cli: Cli) -> None:
+    run = cli("--version")
+    assert (run.code, run.out.split(), run.err) == (0, ["dmformer", dmformer.__version__], "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["exprot"], "exprot"),
+        (["--nonsense"], "--nonsense"),
+        (["verify", "--nonsense"], "--nonsense"),
+        (["bench", "--batch", "0"], "--batch"),
+        (["bench", "--batch", "many"], "--batch"),
+        (["bench", "--threads", "0"], "--threads"),
+        (["bench", "--duration", "long"], "--duration"),
+        (["predict"], "IMAGE"),
+        (["predict", "--top-k", "0", DIGIT], "--top-k"),
+        (["inspect", "a", "b"], "unexpected"),
+        (["inspect", "nowhere"], "no bundle at 'nowhere'"),
+        (["verify"], "no bundle named"),
+        (["bench"], "dmformer export"),
+        (["predict", DIGIT], "no bundle named"),
+        (["doctor", "nowhere"], "no bundle at"),
+        (["verify", "--json"], "--json"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_one_line_and_2(cli: Cli, arguments: list[object], expected: str) -> None:
+    run = cli(*arguments)
+    assert run.code == 2
+    assert expected in run.error_line
+    assert run.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "inspect", "nowhere"], ["inspect", "nowhere", "--debug"]])
+def test_debug_anywhere_gives_the_traceback_and_the_same_code(cli: Cli, arguments: list[str]) -> None:
+    run = cli(*arguments)
+    assert run.code == 2
+    assert "Traceback" in run.err
+    assert run.err.splitlines()[-1].startswith("error: no bundle at")
+
+
+def test_debug_alone_is_help(cli: Cli) -> None:
+    assert "Usage" in cli("--debug").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--precision", "int4"], "int4"),
+        (["--format", "tflite"], "tflite"),
+        (["--weights", "missing.safetensors"], "missing.safetensors"),
+        (["--weights", "text.safetensors"], "text.safetensors"),
+        (["--weights", "text.pth"], "text.pth"),
+        (["--arch", "resnet"], "resnet"),
+        (["--model-option", "dilations"], "KEY=VALUE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_export_of_what_cannot_be_used_is_2_and_writes_nothing(
+    cli: Cli, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    for name in ("text.safetensors", "text.pth"):
+        (tmp_path / name).write_text("these are no weights\n")
+    run = cli("export", *arguments)
+    assert run.code == 2, run.err
+    assert expected in run.error_line
+    assert {path.name for path in tmp_path.iterdir()} <= {"text.safetensors", "text.pth", "state"}
+
+
+def test_export_into_a_foreign_folder_is_2(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_text("mine")
+    run = cli("export", "--output", "photos")
+    assert run.code == 2
+    assert "other things in it" in run.error_line
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["1.jpg"]
+
+
+def test_export_dry_run_writes_nothing(cli: Cli, tmp_path: Path) -> None:
+    run = cli("export", "--dry-run", "--format", "ov", "--output", "out")
+    assert run.code == 0
+    assert "openvino/fp32/" in run.out
+    assert "demonstration checkpoint" in run.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor(cli: Cli, made: Made) -> None:
+    run = cli("doctor", "--json")
+    assert (run.code, run.err) == (0, "")
+    assert not valid(run.out, "doctor")["artifacts"]
+    document = valid(cli("doctor", made.bundle, "--json").out, "doctor")
+    assert [artifact["format"] for artifact in document["artifacts"]] == ["torch", "onnx", "openvino"]
+
+
+@pytest.mark.parametrize("error", ["OSError('libfoo.so: cannot open')", "ImportError('none')", "RuntimeError('abi')"])
+def test_doctor_works_on_a_broken_installation(cli: Cli, made: Made, tmp_path: Path, error: str) -> None:
+    path = hidden(tmp_path / "path", "openvino", error)
+    run = cli("doctor", made.bundle, "--json", PYTHONPATH=path)
+    assert run.code == 0, run.err
+    document = valid(run.out, "doctor")
+    found = {runtime["name"]: runtime for runtime in document["runtimes"]}
+    assert not found["openvino"]["available"]
+    assert found["onnxruntime"]["available"]
+    assert error.split("'")[1] in found["openvino"]["reason"]
+    assert {artifact["format"]: artifact["runs"] for artifact in document["artifacts"]}["openvino"] is False
+
+
+# --- on a bundle ------------------------------------------------------------------------------------------------------
+
+
+def test_export_says_what_it_did(made: Made) -> None:
+    assert "demonstration checkpoint" in made.done.stderr
+    assert "Traceback" not in made.done.stderr
+    assert "Parity with PyTorch" in made.done.stdout
+    assert [artifact.format for artifact in open_bundle(made.bundle).manifest.artifacts] == [
+        "torch",
+        "onnx",
+        "openvino",
+    ]
+
+
+def test_the_last_bundle_is_found_in_its_working_folder(cli: Cli, made: Made, tmp_path: Path) -> None:
+    run = cli("inspect", "--json", cwd=made.folder, XDG_STATE_HOME=made.state)
+    assert run.code == 0
+    assert str(made.bundle) in run.err
+    assert run.out == cli("inspect", made.bundle, "--json").out
+    elsewhere = cli("inspect", cwd=tmp_path, XDG_STATE_HOME=made.state)
+    assert elsewhere.code == 2
+    assert "no bundle named" in elsewhere.error_line
+
+
+def test_inspect(cli: Cli, made: Made) -> None:
+    run = cli("inspect", made.bundle, "--json")
+    assert (run.code, run.err) == (0, "")
+    assert valid(run.out, "manifest") == json.loads((made.bundle / MANIFEST).read_bytes())
+    assert "dmformer_nano" in cli("inspect", made.bundle).out
+
+
+def test_verify(cli: Cli, made: Made, tmp_path: Path) -> None:
+    piped = cli("verify", made.bundle, "--runtime", "ort", "--json", "-")
+    assert piped.code == 0
+    assert valid(piped.out, "verify")["passed"]
+    assert "Parity with PyTorch" in piped.err
+    filed = cli("verify", made.bundle, "--runtime", "ort", "--json", "report.json")
+    assert filed.code == 0
+    assert "Parity with PyTorch" in filed.out
+    document = valid((tmp_path / "report.json").read_text(), "verify")
+    assert {check["runtime"] for check in document["checks"]} == {"numpy", "onnxruntime"}
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "predict"])
+@pytest.mark.parametrize("target", ["nowhere/report.json", "."])
+def test_a_report_that_cannot_be_written_is_found_first(cli: Cli, made: Made, command: str, target: str) -> None:
+    images = [DIGIT] if command == "predict" else []
+    run = cli(command, made.bundle, *images, "--json", target)
+    assert run.code == 2
+    assert target in run.error_line
+    assert run.out == ""
+    assert run.err == run.error_line + "\n"  # no stage was begun
+
+
+def test_verify_of_a_tampered_artifact_is_1(cli: Cli, spoilt: Path) -> None:
+    with (spoilt / "onnx/fp32/model.onnx").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"tampered")
+    for arguments in (["verify"], ["bench"], ["predict"]):
+        images = [DIGIT] if arguments == ["predict"] else []
+        run = cli(*arguments, spoilt, *images, "--runtime", "ort")
+        assert run.code == 1
+        assert "changed or damaged" in run.error_line
+
+
+def test_verify_of_another_model_with_hashes_that_fit_is_1(cli: Cli, spoilt: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    path = spoilt / "onnx/fp32/model.onnx"
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f":
+            tensor.CopyFrom(numpy_helper.from_array(values * values.dtype.type(1.1), tensor.name))
+    onnx.save(model, path)
+    content = json.loads((spoilt / MANIFEST).read_bytes())
+    (entry,) = next(artifact["files"] for artifact in content["artifacts"] if artifact["format"] == "onnx")
+    entry["sha256"], entry["bytes"] = hash_file(path)
+    (spoilt / MANIFEST).write_text(json.dumps(content))
+    run = cli("verify", spoilt, "--runtime", "ort", "--json", "report.json")
+    assert run.code == 1
+    assert "parity failed in 3 of 4 checks" in run.error_line
+    rows = [line for line in run.out.splitlines() if "fp32" in line]
+    assert rows[0].split()[0] == "FAILED"
+    assert rows[-1].split()[0] == "ok"
+    assert not valid((spoilt.parent / "report.json").read_text(), "verify")["passed"]
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [("verify", "ImportError('none')"), ("bench", "OSError('no library')"), ("predict", "RuntimeError('abi')")],
+)
+def test_a_runtime_that_cannot_run_is_3(cli: Cli, made: Made, tmp_path: Path, command: str, error: str) -> None:
+    images = [DIGIT] if command == "predict" else []
+    path = hidden(tmp_path / "path", "openvino", error)
+    run = cli(command, made.bundle, *images, "--runtime", "ov", PYTHONPATH=path)
+    assert run.code == 3, run.err
+    assert "openvino cannot run on this machine" in run.error_line
+    assert "onnxruntime" in run.error_line
+
+
+def test_export_without_pytorch_is_3(cli: Cli, tmp_path: Path) -> None:
+    run = cli("export", PYTHONPATH=hidden(tmp_path / "path", "torch", "ModuleNotFoundError('none', name='torch')"))
+    assert run.code == 3
+    assert "pip install 'dmformer[export]'" in run.error_line
+
+
+@pytest.mark.parametrize("runtime", ["torch", "ort", "openvino"])
+def test_predict_reads_the_digits(cli: Cli, made: Made, runtime: str) -> None:
+    images = sorted(SAMPLE_IMAGES.glob("*.png"))
+    run = cli("predict", made.bundle, *images, "--runtime", runtime, "--json", "-")
+    assert run.code == 0, run.err
+    document = valid(run.out, "predict")
+    read = {Path(found["image"]).stem: found["classes"][0]["name"] for found in document["predictions"]}
+    assert len(read) == 10
+    assert all(digit == name for digit, name in read.items()), read
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("missing.png", None),
+        ("text.png", b"no image\n"),
+        ("empty.png", b""),
+        ("broken.png", DIGIT.read_bytes()[: DIGIT.stat().st_size // 2]),
+    ],
+)
+def test_predict_names_the_image_it_cannot_read(
+    cli: Cli, made: Made, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    run = cli("predict", made.bundle, DIGIT, name, "--runtime", "ort")
+    assert run.code == 2
+    assert name in run.error_line
+    assert run.out == ""
+
+
+def test_predict_wants_an_image_and_names_that_are_known(cli: Cli, made: Made) -> None:
+    for arguments, expected in (
+        ([], "no image given"),
+        ([DIGIT, "--runtime", "tflite"], "unknown runtime 'tflite'"),
+        ([DIGIT, "--precision", "int8"], "nothing at int8"),
+    ):
+        run = cli("predict", made.bundle, *arguments)
+        assert run.code == 2
+        assert expected in run.error_line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_predict_where_output_has_another_encoding(cli: Cli, made: Made, encoding: str) -> None:
+    run = cli("predict", made.bundle, DIGIT, "--runtime", "ort", PYTHONIOENCODING=encoding)
+    assert run.code == 0, run.err
+    assert "3.png" in run.out
+
+
+def test_bench(cli: Cli, made: Made, tmp_path: Path) -> None:
+    run = cli("bench", made.bundle, "--runtime", "ort", "--duration", "0.05", "--threads", "1", "--json", "-")
+    assert run.code == 0, run.err
+    (row,) = valid(run.out, "bench")["results"]
+    assert (row["runtime"], row["threads"]) == ("onnxruntime", 1)
+    assert "Latency of dmformer_nano" in run.err
+
+
+@pytest.mark.parametrize("arguments", [["--duration", "0"], ["--duration", "nan"], ["--runtime", "tflite"]])
+def test_bench_of_what_cannot_be_used_is_2(cli: Cli, made: Made, arguments: list[str]) -> None:
+    run = cli("bench", made.bundle, *arguments)
+    assert run.code == 2
+    assert run.error_line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "BUNDLE"], ["inspect", "BUNDLE", "--json"], ["doctor"]])
+def test_output_that_is_closed_early_gives_no_traceback(made: Made, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "dmformer", *(str(made.bundle) if a == "BUNDLE" else a for a in arguments)]
+    reading, writing = os.pipe()
+    os.close(reading)  # closed before anything is written, so that the first write fails
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode not in (0, 2, 3)

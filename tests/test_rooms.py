@@ -1,0 +1,251 @@
+"""What imports what: nothing heavy before it is needed, nothing of PyTorch on a device, dependencies downwards only."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+import dmformer
+from dmformer.schemas.__main__ import TYPES, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dmformer.export.pipeline import ExportResult
+
+PACKAGE = Path(dmformer.__file__).parent
+ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors")
+COMMANDS = ("export", "verify", "bench", "predict", "inspect", "doctor")
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+BLOCKED = set(BLOCKED_NAMES)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code: str, *arguments: object, blocked: tuple[str, ...] = ()) -> str:
+    """Run code in a process in which some packages cannot be imported; returns its standard output."""
+    script = BLOCKER.replace("BLOCKED_NAMES", repr(list(blocked))) + code
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imported(code: str, *arguments: object) -> set[str]:
+    """The top-level packages that a process has imported when the code has run."""
+    tail = '\nprint("\\n" + "@" + " ".join({name.partition(".")[0] for name in sys.modules}))\n'
+    return set(python(code + tail, *arguments).rpartition("@")[2].split())
+
+
+HELP = """
+from dmformer.cli import main
+sys.argv = ["dmformer", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+"""
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    found = imported("import dmformer; dir(dmformer); dmformer.__version__")
+    assert "dmformer" in found
+    assert not found & {*ENGINES, "numpy", "PIL", "typer", "rich", "msgspec"}
+
+
+def test_the_lazy_names_are_there() -> None:
+    for name in dmformer.__all__:
+        assert getattr(dmformer, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dmformer.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("arguments", [(), ("--version",), *((command,) for command in COMMANDS)])
+def test_help_imports_no_engine(arguments: tuple[str, ...]) -> None:
+    found = imported(HELP, *arguments, *(() if arguments == ("--version",) else ("--help",)))
+    assert "dmformer" in found
+    assert not found & set(ENGINES)
+
+
+def test_the_check_sees_an_import() -> None:
+    assert "sqlite3" in imported("import sqlite3")
+    with pytest.raises(AssertionError, match="json is blocked"):
+        python("import json", blocked=("json",))
+
+
+# Modules of a device's rooms that it never imports, and why.
+def device_modules() -> list[str]:
+    rooms = ("assets", "runtimes", "bundle", "data", "bench", "verify", "commands")
+    found = ["dmformer", "dmformer.cli", "dmformer.machine", "dmformer.errors"]
+    for room in rooms:
+        found.append(f"dmformer.{room}")
+        found += [f"dmformer.{room}.{module.name}" for module in pkgutil.iter_modules([str(PACKAGE / room)])]
+    return found
+
+
+def test_every_module_of_a_device_imports_without_an_engine() -> None:
+    code = """
+import importlib
+failed = []
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        failed.append(f"{name}: {error}")
+print(failed)
+"""
+    modules = device_modules()
+    assert len(modules) > 25
+    assert python(code, *modules, blocked=ENGINES).strip() == "[]"
+
+
+def test_a_device_needs_one_runtime_only(exported: ExportResult, tmp_path: Path) -> None:
+    code = """
+import json
+import dmformer
+from dmformer.assets import SAMPLE_IMAGES
+bundle = sys.argv[1]
+with dmformer.load(bundle) as predictor:
+    (prediction,) = predictor.predict([SAMPLE_IMAGES / "3.png"], top_k=1)
+parity = dmformer.verify(bundle)
+report = dmformer.bench(bundle, duration_s=0.03)
+print(json.dumps({
+    "class": prediction.classes[0].name,
+    "runtimes": sorted({check.runtime for check in parity.checks}),
+    "passed": parity.passed,
+    "skipped": len(parity.skipped),
+    "bench": [(row.runtime, row.status != "failed", row.reason) for row in report.results],
+    "engines": sorted(BLOCKED & set(sys.modules)),
+}))
+"""
+    blocked = tuple(name for name in ENGINES if name != "onnxruntime")
+    answer = json.loads(python(code, exported.output, blocked=blocked))
+    assert answer["class"] == "3"
+    assert answer["runtimes"] == ["numpy", "onnxruntime"]
+    assert answer["passed"]
+    assert answer["skipped"] == 2
+    assert [row[:2] for row in answer["bench"]] == [["onnxruntime", True]], answer["bench"]
+    assert answer["engines"] == []
+
+
+# From top to bottom; a module may import from its own line and from those below.
+LAYERS = (
+    "__main__",
+    "cli",
+    "commands",
+    "schemas",
+    "train",
+    "export",
+    "verify",
+    "bench",
+    "bundle",
+    "runtimes",
+    "models",
+    "data",
+    "assets",
+    "machine",
+    "_optional",
+    "errors",
+    "_callable",
+    "__init__",
+)
+# (module, room that it imports from): why it may.
+EXCEPTIONS = {
+    ("__init__", room): "names for type checkers; users' names are loaded when they are first used"
+    for room in ("bench", "bundle", "export", "models", "verify")
+}
+
+
+def room_of(module: str) -> str:
+    """``dmformer.bundle.reader`` -> ``bundle``; ``dmformer`` -> ``__init__``."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def module_name(path: Path) -> str:
+    parts = ["dmformer", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and module of each import of our own, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if is_module(name) else str(node.module) for name in inside]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in found if name.partition(".")[0] == "dmformer")
+
+
+def upward(path: Path) -> Iterator[str]:
+    room = room_of(module_name(path))
+    for line, name in imports(path):
+        other = room_of(name)
+        if LAYERS.index(other) < LAYERS.index(room) and (room, other) not in EXCEPTIONS:
+            yield f"{path.relative_to(PACKAGE)}:{line}: {room} imports {name}"
+
+
+def test_dependencies_point_downwards() -> None:
+    assert [wrong for path in sorted(PACKAGE.rglob("*.py")) for wrong in upward(path)] == []
+
+
+def test_every_exception_is_still_one() -> None:
+    found = {(room_of(module_name(path)), room_of(name)) for path in PACKAGE.rglob("*.py") for _, name in imports(path)}
+    assert set(EXCEPTIONS) <= found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dmformer.bundle.reader",
+        "from dmformer.bundle.reader import open_bundle",
+        "from dmformer import cli",
+        "def f():\n    from dmformer.bench import api",
+        "if TYPE_CHECKING:\n    from dmformer.commands import bench",
+    ],
+)
+def test_an_upward_import_is_seen(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runtimes" / "bad.py"
+    path.parent.mkdir()
+    path.write_text(code)
+    monkeypatch.setattr(sys.modules[__name__], "module_name", lambda _: "dmformer.runtimes.bad")
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "is_module", lambda name: name != "dmformer.bundle.reader.open_bundle")
+    assert len(list(upward(path))) == 1
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_schemas_are_those_of_the_types(name: str) -> None:
+    assert (PACKAGE / "schemas" / f"{name}.json").read_bytes() == encode(TYPES[name])
+
+
+def test_no_schema_is_left_over() -> None:
+    assert {path.stem for path in (PACKAGE / "schemas").glob("*.json")} == set(TYPES)
+
+
+def test_a_changed_type_changes_its_schema() -> None:
+    changed = msgspec.defstruct("PredictReport", [("added", int)], bases=(TYPES["predict"],), kw_only=True)
+    assert encode(changed) != encode(TYPES["predict"])
