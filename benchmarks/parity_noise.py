@@ -76,9 +76,8 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     print(f"the limit is {NOISE_FACTOR:g} times the float32 noise")
     for engine, ratios in clean(count).items():
-        print(
-            f"{engine}: {count} clean exports, largest difference {max(ratios):.2f}, median {np.median(ratios):.2f} x noise"
-        )
+        figures = f"largest difference {max(ratios):.2f}, median {np.median(ratios):.2f} x noise"
+        print(f"{engine}: {count} clean exports, {figures}")
     for name, checkpoint, images in (
         ("demonstration", load_checkpoint(DEMONSTRATION_CHECKPOINT), list_images(SAMPLE_IMAGES)),
         ("dmformer_s, lively weights", random_checkpoint("dmformer_s", {"num_classes": 10}, 96, 1), []),
