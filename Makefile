@@ -29,12 +29,12 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 test-fast: install
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest --numprocesses 2 -m 'not slow'
 
-# Remakes the checkpoint and the images that ship with the package: about three minutes on two cores.
+# Remakes the checkpoint and the images that ship with the package: about two minutes on two cores.
 digits: install
 	$(BIN)/python -m dmformer.train.digits --output dmformer/assets
 

@@ -54,6 +54,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars and dots in tables, where output is not UTF-8
+    signal.signal(signal.SIGTERM, _stop)
     try:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
         code = app(args=arguments or ["--help"], prog_name="dmformer", standalone_mode=False)
@@ -63,6 +64,11 @@ def main() -> None:
             traceback.print_exc()
         sys.exit(_report(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(number: int, _frame: object) -> None:
+    """End by an exception, so that temporary folders go and child processes end with this one."""
+    raise SystemExit(128 + number)
 
 
 def _report(error: BaseException) -> int:
@@ -77,7 +83,9 @@ def _report(error: BaseException) -> int:
         message, code = str(error), error.exit_code
     elif hasattr(error, "format_message"):  # what Typer raises for wrong usage
         message, code = f"{error.format_message()} Try 'dmformer --help'.", 2
-    elif isinstance(error, (OSError, MemoryError)):
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        message, code = "not enough memory; expected more, or a smaller image size, batch or network", 1
+    elif isinstance(error, OSError):
         message, code = f"{type(error).__name__}: {first_line(error)}", 1
     else:
         message, code = f"{type(error).__name__}: {first_line(error)} (a defect of dmformer; add {DEBUG})", 1

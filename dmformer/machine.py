@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dmformer import __version__
+from dmformer.errors import UsageError
 
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino")
 
@@ -19,6 +21,29 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
         return os.cpu_count() or 1
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that cannot be meant; engines start them all, however many.
+
+    Raises:
+        UsageError: fewer than one, or far more than there are cores.
+    """
+    most = 4 * usable_cores()
+    if threads is not None and not 1 <= threads <= most:
+        raise UsageError(f"threads is {threads}; expected 1 to {most}, four times the cores that may be used")
+
+
+def child_command(module: str) -> list[str]:
+    """The command that runs a module of this package in a process of its own.
+
+    ``python -m`` would look for modules in the working folder first, which is the user's.
+    """
+    code = (
+        "import sys; sys.path[:1] = [folder for folder in sys.path[:1] if folder]; "
+        f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", code]
 
 
 def describe_machine() -> dict[str, Any]:

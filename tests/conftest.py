@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from dmformer.export.pipeline import ExportResult
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: workers whose OpenMP threads outnumber the cores wait for one another at every operator.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parents[1]
 
 

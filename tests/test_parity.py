@@ -179,7 +179,7 @@ def test_exchanged_channels_in_preprocessing_are_caught(subject: Subject) -> Non
 
 
 def test_one_percent_of_any_tensor_is_caught_unless_it_drowns_in_rounding(subject: Subject) -> None:
-    """Some biases are so near to zero that 1 % of them is less than float32's own noise; no output could show it."""
+    """Some biases are so near to zero that 1 % of them is hardly more than float32's own noise."""
     model, golden = subject.checkpoint.model(), subject.golden
     (reference,) = golden.outputs.values()
     (limit,) = float32_limit(golden.outputs, golden.outputs_float64).values()
@@ -195,8 +195,8 @@ def test_one_percent_of_any_tensor_is_caught_unless_it_drowns_in_rounding(subjec
         tensor.copy_(before)
         if compare(answer, reference[-3:], limit).passed:
             missed.append(name)
-    assert len(missed) <= 0.05 * len(tensors), missed
-    assert all(name.endswith(".bias") or "running_mean" in name for name in missed), missed
+    assert all(name.endswith(".bias") for name in missed), missed
+    assert len(missed) <= 0.15 * len(tensors), missed
 
 
 def test_a_reference_that_is_not_finite_is_refused(subject: Subject) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import subprocess
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from dmformer.bench.worker import Answer, Job
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.errors import UsageError
-from dmformer.machine import describe_machine, usable_cores
+from dmformer.machine import check_threads, child_command, describe_machine, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,10 +66,9 @@ def bench(
         raise UsageError(f"batch sizes {list(batches)}; expected at least 1")
     if not 0 < duration_s < math.inf:
         raise UsageError(f"duration {duration_s:g} s; expected more than 0")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected at least 1")
+    check_threads(threads)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    chosen, _ = select(opened, runtimes, precisions)
+    chosen, skipped = select(opened, runtimes, precisions)
     for choice in chosen:
         opened.load_path(choice.artifact)  # a damaged file is found before anything is timed
     planned = [
@@ -93,7 +91,7 @@ def bench(
                 if not found or found[-1].measurement:  # a configuration that failed is not tried again
                     found.append(_run(opened, result, duration_s))
     results = tuple(_result(result, found) for result, found in zip(planned, answers, strict=True))
-    return BenchReport(environment=before, results=results)
+    return BenchReport(environment=before, results=results, skipped=tuple(skipped))
 
 
 def _run(bundle: Bundle, result: Result, duration_s: float) -> Answer:
@@ -111,13 +109,14 @@ def _run(bundle: Bundle, result: Result, duration_s: float) -> Answer:
             least_calls=-(-SAMPLES_FOR["p90"] // ROUNDS),
             answer=str(answer),
         )
-        command = [sys.executable, "-m", "dmformer.bench.worker"]
+        limit_s = PROCESS_LIMIT_S + 2 * job.duration_s
+        command = child_command("dmformer.bench.worker")
         try:
             done = subprocess.run(
-                command, input=msgspec.json.encode(job), capture_output=True, timeout=PROCESS_LIMIT_S, check=False
+                command, input=msgspec.json.encode(job), capture_output=True, timeout=limit_s, check=False
             )
         except subprocess.TimeoutExpired:
-            return Answer(error=f"the process did not end within {PROCESS_LIMIT_S} s")
+            return Answer(error=f"the process did not end within {limit_s:.0f} s")
         if done.returncode < 0:
             return Answer(error=f"the process was ended by signal {-done.returncode}")
         if done.returncode > 0:

@@ -55,12 +55,17 @@ class Result(Struct, frozen=True, kw_only=True):
 
 
 class BenchReport(Struct, frozen=True, kw_only=True):
-    """All configurations of one run. ``limits`` and ``noise_floor`` are ``null`` where they were not measured."""
+    """All configurations of one run.
+
+    ``limits`` and ``noise_floor`` are ``null`` where they were not measured; ``skipped`` has a sentence for each
+    artifact that no runtime here can run.
+    """
 
     environment: dict[str, Any]
     results: tuple[Result, ...]
     limits: dict[str, float] | None = None
     noise_floor: float | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def latency(samples_ns: Sequence[int]) -> Latency:

@@ -14,11 +14,11 @@ DEFAULT_BUNDLE = "dmformer-bundle"
 
 def remember(bundle: Path) -> None:
     """Note the bundle that was just written from this working folder; a home that cannot be written is no failure."""
-    note = _note()
     try:
+        note = _note()
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(str(bundle.absolute()), encoding="utf-8")
-    except OSError:
+    except (OSError, RuntimeError, UnicodeError):  # RuntimeError: there is no home at all
         return
 
 
@@ -32,7 +32,7 @@ def find_bundle(named: Path | None) -> Bundle:
         return open_bundle(named)
     try:
         remembered = Path(_note().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+    except (OSError, RuntimeError, UnicodeError):
         remembered = Path(DEFAULT_BUNDLE)
     for candidate in (remembered, Path(DEFAULT_BUNDLE)):
         if candidate.is_dir():

@@ -133,6 +133,19 @@ class Manifest(Struct, frozen=True, kw_only=True):
     files: tuple[FileEntry, ...]
     evidence: Evidence
 
+    def __post_init__(self) -> None:
+        if len(self.inputs) != 1 or len(self.outputs) != 1:
+            raise UsageError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs; expected one each")
+        shape = self.outputs[0].shape
+        if self.model.classes and shape[-1:] != (len(self.model.classes),):
+            raise UsageError(f"{len(self.model.classes)} class names for an output of shape {shape}")
+        size = self.preprocessing.image_size
+        if self.inputs[0].shape[1:] != (len(self.preprocessing.channels), size, size):
+            raise UsageError(f"an input of shape {self.inputs[0].shape} for images of {size} pixels")
+        kinds = [(artifact.format, artifact.precision) for artifact in self.artifacts]
+        if len(set(kinds)) < len(kinds):
+            raise UsageError("the same format and precision twice among the artifacts")
+
     def encode(self) -> bytes:
         """As indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"

@@ -11,6 +11,7 @@ from msgspec import Struct
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import Choice, select
 from dmformer.data.images import load_pixels
+from dmformer.errors import StageFailed
 from dmformer.runtimes import registry
 
 if TYPE_CHECKING:
@@ -63,14 +64,14 @@ class Predictor:
     ) -> None:
         self.runtime.__exit__(kind, error, traceback)
 
-    def predict(self, images: Sequence[str | Path], top_k: int = 5) -> list[Prediction]:
+    def predict(self, images: str | Path | Sequence[str | Path], top_k: int = 5) -> list[Prediction]:
         """Classify image files.
 
         Raises:
             UsageError: an image cannot be read; the message names it.
-            StageFailed: the runtime failed.
+            StageFailed: the runtime failed, or answered with NaN or infinity.
         """
-        paths = [Path(image) for image in images]
+        paths = [Path(image) for image in ([images] if isinstance(images, (str, Path)) else images)]
         preprocessing = self.manifest.preprocessing
         (output,) = self.manifest.outputs
         predictions = []
@@ -82,6 +83,8 @@ class Predictor:
         return predictions
 
     def _top(self, path: Path, logits: np.ndarray, top_k: int) -> Prediction:
+        if not np.isfinite(logits).all():
+            raise StageFailed(f"{self.runtime.name} answers {path} with NaN or infinity; expected finite logits")
         scaled = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = scaled / scaled.sum()
         names = self.manifest.model.classes

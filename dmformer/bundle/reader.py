@@ -23,7 +23,7 @@ class Bundle:
         """The file, once its size and SHA-256 were found to be the manifest's.
 
         Raises:
-            CheckFailed: it is missing, a link, or of another content.
+            CheckFailed: it is missing, leads out of the bundle, or is of another content.
         """
         path = self.root / entry.path
         if not path.is_file() or not path.resolve().is_relative_to(self.root.resolve()):
@@ -44,6 +44,29 @@ class Bundle:
         """
         paths = [self.check(entry) for entry in artifact.files]
         return paths[0]
+
+    def entries(self) -> list[FileEntry]:
+        """Every file that the manifest lists."""
+        return [*self.manifest.files, *(file for artifact in self.manifest.artifacts for file in artifact.files)]
+
+    def unlisted(self) -> list[str]:
+        """Files below the bundle's folder that the manifest does not list, the manifest itself excepted."""
+        listed = {MANIFEST, *(entry.path for entry in self.entries())}
+        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
+        return sorted(set(found) - listed)
+
+    def check_all(self) -> None:
+        """Every listed file by its hash, and no file that is not listed.
+
+        This finds damage and mistakes. Somebody who can write the bundle can write its manifest too.
+
+        Raises:
+            CheckFailed: a file is missing, of another content, or not listed.
+        """
+        for entry in self.entries():
+            self.check(entry)
+        if unlisted := self.unlisted():
+            raise CheckFailed(f"{self.root}: {unlisted[0]!r} is not listed in the manifest; expected no other files")
 
     def golden(self) -> Golden:
         """Golden inputs and outputs, after checking their hash.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmformer.bundle.manifest import MANIFEST
+from dmformer.bundle.reader import open_bundle
 from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
@@ -29,17 +29,30 @@ def check_destination(destination: Path) -> None:
     """
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"output {str(destination)!r} is a file; expected a folder")
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
-        raise UsageError(
-            f"output {str(destination)!r} is a folder with other things in it; "
-            "expected a new one, an empty one or a bundle"
-        )
+    if destination.is_dir() and any(destination.iterdir()):
+        _check_replaceable(destination)
     if destination.is_dir() and Path.cwd().is_relative_to(destination.resolve()):
         raise UsageError(f"output {str(destination)!r} is the working folder or above it; expected a folder in it")
     parent = destination.resolve().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another --output")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A folder that is replaced goes away with all that is in it, so it must hold a bundle and nothing else."""
+    try:
+        foreign = open_bundle(folder).unlisted()
+    except UsageError as error:
+        raise UsageError(
+            f"output {str(folder)!r} is a folder with other things in it than a bundle; "
+            "expected a new one, an empty one or a bundle"
+        ) from error
+    if foreign:
+        raise UsageError(
+            f"output {str(folder)!r} is a bundle with another file in it, {foreign[0]!r}, which would be lost; "
+            "move it away or choose another --output"
+        )
 
 
 @contextmanager
@@ -77,8 +90,14 @@ def _umask() -> int:
 def _put_in_place(folder: Path, destination: Path) -> None:
     """Rename; where a bundle is in the way, exchange the two in one system call: the old one is then ``folder``."""
     if not destination.exists():
-        folder.rename(destination)
-    elif not _exchange(folder, destination):
+        try:
+            folder.rename(destination)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return  # otherwise another export has put its bundle there in the meantime
+    if not _exchange(folder, destination):
         # No atomic exchange on this system: for a moment there is no bundle, but never a mixture.
         retired = folder.with_name(folder.name + "-old")
         destination.rename(retired)

@@ -50,8 +50,8 @@ def bench(
             duration_s=duration,
             stage=shown.stage,
         )
-    present.write_json(report, json_file)
     _show(report, opened.manifest.model.arch, ROUNDS, json_file)
+    present.write_json(report, json_file)
     failed = [result for result in report.results if result.status == "failed"]
     if failed:
         raise StageFailed(f"{len(failed)} of {len(report.results)} rows failed; first: {failed[0].reason}")
@@ -80,6 +80,8 @@ def _show(report: BenchReport, arch: str, rounds: int, json_file: str | None) ->
     present.show(listing, json_file)
     machine = report.environment
     present.show(f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}", json_file)
+    for reason in report.skipped:
+        present.say(f"not timed: {reason}")
     for row in report.results:
         if row.reason:
             present.say(f"{row.runtime} {row.precision} batch {row.batch}: {row.reason}")

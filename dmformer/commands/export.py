@@ -47,7 +47,9 @@ def export(
             help="A field of the model's configuration, like gate_input=x_prime or dilations=[1,1,1]. Repeatable.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random weights that --arch alone exports.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random weights that --arch alone exports.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write the bundle although a parity check failed.")] = False,
 ) -> None:
@@ -61,7 +63,7 @@ def export(
     from dmformer.bundle.locate import remember
     from dmformer.bundle.writer import check_destination
     from dmformer.export.api import make_request
-    from dmformer.export.pipeline import Progress
+    from dmformer.export.pipeline import Progress, check_possible
     from dmformer.export.pipeline import export as run_export
 
     check_destination(output)
@@ -71,6 +73,7 @@ def export(
     )  # fmt: skip
     _say_source(request)
     if dry_run:
+        check_possible(request)
         _show_plan(request)
         return
     with present.stages() as shown:

@@ -39,8 +39,8 @@ def verify(
     opened = present.bundle_named(bundle)
     with present.stages() as shown:
         report = run_verify(opened, runtimes=runtime or [], weights=weights, images=images, stage=shown.stage)
-    present.write_json(report, json_file)
     _show(report, json_file)
+    present.write_json(report, json_file)
     failed = [check for check in report.checks if not check.passed]
     if failed:
         first = failed[0]

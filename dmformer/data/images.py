@@ -51,6 +51,8 @@ def open_image(path: Path) -> Image:
                 image.load()
                 copied: Image = image.copy()
                 return copied
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file; expected an image") from error
     except UnidentifiedImageError as error:
         raise UsageError(f"{path}: not an image that Pillow can read; expected PNG, JPEG or the like") from error
     except (PillowImage.DecompressionBombWarning, PillowImage.DecompressionBombError) as error:

@@ -70,6 +70,7 @@ def make_request(
     force: bool,
 ) -> ExportRequest:
     """Everything an export needs, read and checked; see :func:`export`."""
+    precisions = [precision.lower() for precision in precisions]
     if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
         raise UsageError(f"precision {unknown[0]!r}; this version makes {', '.join(PRECISIONS)}")
     source = find_source(

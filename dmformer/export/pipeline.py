@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from dmformer import __version__
+from dmformer._optional import require
 from dmformer.bundle.manifest import (
     GOLDEN,
     MANIFEST,
@@ -26,7 +28,7 @@ from dmformer.bundle.manifest import (
     file_entry,
 )
 from dmformer.bundle.writer import check_destination, staged
-from dmformer.errors import CheckFailed
+from dmformer.errors import CheckFailed, UnavailableError
 from dmformer.export import onnx_file
 from dmformer.export.formats import ConversionSource, converter, versions
 from dmformer.export.simplify import simplify
@@ -35,7 +37,7 @@ from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
 from dmformer.models.flops import count_macs
 from dmformer.runtimes import registry
-from dmformer.verify.parity import Check, ParityReport, check_preprocessing, check_runtime, report, run_in_batches
+from dmformer.verify.parity import Check, ParityReport, check_runtime, report, run_in_batches
 from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
@@ -87,13 +89,29 @@ class Progress:
     """Told about each stage; the default says nothing."""
 
     stage: Callable[[str], AbstractContextManager[object]] = field(default=lambda _: nullcontext())
-    planned: Callable[[int], None] = field(default=lambda _: None)
 
 
 def planned_artifacts(request: ExportRequest) -> list[str]:
     """Paths of what an export would write, relative to the bundle; nothing is run."""
     artifacts = [f"{name}/{precision}/" for name in request.formats for precision in request.precisions]
     return [MANIFEST, GOLDEN, *artifacts, PARITY_REPORT]
+
+
+def check_possible(request: ExportRequest) -> list[registry.Entry]:
+    """The formats' rows, once everything that the export needs was seen to be there; nothing is run.
+
+    Raises:
+        UnavailableError: a package that the export or a format needs is not installed.
+        UsageError: the output folder cannot be used.
+    """
+    check_destination(request.output)
+    require("onnx", extra="export", purpose="export to ONNX")
+    if importlib.util.find_spec("onnxsim") is None:  # only its own process imports it
+        raise UnavailableError("simplification needs 'onnxsim', not installed; run: pip install 'dmformer[export]'")
+    rows = [registry.entry_of_format(name) for name in request.formats]
+    for row in [registry.entry("onnxruntime"), *rows]:  # onnxruntime checks the ONNX stages of every export
+        registry.available_adapter(row)
+    return rows
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
@@ -106,11 +124,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
         UsageError: the output folder or an image cannot be used.
     """
     progress = progress or Progress()
-    check_destination(request.output)
-    rows = [registry.entry_of_format(name) for name in request.formats]
-    for row in [registry.entry("onnxruntime"), *rows]:  # onnxruntime checks the ONNX stages of every export
-        registry.available_adapter(row)
-    progress.planned(4 + 2 * len(rows))
+    rows = check_possible(request)
     with staged(request.output) as folder, tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
         return _Export(request, folder, Path(scratch), progress).run(rows)
 
@@ -132,7 +146,6 @@ class _Export:
             pixels = golden_pixels(self.checkpoint.preprocessing, self.request.images)
             golden = make_golden(model, self.checkpoint.preprocessing, pixels)
             golden.save(self.folder / GOLDEN)
-            self.checks.append(check_preprocessing(self.checkpoint.preprocessing, golden))
         with self.progress.stage("trace to ONNX"):
             traced = self.scratch / "traced.onnx"
             trace(self.checkpoint, model, traced)
@@ -149,6 +162,9 @@ class _Export:
     def _simplify(self, traced: Path, golden: Golden) -> tuple[Path, Simplification]:
         """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
         before = len(onnx_file.read(traced).graph.node)
+        if not all(check.passed for check in self.checks):
+            reason = "the traced graph failed its checks, so there is nothing to compare a simplified one with"
+            return traced, Simplification(kept=False, reason=reason, nodes_before=before, nodes_after=None)
         simplified = self.scratch / "simplified.onnx"
         simplify(traced, simplified)
         model = onnx_file.read(simplified)

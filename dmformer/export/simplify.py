@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from dmformer.errors import StageFailed
+from dmformer.machine import child_command
 
 TIMEOUT_S = 900
 
@@ -21,7 +22,7 @@ def simplify(source: Path, destination: Path) -> None:
     Raises:
         StageFailed: onnxsim refused, crashed, or took longer than :data:`TIMEOUT_S` seconds.
     """
-    command = [sys.executable, "-m", "dmformer.export.simplify", str(source), str(destination)]
+    command = [*child_command("dmformer.export.simplify"), str(source), str(destination)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:

@@ -7,11 +7,13 @@ Two kinds of file are read. ``.safetensors`` carries the configuration in its me
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -22,14 +24,11 @@ from dmformer.errors import UsageError, first_line
 from dmformer.models.dmformer import DMFormer, DMFormerConfig, variant_config
 from dmformer.models.infer import UNTOLD, infer_config, variant_name
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 METADATA_KEY = "dmformer"
 METADATA_VERSION = 1
 
 # What training scripts wrap the weights in; the averaged weights come first, as they are the ones to deploy.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = ".num_batches_tracked"
 _LISTED = 6
@@ -52,6 +51,7 @@ class Checkpoint:
         sha256: of the file; ``None`` for weights that came from no file.
         notes: what was assumed, chosen or converted while reading, one sentence each.
         training: recipe, data and accuracy, as the file's metadata has them.
+        described: whether configuration, preprocessing and classes are the file's own word.
     """
 
     arch: str
@@ -62,6 +62,7 @@ class Checkpoint:
     sha256: str | None = None
     notes: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    described: bool = False
 
     def model(self) -> DMFormer:
         """The network with these weights, in evaluation mode."""
@@ -98,7 +99,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(
-    path: Path, arch: str | None = None, options: Mapping[str, Any] | None = None, image_size: int | None = None
+    path: str | Path,
+    arch: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    fallback: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Read a checkpoint and check it against the network it is for.
 
@@ -110,16 +115,21 @@ def load_checkpoint(
         arch: a variant's name; inferred where it is not given.
         options: fields of :class:`DMFormerConfig` that override what the file says.
         image_size: replaces the preprocessing's input size, in pixels.
+        fallback: fields of :class:`DMFormerConfig` to take instead of the defaults where nothing tells them.
 
     Raises:
         UsageError: the file is missing, truncated, of another kind, wants to run code, holds values that are not
             finite, or does not fit the network.
     """
+    path = Path(path)
     raw, metadata_text, sha256 = _read(path)
     notes: list[str] = []
     state = _normalise(_unwrap(raw, path, notes), path, notes)
     metadata = _parse_metadata(metadata_text, path)
-    config = _decide_config(state, metadata, arch, options or {}, notes)
+    try:
+        config = _decide_config(state, metadata, arch, options or {}, fallback or {}, notes)
+    except UsageError as error:
+        raise UsageError(f"checkpoint {str(path)!r}: {error}") from error
     _check_fit(state, config, path)
     preprocessing = metadata.preprocessing if metadata else default_preprocessing(config)
     if metadata is None:
@@ -141,11 +151,12 @@ def load_checkpoint(
         sha256=sha256,
         notes=tuple(notes),
         training=metadata.training if metadata else {},
+        described=metadata is not None,
     )
 
 
 def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
-    """ImageNet's evaluation transform; for one input channel its mean and deviation are those of luma in 0..1."""
+    """ImageNet's evaluation transform; one input channel is scaled to -1..1 instead."""
     if config.in_channels == 1:
         return Preprocessing(channels="L", mean=(0.5,), std=(0.5,))
     return Preprocessing()
@@ -153,6 +164,9 @@ def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
 
 def _read(path: Path) -> tuple[Any, str | None, str]:
     """The file's content, the text of its metadata, and its SHA-256."""
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", ".pt", ".pth"):
+        raise UsageError(f"checkpoint {str(path)!r} ends in {path.suffix!r}; expected .safetensors, .pt or .pth")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -160,12 +174,10 @@ def _read(path: Path) -> tuple[Any, str | None, str]:
     sha256 = hashlib.sha256(data).hexdigest()
     if _PAGE.match(data):
         raise UsageError(f"checkpoint {str(path)!r} is an HTML or XML page, not weights: download it again")
-    if path.suffix == ".safetensors":
+    if suffix == ".safetensors":
         state, text = _read_safetensors(data, path)
         return state, text, sha256
-    if path.suffix in (".pt", ".pth"):
-        return _read_pickle(path), None, sha256
-    raise UsageError(f"checkpoint {str(path)!r} ends in {path.suffix!r}; expected .safetensors, .pt or .pth")
+    return _read_pickle(data, path), None, sha256
 
 
 def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -183,13 +195,13 @@ def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], str |
     return state, (header.get("__metadata__") or {}).get(METADATA_KEY)
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(data: bytes, path: Path) -> Any:
     import pickle
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to programmers
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever the code that they reach raises
         if isinstance(error, pickle.UnpicklingError) and _WANTS_CODE.search(str(error)):
             raise UsageError(
@@ -305,20 +317,20 @@ def _decide_config(
     metadata: Metadata | None,
     arch: str | None,
     options: Mapping[str, Any],
+    fallback: Mapping[str, Any],
     notes: list[str],
 ) -> DMFormerConfig:
-    if arch is not None:
-        shaped = {**variant_config(arch).to_dict(), **_class_count(state)}
-        untold: tuple[str, ...] = UNTOLD
-    elif metadata is not None:
-        shaped, untold = {}, ()
-    else:
-        shaped, untold = infer_config(state)
     told = metadata.config if metadata is not None else {}
     if arch is not None:  # the shapes are the variant's; the rest may still come from the file
         told = {name: value for name, value in told.items() if name in UNTOLD}
-    config = DMFormerConfig.from_dict({**shaped, **told, **options})
-    assumed = [name for name in untold if name not in told and name not in options]
+        shaped = {**variant_config(arch).to_dict(), **_class_count(state)}
+    elif set(told) >= {field.name for field in fields(DMFormerConfig)}:
+        shaped = {}
+    else:
+        shaped, _ = infer_config(state)
+    given = {name: value for name, value in fallback.items() if name in UNTOLD} | told | dict(options)
+    config = DMFormerConfig.from_dict({**shaped, **given})
+    assumed = [name for name in UNTOLD if name not in given]
     if assumed:
         values = ", ".join(f"{name}={msgspec.json.encode(config.to_dict()[name]).decode()}" for name in assumed)
         notes.append(f"not told by the checkpoint, so the defaults were assumed: {values}")

@@ -350,6 +350,7 @@ def variant_config(name: str, **overrides: Any) -> DMFormerConfig:
     Raises:
         UsageError: no such variant, no such field, or a value out of its range.
     """
+    name = name.lower()
     if name not in VARIANTS:
         raise UsageError(f"unknown architecture {name!r}; expected one of {', '.join(VARIANTS)}")
     return DMFormerConfig.from_dict({**VARIANTS[name].to_dict(), **overrides})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
-from dmformer.machine import usable_cores
+from dmformer.machine import check_threads, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,8 +77,7 @@ class Runtime(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
 
     def __init__(self, path: Path, *, threads: int | None = None, precision: str = "fp32") -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads is {threads}; expected at least 1")
+        check_threads(threads)
         self.path = path
         self.threads = threads if threads is not None else usable_cores()
         self.precision = precision

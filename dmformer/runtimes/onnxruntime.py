@@ -19,7 +19,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(dou
 
 
 def _import() -> Any:
-    return require("onnxruntime", extra="onnxruntime", purpose="runtime onnxruntime")
+    return require("onnxruntime", extra="onnxruntime", purpose="it")
 
 
 class OnnxRuntime(Runtime):

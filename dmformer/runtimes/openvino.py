@@ -21,7 +21,7 @@ _PRECISION_HINT = {"fp32": "f32"}
 
 
 def _import() -> Any:
-    return require("openvino", extra="openvino", purpose="runtime openvino")
+    return require("openvino", extra="openvino", purpose="it")
 
 
 class OpenVinoRuntime(Runtime):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _import() -> Any:
-    return require("torch", extra="export", purpose="runtime torch")
+    return require("torch", extra="export", purpose="it")
 
 
 class TorchRuntime(Runtime):

@@ -42,7 +42,7 @@ class Recipe:
     """Hyper-parameters; the defaults made the checkpoint that is shipped."""
 
     seed: int = 0
-    epochs: int = 20
+    epochs: int = 12
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.05

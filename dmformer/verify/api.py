@@ -10,8 +10,13 @@ from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import list_images
 from dmformer.errors import UsageError
-from dmformer.verify.compare import compare, float32_limit
+from dmformer.verify.compare import Comparison, compare, float32_limit
 from dmformer.verify.parity import Check, ParityReport, as_check, check_preprocessing, check_runtime, report
+
+MOST_IMAGES = 64  # of a folder, evenly spread over it
+
+# Fields of the configuration that change nothing in a trained network.
+_FOR_TRAINING = ("drop_path", "layer_scale")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,17 +43,20 @@ def verify(
         bundle: a bundle's folder.
         runtimes: names of runtimes; otherwise every one that can run on this machine.
         weights: a checkpoint to compare with; the golden outputs are compared with it too.
-        images: a folder of images to compare on, beside the golden ones; needs PyTorch, and ``weights`` or a bundle
+        images: a folder of images to compare on beside the golden ones, at most 64 of them, spread evenly over the
+            folder; needs PyTorch, and ``weights`` or a bundle
             with the ``torch`` format.
         stage: told about each step.
 
     Raises:
-        CheckFailed: a file is not what the manifest says.
+        CheckFailed: a file is not what the manifest says, or is not listed in it.
         UnavailableError: a runtime that was named, or every one, cannot run on this machine.
         UsageError: an argument or a file cannot be used.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     chosen, skipped = select(opened, runtimes)
+    with stage("integrity"):
+        opened.check_all()
     golden = opened.golden()
     with stage("preprocessing"):
         checks: list[Check] = [check_preprocessing(opened.manifest.preprocessing, golden)]
@@ -57,6 +65,7 @@ def verify(
         with stage("PyTorch reference"):
             checkpoint = _reference_checkpoint(opened, Path(weights) if weights is not None else None)
             reference = _recompute(opened, checkpoint, golden, Path(images) if images is not None else None)
+            checks.append(_check_description(opened, checkpoint))
             checks.append(_check_golden(golden, reference))
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
@@ -73,8 +82,9 @@ def _reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
 
     config = bundle.manifest.model.config
     if weights is not None:
-        # What names and shapes cannot tell is taken from the bundle, or else a plain .pth could not be compared.
-        return load_checkpoint(weights, options={name: config[name] for name in UNTOLD if name in config})
+        # What neither names nor shapes nor the file's metadata tell is taken from the bundle: a plain .pth could not
+        # be compared otherwise.
+        return load_checkpoint(weights, fallback={name: config[name] for name in UNTOLD if name in config})
     for artifact in bundle.artifacts("torch"):
         return load_checkpoint(bundle.load_path(artifact))
     raise UsageError("images have no stored answers; give --weights FILE, or export with --format torch as well")
@@ -94,6 +104,22 @@ def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, images: P
     return make_golden(checkpoint.model(), bundle.manifest.preprocessing, pixels)
 
 
+def _check_description(bundle: Bundle, checkpoint: Checkpoint) -> Check:
+    """What the checkpoint says of itself against the manifest; the input's size is the exporter's to choose."""
+    model, differing = bundle.manifest.model, []
+    ours = checkpoint.config.to_dict()
+    differing += [name for name in ours if name not in _FOR_TRAINING and ours[name] != model.config.get(name)]
+    if checkpoint.described:
+        size = bundle.manifest.preprocessing.image_size
+        if checkpoint.preprocessing.resized_to(size) != bundle.manifest.preprocessing:
+            differing.append("preprocessing")
+        if checkpoint.classes != model.classes:
+            differing.append("classes")
+    reason = f"checkpoint and manifest differ in {', '.join(differing)}" if differing else None
+    comparison = Comparison(not differing, reason=reason)
+    return as_check("description", "torch", "fp32", len(bundle.manifest.inputs), comparison, None)
+
+
 def _check_golden(golden: Golden, reference: Golden) -> Check:
     """The bundle's stored answers against the checkpoint's: is the bundle made from these weights?"""
     (name,) = golden.outputs
@@ -101,6 +127,3 @@ def _check_golden(golden: Golden, reference: Golden) -> Check:
     rows = len(golden.images)
     comparison = compare(golden.outputs[name], reference.outputs[name][:rows], limit)
     return as_check("golden", "torch", "fp32", rows, comparison, limit)
-
-
-MOST_IMAGES = 64

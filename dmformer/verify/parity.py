@@ -130,7 +130,9 @@ def _compare_outputs(
     return min(found, key=lambda pair: (pair[0].passed, -(pair[0].max_abs or 0.0) / pair[1].max_abs))
 
 
-def as_check(stage: str, runtime: str, precision: str, batch: int, comparison: Comparison, limit: Limit) -> Check:
+def as_check(
+    stage: str, runtime: str, precision: str, batch: int, comparison: Comparison, limit: Limit | None
+) -> Check:
     """A row of the report from a comparison."""
     return Check(
         stage=stage,
@@ -142,7 +144,7 @@ def as_check(stage: str, runtime: str, precision: str, batch: int, comparison: C
         max_rel=comparison.max_rel,
         cosine=comparison.cosine,
         top1_agreement=comparison.top1_agreement,
-        limit=limit.max_abs,
-        limit_source=limit.source,
+        limit=limit.max_abs if limit else None,
+        limit_source=limit.source if limit else None,
         reason=comparison.reason,
     )
