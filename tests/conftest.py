@@ -46,12 +46,13 @@ def cli(tmp_path: Path) -> Callable[..., Run]:
     """Run ``dmformer`` in a process and a working folder of its own, with a home of its own."""
 
     def run(*arguments: object, cwd: Path = tmp_path, **environment: str) -> Run:
+        inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # xdist sets it
         done = subprocess.run(
             [sys.executable, "-m", "dmformer", *map(str, arguments)],
             capture_output=True,
             text=True,
             cwd=cwd,
-            env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), **environment},
+            env={**inherited, "XDG_STATE_HOME": str(tmp_path / "state"), **environment},
             timeout=300,
             check=False,
         )

@@ -23,6 +23,7 @@ from dmformer.bench.worker import run as run_job
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.machine import child_command
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
         really = api.subprocess.run
 
         def run(command: list[str], **options: Any) -> Any:
-            assert command == [sys.executable, "-m", "dmformer.bench.worker"]
+            assert command == child_command("dmformer.bench.worker")
             started.append(json.loads(options["input"])["runtime"])
             return really([sys.executable, "-c", script], **options)
 

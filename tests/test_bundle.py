@@ -427,13 +427,32 @@ def test_a_manifest_that_lists_no_golden_file(bundle: Path) -> None:
 
 
 def fill(folder: Path, content: str) -> None:
-    (folder / MANIFEST).write_text(content)
-    (folder / "sub").mkdir()
+    """A bundle that says its content twice: as the tool's version in the manifest, and in a file."""
+    (folder / "sub").mkdir(exist_ok=True)
     (folder / "sub" / "file").write_text(content)
+    files = (file_entry(folder, folder / "sub" / "file"),)
+    manifest = {
+        "schema_version": 1,
+        "tool_version": content,
+        "model": {"arch": "a", "config": {}, "task": "classification", "classes": [], "parameters": 1, "macs": 1}
+        | {"weights": "random"},
+        "preprocessing": {"image_size": 32},
+        "inputs": [{"name": "image", "dtype": "float32", "shape": ["batch", 3, 32, 32]}],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 2]}],
+        "simplification": {"kept": True, "reason": "", "nodes_before": 1, "nodes_after": 1},
+        "artifacts": [{"format": "onnx", "precision": "fp32", "files": files, "built_with": {}}],
+        "files": [],
+        "evidence": {"parity": {"passed": True, "checks": 1, "failed": 0, "report": "r"}},
+    }
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+
+
+def version_in(manifest: bytes) -> str:
+    return decode_manifest(manifest, "manifest").tool_version
 
 
 def content_of(bundle: Path) -> tuple[str, str]:
-    return (bundle / MANIFEST).read_text(), (bundle / "sub" / "file").read_text()
+    return version_in((bundle / MANIFEST).read_bytes()), (bundle / "sub" / "file").read_text()
 
 
 def write(destination: Path, content: str) -> None:
@@ -459,10 +478,34 @@ def test_what_may_be_replaced(tmp_path: Path, before: str, atomic: bool, monkeyp
         (tmp_path / "b").mkdir()
     if before == "bundle":
         fill(tmp_path / "b", "old")
-        (tmp_path / "b" / "stray").touch()
     write(tmp_path / "b", "new")
     assert content_of(tmp_path / "b") == ("new", "new")
-    assert not (tmp_path / "b" / "stray").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "sub/other", "onnx/model.onnx"])
+def test_a_bundle_with_another_file_in_it_is_not_replaced(tmp_path: Path, stray: str) -> None:
+    write(tmp_path / "b", "old")
+    (tmp_path / "b" / stray).parent.mkdir(exist_ok=True)
+    (tmp_path / "b" / stray).write_text("a user's own")
+    with pytest.raises(UsageError, match="would be lost"):
+        write(tmp_path / "b", "new")
+    assert (tmp_path / "b" / stray).read_text() == "a user's own"
+
+
+def test_a_folder_whose_manifest_is_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"manifest_version": 3, "name": "an extension of a browser"}')
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="other things in it"):
+        write(tmp_path, "new")
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_bundle_that_another_export_put_there_meanwhile_is_replaced(tmp_path: Path) -> None:
+    with writer.staged(tmp_path / "b") as folder:
+        fill(folder, "mine")
+        write(tmp_path / "b", "theirs")
+    assert content_of(tmp_path / "b") == ("mine", "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
@@ -566,7 +609,8 @@ def test_a_reader_sees_one_bundle_or_the_other(tmp_path: Path) -> None:
                 texts = []
                 for name in (MANIFEST, "sub/file"):
                     file = os.open(name, os.O_RDONLY, dir_fd=folder)
-                    texts.append(os.read(file, 100).decode())
+                    data = os.read(file, 10_000)
+                    texts.append(version_in(data) if name == MANIFEST else data.decode())
                     os.close(file)
                 seen.update(texts)
                 if len(set(texts)) != 1:

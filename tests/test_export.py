@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -22,10 +24,12 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.manifest import decode_manifest, hash_file
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import pipeline
-from dmformer.models.checkpoint import load_checkpoint
+from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmformer.verify.compare import Comparison
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dmformer.export.pipeline import ExportResult
 
 FAKE_ONNXSIM = """
@@ -165,6 +169,26 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "b/manifest.json").is_file()
 
 
+def test_a_baked_in_batch_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole pipeline: one failed check for each batch size but 1, and --force still writes."""
+
+    def baked(checkpoint: object, model: object, destination: Path) -> None:
+        trace(checkpoint, model, destination)
+        graph = onnx.load(destination)
+        for value in (graph.graph.input[0], graph.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+        onnx.save(graph, destination)
+
+    trace = pipeline.trace
+    monkeypatch.setattr(pipeline, "trace", baked)
+    with pytest.raises(CheckFailed, match="nothing was written"):
+        dmformer.export(output=tmp_path / "b")
+    forced = dmformer.export(output=tmp_path / "b", force=True)
+    failed = [(check.stage, check.batch) for check in forced.parity.checks if not check.passed]
+    assert failed == [("traced", 2), ("traced", 5), ("runtime", 2), ("runtime", 5)]
+    assert not forced.manifest.simplification.kept
+
+
 def test_a_crash_in_the_simplifier_is_an_error_of_that_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_onnxsim(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(StageFailed, match="simplification crashed: onnxsim was ended by signal 11"):
@@ -246,6 +270,50 @@ def test_verify_finds_a_bundle_made_from_other_weights(exported: ExportResult, t
     found = dmformer.verify(exported.output, weights=tmp_path / "other.pth", runtimes=["ort"])
     assert not found.passed
     assert [check.stage for check in found.checks if not check.passed] == ["golden", *["runtime"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: replace(c, classes=c.classes[::-1]), "classes"),
+        (lambda c: replace(c, preprocessing=msgspec.structs.replace(c.preprocessing, channels="BGR")), "preprocessing"),
+        (lambda c: replace(c, config=replace(c.config, dilations=(3, 2, 1))), "dilations"),
+        (lambda c: replace(c, config=replace(c.config, batch_norm_eps=1e-3)), "batch_norm_eps"),
+    ],
+)
+def test_verify_finds_a_checkpoint_that_says_otherwise(
+    exported: ExportResult, change: Callable[[Checkpoint], Checkpoint], named: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(other, change(load_checkpoint(DEMONSTRATION_CHECKPOINT)))
+    found = dmformer.verify(exported.output, weights=other, runtimes=["ort"])
+    (description,) = [check for check in found.checks if check.stage == "description"]
+    assert not description.passed
+    assert named in (description.reason or "")
+
+
+def test_verify_looks_at_every_file(bundle: Path) -> None:
+    (bundle / "onnx/fp32/evil.so").touch()
+    with pytest.raises(CheckFailed, match=r"evil\.so"):
+        dmformer.verify(bundle)
+    (bundle / "onnx/fp32/evil.so").unlink()
+    (bundle / "reports/parity.json").write_text("{}")
+    with pytest.raises(CheckFailed, match=r"parity\.json"):
+        dmformer.verify(bundle)
+
+
+def test_verify_says_what_it_did_not_check(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"format": "onnx"', b'"format": "onxx"'))
+    found = dmformer.verify(bundle)
+    assert found.skipped == ("onxx: this version of dmformer has no runtime for it",)
+
+
+def test_modules_in_the_working_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("select", "onnx", "msgspec"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the working folder')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert dmformer.export(output=tmp_path / "b").manifest.simplification.kept
 
 
 def test_verify_compares_on_images_that_are_given(exported: ExportResult) -> None:

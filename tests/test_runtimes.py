@@ -276,7 +276,7 @@ def test_threads_left_open_are_the_usable_cores(make: Make, monkeypatch: pytest.
 @every_runtime
 @pytest.mark.parametrize("threads", [0, -1])
 def test_no_threads_is_wrong_usage(make: Make, threads: int) -> None:
-    with pytest.raises(UsageError, match="expected at least 1"):
+    with pytest.raises(UsageError, match="expected 1 to"):
         make(threads=threads)
 
 
