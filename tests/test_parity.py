@@ -197,7 +197,7 @@ def test_one_percent_of_any_tensor_is_caught_unless_it_drowns_in_rounding(subjec
         if compare(answer, reference, limit).passed:
             missed.append(name)
     assert all(name.endswith((".bias", ".running_mean")) for name in missed), missed
-    assert len(missed) <= 0.15 * len(tensors), missed
+    assert len(missed) <= 0.2 * len(tensors), missed
 
 
 def test_a_reference_that_is_not_finite_is_refused(subject: Subject) -> None:
