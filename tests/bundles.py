@@ -1,0 +1,45 @@
+"""Helpers for tests that spoil bundles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dmformer.bundle.manifest import MANIFEST, hash_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def rewrite(bundle: Path, change: Change) -> None:
+    """Change the manifest of a bundle as JSON."""
+    path = bundle / MANIFEST
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def adopt(bundle: Path, name: str) -> None:
+    """Make the manifest's size and hash of a file those that the file has."""
+    sha256, size = hash_file(bundle / name)
+
+    def change(content: dict[str, Any]) -> None:
+        entries = content["files"] + [entry for artifact in content["artifacts"] for entry in artifact["files"]]
+        (entry,) = (entry for entry in entries if entry["path"] == name)
+        entry.update(sha256=sha256, bytes=size)
+
+    rewrite(bundle, change)
+
+
+def one_line(error: BaseException) -> str:
+    assert str(error).strip()
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")

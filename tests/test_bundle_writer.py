@@ -1,0 +1,298 @@
+"""Bundles are written whole or not at all, and the last one is found again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from dmformer.bundle import locate, writer
+from dmformer.bundle.manifest import MANIFEST, decode_manifest, file_entry
+from dmformer.errors import StageFailed, UsageError
+from tests.bundles import one_line
+
+if TYPE_CHECKING:
+    from dmformer.export.pipeline import ExportResult
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def fill(folder: Path, content: str) -> None:
+    """A bundle that says its content twice: as the tool's version in the manifest, and in a file."""
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub" / "file").write_text(content)
+    files = (file_entry(folder, folder / "sub" / "file"),)
+    manifest = {
+        "schema_version": 1,
+        "tool_version": content,
+        "model": {"arch": "a", "config": {}, "task": "classification", "classes": [], "parameters": 1, "macs": 1}
+        | {"weights": "random"},
+        "preprocessing": {"image_size": 32},
+        "inputs": [{"name": "image", "dtype": "float32", "shape": ["batch", 3, 32, 32]}],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 2]}],
+        "simplification": {"kept": True, "reason": "", "nodes_before": 1, "nodes_after": 1},
+        "artifacts": [{"format": "onnx", "precision": "fp32", "files": files, "built_with": {}}],
+        "files": [],
+        "evidence": {"parity": {"passed": True, "checks": 1, "failed": 0, "report": "r"}},
+    }
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+
+
+def version_in(manifest: bytes) -> str:
+    return decode_manifest(manifest, "manifest").tool_version
+
+
+def content_of(bundle: Path) -> tuple[str, str]:
+    return version_in((bundle / MANIFEST).read_bytes()), (bundle / "sub" / "file").read_text()
+
+
+def write(destination: Path, content: str) -> None:
+    with writer.staged(destination) as folder:
+        fill(folder, content)
+
+
+def test_a_new_bundle_is_there_when_the_block_has_ended(tmp_path: Path) -> None:
+    with writer.staged(tmp_path / "deep" / "er" / "b") as folder:
+        fill(folder, "new")
+        assert not (tmp_path / "deep" / "er" / "b").exists()
+        assert folder.parent == tmp_path / "deep" / "er"  # the same file system, or else no rename
+    assert content_of(tmp_path / "deep" / "er" / "b") == ("new", "new")
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "empty folder", "bundle"])
+def test_what_may_be_replaced(tmp_path: Path, before: str, atomic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not atomic:
+        monkeypatch.setattr(writer, "_exchange", lambda *_: False)
+    if before != "nothing":
+        (tmp_path / "b").mkdir()
+    if before == "bundle":
+        fill(tmp_path / "b", "old")
+    write(tmp_path / "b", "new")
+    assert content_of(tmp_path / "b") == ("new", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "sub/other", "onnx/model.onnx"])
+def test_a_bundle_with_another_file_in_it_is_not_replaced(tmp_path: Path, stray: str) -> None:
+    write(tmp_path / "b", "old")
+    (tmp_path / "b" / stray).parent.mkdir(exist_ok=True)
+    (tmp_path / "b" / stray).write_text("a user's own")
+    with pytest.raises(UsageError, match="would be lost"):
+        write(tmp_path / "b", "new")
+    assert (tmp_path / "b" / stray).read_text() == "a user's own"
+
+
+def test_a_folder_whose_manifest_is_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"manifest_version": 3, "name": "an extension of a browser"}')
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="other things in it"):
+        write(tmp_path, "new")
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_bundle_that_another_export_put_there_meanwhile_is_replaced(tmp_path: Path) -> None:
+    with writer.staged(tmp_path / "b") as folder:
+        fill(folder, "mine")
+        write(tmp_path / "b", "theirs")
+    assert content_of(tmp_path / "b") == ("mine", "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("raised", [KeyError, StageFailed, KeyboardInterrupt])
+@pytest.mark.parametrize("there", [True, False])
+def test_an_error_in_the_block_leaves_things_as_they_were(
+    tmp_path: Path, raised: type[BaseException], there: bool
+) -> None:
+    if there:
+        write(tmp_path / "b", "old")
+    with pytest.raises(raised), writer.staged(tmp_path / "b") as folder:  # noqa: PT012
+        fill(folder, "new")
+        raise raised
+    assert [path.name for path in tmp_path.iterdir()] == (["b"] if there else [])
+    if there:
+        assert content_of(tmp_path / "b") == ("old", "old")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StageFailed, match=r"could not be written.*No space left") as caught,
+        writer.staged(tmp_path / "b"),
+    ):
+        raise OSError(28, "No space left on device")
+    one_line(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_bundles_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_text("mine")
+    for name, expected in (
+        ("file", "is a file"),
+        ("photos", "with other things in it"),
+        ("file/b", "cannot be written"),
+        ("photos/1.jpg", "is a file"),
+    ):
+        with pytest.raises(UsageError, match=expected) as caught, writer.staged(tmp_path / name):
+            pytest.fail("the work was begun")
+        one_line(caught.value)
+    assert (tmp_path / "photos" / "1.jpg").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.jpg", "file", "photos"]
+
+
+def test_a_parent_that_cannot_be_written(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("this user may write anywhere")
+    with pytest.raises(UsageError, match="cannot be written"), writer.staged(closed / "b"):
+        pytest.fail("the work was begun")
+
+
+def test_the_working_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here", ".."):
+        with pytest.raises(UsageError), writer.staged(Path(name)):
+            pytest.fail("the work was begun")
+    assert Path.cwd() == tmp_path / "here"
+
+
+def test_a_link_to_a_bundle_is_followed(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "b", "old")
+    (tmp_path / "current").symlink_to(tmp_path / "real" / "b")
+    write(tmp_path / "current", "new")
+    assert content_of(tmp_path / "current") == content_of(tmp_path / "real" / "b") == ("new", "new")
+    assert (tmp_path / "current").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "real"]
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["b"]
+
+
+def test_others_may_read_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "b", "new")
+    assert (tmp_path / "b").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_reader_sees_one_bundle_or_the_other(tmp_path: Path) -> None:
+    """The reader opens the folder once, as a reader that wants a consistent view does, and reads beneath it."""
+    target = tmp_path / "b"
+    write(target, "0")
+    probe = tmp_path / "probe"
+    probe.mkdir()
+    if not writer._exchange(target, probe):
+        pytest.skip("no atomic exchange on this file system")
+    writer._exchange(target, probe)
+    wrong: list[str] = []
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+            except OSError as error:
+                wrong.append(f"no bundle: {error}")
+                continue
+            try:
+                texts = []
+                for name in (MANIFEST, "sub/file"):
+                    file = os.open(name, os.O_RDONLY, dir_fd=folder)
+                    data = os.read(file, 10_000)
+                    texts.append(version_in(data) if name == MANIFEST else data.decode())
+                    os.close(file)
+                seen.update(texts)
+                if len(set(texts)) != 1:
+                    wrong.append(f"a mixture: {texts}")
+            except FileNotFoundError:
+                pass  # the old one, already being removed
+            finally:
+                os.close(folder)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        for number in range(1, 200):
+            write(target, str(number))
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong
+    assert len(seen) > 1
+
+
+def test_without_an_exchange_an_error_is_still_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())  # a C library without renameat2
+    write(tmp_path / "b", "old")
+    assert not writer._exchange(tmp_path / "b", tmp_path / "b")
+    write(tmp_path / "b", "new")
+    assert content_of(tmp_path / "b") == ("new", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+# --- finding the last one ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    return tmp_path
+
+
+def test_the_last_bundle_is_remembered_for_each_working_folder(
+    home: Path, exported: ExportResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="dmformer export"):
+        locate.find_bundle(None)
+    locate.remember(exported.output)
+    assert locate.find_bundle(None).root == exported.output
+    monkeypatch.chdir(home / "b")
+    with pytest.raises(UsageError, match="no bundle named"):
+        locate.find_bundle(None)
+
+
+def test_a_relative_bundle_is_remembered(home: Path, exported: ExportResult) -> None:
+    shutil.copytree(exported.output, home / "a" / "mine")
+    locate.remember(Path("mine"))
+    assert locate.find_bundle(None).root == home / "a" / "mine"
+
+
+def test_the_default_folder_is_found_where_nothing_is_remembered(home: Path, exported: ExportResult) -> None:
+    shutil.copytree(exported.output, home / "a" / locate.DEFAULT_BUNDLE)
+    assert locate.find_bundle(None).root == Path(locate.DEFAULT_BUNDLE)
+    locate.remember(home / "gone")
+    assert locate.find_bundle(None).root == Path(locate.DEFAULT_BUNDLE)
+
+
+def test_a_named_bundle_comes_before_the_remembered(home: Path, bundle: Path, exported: ExportResult) -> None:
+    locate.remember(exported.output)
+    assert locate.find_bundle(bundle).root == bundle
+    with pytest.raises(UsageError, match="no bundle at"):
+        locate.find_bundle(home / "nowhere")
+
+
+def test_a_home_that_cannot_be_written_is_no_failure(home: Path, exported: ExportResult) -> None:
+    (home / "state").write_text("a file where the folder should be")
+    locate.remember(exported.output)
+    with pytest.raises(UsageError, match="no bundle named"):
+        locate.find_bundle(None)
+
+
+def test_a_damaged_note_is_no_failure(home: Path, exported: ExportResult) -> None:
+    locate.remember(exported.output)
+    (note,) = (path for path in (home / "state").rglob("*") if path.is_file())
+    for content in (b"\xff\xfe", b"", b"/nowhere\n", b"a\0b"):
+        note.write_bytes(content)
+        with pytest.raises(UsageError):
+            locate.find_bundle(None)
