@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -382,3 +384,23 @@ def test_output_that_is_closed_early_gives_no_traceback(made: Made, arguments: l
         os.close(writing)
     assert done.stderr == ""
     assert done.returncode not in (0, 2, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    folder, temporary = tmp_path / "work", tmp_path / "tmp"
+    folder.mkdir()
+    temporary.mkdir()
+    command = [sys.executable, "-m", "dmformer", "export", "--output", "b"]
+    environment = {**os.environ, "TMPDIR": str(temporary), "XDG_STATE_HOME": str(tmp_path / "state")}
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(1200):  # until it is in the middle of the work
+            if any(folder.iterdir()) or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    assert list(folder.iterdir()) == []
+    assert [path for path in temporary.iterdir() if path.name.startswith("dmformer-")] == []

@@ -14,7 +14,7 @@ from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.predictor import Predictor, choose
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
-from dmformer.errors import CheckFailed, DMFormerError, UnavailableError, UsageError
+from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError, UsageError
 from dmformer.runtimes import registry
 from dmformer.runtimes.base import Availability
 from tests.bundles import lengthen, one_line, rewrite
@@ -180,6 +180,15 @@ def test_large_logits_do_not_overflow(opened: Bundle) -> None:
         opened.manifest, outputs=(msgspec.structs.replace(opened.manifest.outputs[0], name="logits"),)
     )
     assert [likely.probability for likely in predictor.predict(DIGITS[:1])[0].classes] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_answer_that_is_no_number_is_a_failure(exported: ExportResult, bad: float) -> None:
+    with dmformer.load(exported.output, runtime="ort") as predictor:
+        really = predictor.runtime.run
+        predictor.runtime.run = lambda inputs: {"logits": really(inputs)["logits"] * np.float32(bad)}
+        with pytest.raises(StageFailed, match="NaN or infinity"):
+            predictor.predict(DIGITS[:1])
 
 
 def test_an_image_that_cannot_be_read_is_named(exported: ExportResult, tmp_path: Path) -> None:
