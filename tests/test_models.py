@@ -320,7 +320,7 @@ def test_variant_has_its_size(name: str, parameters: int, macs: int) -> None:
     with torch.device("meta"):
         model = create_model(name).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert count_macs(model, 224) == macs
+    assert count_macs(model.config, 224) == macs
 
 
 def test_variants_have_the_sizes_that_are_published() -> None:
@@ -335,7 +335,7 @@ def test_variants_have_the_sizes_that_are_published() -> None:
 
 def test_macs_of_a_model_are_those_of_its_layers() -> None:
     model = tiny().eval()
-    expected, counted = count_macs(model, 64), 0
+    expected, counted = count_macs(model.config, 64), 0
 
     def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
         nonlocal counted
@@ -360,7 +360,7 @@ def test_create_model_takes_fields() -> None:
     assert answers(model, image(1)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["dmformer", "DMFORMER_S", "swin_t", ""])
+@pytest.mark.parametrize("name", ["dmformer", "swin_t", ""])
 def test_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError) as failure:
         create_model(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,31 +150,34 @@ class _Export:
         with self.progress.stage("trace to ONNX"):
             traced = self.scratch / "traced.onnx"
             trace(self.checkpoint, model, traced)
-        with self.progress.stage("verify the traced ONNX"):
-            self.checks.extend(check_runtime("traced", self._onnxruntime(traced), golden))
-        with self.progress.stage("simplify and verify"):
-            onnx, simplification = self._simplify(traced, golden)
+        simplified = self.scratch / "simplified.onnx"
+        with ThreadPoolExecutor(1) as pool:  # simplification is a process of its own, which has a core to itself
+            simplifying = pool.submit(simplify, traced, simplified)
+            with self.progress.stage("verify the traced ONNX"):
+                self.checks.extend(check_runtime("traced", self._onnxruntime(traced), golden))
+            with self.progress.stage("simplify and verify"):
+                simplifying.result()
+                onnx, simplification = self._choose(traced, simplified, golden)
         artifacts = [artifact for row in rows for artifact in self._convert(row, onnx, golden)]
         return self._finish(model, artifacts, simplification)
 
     def _onnxruntime(self, path: Path) -> Runtime:
         return registry.available_adapter(registry.entry("onnxruntime"))(path)
 
-    def _simplify(self, traced: Path, golden: Golden) -> tuple[Path, Simplification]:
+    def _choose(self, traced: Path, simplified: Path, golden: Golden) -> tuple[Path, Simplification]:
         """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
         before = len(onnx_file.read(traced).graph.node)
         if not all(check.passed for check in self.checks):
             reason = "the traced graph failed its checks, so there is nothing to compare a simplified one with"
             return traced, Simplification(kept=False, reason=reason, nodes_before=before, nodes_after=None)
-        simplified = self.scratch / "simplified.onnx"
-        simplify(traced, simplified)
         model = onnx_file.read(simplified)
         after = len(model.graph.node)
         onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | _version_metadata("onnxsim"))
         with self._onnxruntime(traced) as runtime:
             answers = run_in_batches(runtime, golden.inputs, len(golden.inputs))
+        once = [len(golden.inputs)]
         checks = [
-            *check_runtime("simplified against traced", self._onnxruntime(simplified), golden, expected=answers),
+            *check_runtime("simplified against traced", self._onnxruntime(simplified), golden, once, expected=answers),
             *check_runtime("simplified", self._onnxruntime(simplified), golden),
         ]
         wrong = [check.reason for check in checks if not check.passed]
@@ -231,7 +235,7 @@ class _Export:
                 task="classification",
                 classes=checkpoint.classes,
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
-                macs=count_macs(model, size),
+                macs=count_macs(checkpoint.config, size),
                 weights=self.request.weights,
                 seed=self.request.seed,
                 checkpoint_sha256=checkpoint.sha256,

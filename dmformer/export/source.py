@@ -56,9 +56,9 @@ def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | N
     Raises:
         UsageError: no such architecture or option.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = lively_(create_model(arch, **options), seed)
+    with torch.device("meta"):  # lively_ writes every value, so that nothing needs to be drawn before
+        model = create_model(arch, **options)
+    lively_(model.to_empty(device="cpu"), seed)
     preprocessing = default_preprocessing(model.config)
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)

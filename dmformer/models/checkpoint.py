@@ -66,8 +66,13 @@ class Checkpoint:
 
     def model(self) -> DMFormer:
         """The network with these weights, in evaluation mode."""
-        model = DMFormer(self.config)
-        model.load_state_dict(self.state, strict=False)  # names and shapes were compared when it was read
+        with torch.device("meta"):  # initial weights, which take a second to draw, would only be overwritten
+            model = DMFormer(self.config)
+        counters = {
+            k: torch.zeros(v.shape, dtype=v.dtype) for k, v in model.state_dict().items() if k.endswith(_COUNTER)
+        }
+        weights = {name: tensor.clone() for name, tensor in self.state.items()}
+        model.load_state_dict(counters | weights, assign=True)
         return model.eval()
 
 
