@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,9 @@ def main() -> None:
             arguments = [sys.executable, "-m", *command.split()]
             done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder, env=environment, check=True)
             console.print(Text.from_ansi(done.stdout))
-    console.save_svg(str(ROOT / "docs/run.svg"), title="dmformer")
+    svg = console.export_svg(title="dmformer")
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # any monospaced font will do; nothing is fetched
+    (ROOT / "docs/run.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":
