@@ -75,7 +75,7 @@ def _artifacts(bundle: Bundle, runtimes: list[Finding]) -> tuple[ArtifactFinding
     by_name = {finding.name: finding for finding in runtimes}
     found = []
     for artifact in bundle.manifest.artifacts:
-        row = next((row for row in registry.ENTRIES if row.format == artifact.format), None)
+        row = registry.reader_of(artifact.format)
         runtime = by_name[row.name] if row else None
         reason = runtime.reason if runtime else "this version of dmformer has no runtime for it"
         found.append(

@@ -122,7 +122,7 @@ def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice
     precisions = [precision] if precision else []
     if runtime is None:
         for artifact in bundle.manifest.artifacts:
-            row = next((row for row in registry.ENTRIES if row.format == artifact.format), None)
+            row = registry.reader_of(artifact.format)
             fits = row is not None and precision in (None, artifact.precision)
             if row is not None and fits and registry.adapter(row).probe().available:
                 return Choice(artifact, row, bundle)

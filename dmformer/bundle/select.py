@@ -66,9 +66,9 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
                 chosen.extend(found)
             elif status is not None:
                 skipped.append(f"{row.format}: {status.reason}")
-        known = {row.format for row in registry.ENTRIES}
-        unknown = {artifact.format for artifact in bundle.manifest.artifacts} - known
-        skipped.extend(f"{name}: this version of dmformer has no runtime for it" for name in sorted(unknown))
+        formats = sorted({artifact.format for artifact in bundle.manifest.artifacts})
+        unknown = [name for name in formats if registry.reader_of(name) is None]
+        skipped.extend(f"{name}: this version of dmformer has no runtime for it" for name in unknown)
     if not chosen and skipped:
         raise UnavailableError(f"nothing in the bundle can run on this machine: {'; '.join(skipped)}")
     if not chosen:

@@ -85,6 +85,11 @@ def entry_of_format(name: str) -> Entry:
     raise UsageError(f"unknown format {name!r}; expected one of {_choices('format')}")
 
 
+def reader_of(format_name: str) -> Entry | None:
+    """The row that reads a manifest's format; ``None`` for a format that this version does not know."""
+    return next((row for row in ENTRIES if row.format == format_name), None)
+
+
 def adapter(row: Entry) -> type[Runtime]:
     """The adapter's class; imports its module, not the engine."""
     module, _, name = row.adapter.partition(":")
