@@ -23,7 +23,7 @@ from dmformer.export.torch_onnx import trace
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.runtimes import registry
 from dmformer.verify.compare import NOISE_FACTOR, float32_limit
-from dmformer.verify.parity import check_runtime
+from dmformer.verify.parity import ask, check_answers
 from dmformer.verify.reference import golden_pixels, make_golden
 
 
@@ -48,7 +48,7 @@ def clean(count: int) -> dict[str, list[float]]:
                 trace(checkpoint, model, traced)
                 row = registry.entry(engine)
                 files = converter(row)(ConversionSource(checkpoint, traced, "fp32"), Path(folder)).files
-                for check in check_runtime("runtime", registry.available_adapter(row)(files[0]), golden):
+                for check in check_answers("runtime", ask(registry.available_adapter(row)(files[0]), golden), golden):
                     ratios.append(NOISE_FACTOR * (check.max_abs or np.inf) / (check.limit or 1.0))
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,6 @@ def check_threads(threads: int | None) -> None:
     most = 4 * usable_cores()
     if threads is not None and not 1 <= threads <= most:
         raise UsageError(f"threads is {threads}; expected 1 to {most}, four times the cores that may be used")
-
-
-def child_command(module: str) -> list[str]:
-    """The command that runs a module of this package in a process of its own.
-
-    ``python -m`` would look for modules in the working folder first, which is the user's.
-    """
-    code = (
-        "import sys; sys.path[:1] = [folder for folder in sys.path[:1] if folder]; "
-        f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    )
-    return [sys.executable, "-c", code]
 
 
 def describe_machine() -> dict[str, Any]:

@@ -22,8 +22,8 @@ from dmformer.bench.worker import Job
 from dmformer.bench.worker import run as run_job
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
+from dmformer.child import Child
 from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.machine import child_command
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
 
 if TYPE_CHECKING:
@@ -313,14 +313,18 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
 
     def replace(script: str) -> list[str]:
         started: list[str] = []
-        really = api.subprocess.run
 
-        def run(command: list[str], **options: Any) -> Any:
-            assert command == child_command("dmformer.bench.worker")
-            started.append(json.loads(options["input"])["runtime"])
-            return really([sys.executable, "-c", script], **options)
+        class Scripted(Child):
+            def __init__(self, module: str) -> None:
+                assert module == "dmformer.bench.worker"
+                super().__init__(module)
 
-        monkeypatch.setattr(api.subprocess, "run", run)
+            def work(self, order: bytes, timeout_s: float) -> None:
+                started.append(json.loads(order)["runtime"])
+                super().work(order, timeout_s)
+
+        monkeypatch.setattr(Child, "command", staticmethod(lambda _: [sys.executable, "-c", script]))
+        monkeypatch.setattr(api, "Child", Scripted)
         return started
 
     return replace

@@ -25,7 +25,7 @@ from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.dmformer import DMFormer, Gate
 from dmformer.runtimes import registry
 from dmformer.verify.compare import Limit, compare, float32_limit
-from dmformer.verify.parity import Check, check_preprocessing, check_runtime, report
+from dmformer.verify.parity import Check, ask, check_answers, check_preprocessing, report
 from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def checks_of(subject: Subject, model: DMFormer, folder: Path, engines: Sequence
         target = folder / row.name
         target.mkdir()
         files = converter(row)(ConversionSource(subject.checkpoint, traced, "fp32"), target).files
-        checks.extend(check_runtime("runtime", registry.available_adapter(row)(files[0]), subject.golden))
+        checks.extend(
+            check_answers("runtime", ask(registry.available_adapter(row)(files[0]), subject.golden), subject.golden)
+        )
     return checks
 
 
@@ -164,7 +166,7 @@ def test_a_baked_in_batch_is_caught(subject: Subject, tmp_path: Path) -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, traced)
     row = registry.entry("onnxruntime")
-    checks = list(check_runtime("runtime", registry.available_adapter(row)(traced), subject.golden))
+    checks = check_answers("runtime", ask(registry.available_adapter(row)(traced), subject.golden), subject.golden)
     assert [(check.batch, check.passed) for check in checks] == [(1, True), (2, False), (5, False)]
 
 

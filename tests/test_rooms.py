@@ -158,6 +158,7 @@ LAYERS = (
     "models",
     "data",
     "assets",
+    "child",
     "machine",
     "_optional",
     "errors",

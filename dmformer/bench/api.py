@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,8 +16,9 @@ from dmformer.bench.report import BenchReport, Result, summarise
 from dmformer.bench.worker import Answer, Job
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
-from dmformer.errors import UsageError
-from dmformer.machine import check_threads, child_command, describe_machine, usable_cores
+from dmformer.child import Child
+from dmformer.errors import StageFailed, UsageError
+from dmformer.machine import check_threads, describe_machine, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -109,19 +109,11 @@ def _run(bundle: Bundle, result: Result, duration_s: float) -> Answer:
             least_calls=-(-SAMPLES_FOR["p90"] // ROUNDS),
             answer=str(answer),
         )
-        limit_s = PROCESS_LIMIT_S + 2 * job.duration_s
-        command = child_command("dmformer.bench.worker")
         try:
-            done = subprocess.run(
-                command, input=msgspec.json.encode(job), capture_output=True, timeout=limit_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return Answer(error=f"the process did not end within {limit_s:.0f} s")
-        if done.returncode < 0:
-            return Answer(error=f"the process was ended by signal {-done.returncode}")
-        if done.returncode > 0:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-            return Answer(error=f"the process failed: {said[-1]}")
+            with Child("dmformer.bench.worker") as worker:
+                worker.work(msgspec.json.encode(job), PROCESS_LIMIT_S + 2 * job.duration_s)
+        except StageFailed as error:
+            return Answer(error=str(error))
         try:
             return msgspec.json.decode(answer.read_bytes(), type=Answer)
         except (OSError, msgspec.DecodeError):

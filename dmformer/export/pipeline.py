@@ -27,18 +27,19 @@ from dmformer.bundle.manifest import (
     Simplification,
     Tensor,
     file_entry,
+    hash_file,
 )
 from dmformer.bundle.writer import check_destination, staged
 from dmformer.errors import CheckFailed, UnavailableError
 from dmformer.export import onnx_file
 from dmformer.export.formats import ConversionSource, converter, versions
-from dmformer.export.simplify import simplify
+from dmformer.export.simplify import Simplifier
 from dmformer.export.torch_onnx import onnx_metadata, trace
 from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
 from dmformer.models.flops import count_macs
 from dmformer.runtimes import registry
-from dmformer.verify.parity import Check, ParityReport, check_runtime, report, run_in_batches
+from dmformer.verify.parity import Answers, Check, ParityReport, ask, check_answers, report
 from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.models.dmformer import DMFormer
-    from dmformer.runtimes.base import Runtime
 
 PARITY_REPORT = "reports/parity.json"
 
@@ -140,29 +140,39 @@ class _Export:
         self.scratch = scratch
         self.progress = progress
         self.checks: list[Check] = []
+        self._answers: dict[tuple[str, ...], Answers] = {}
 
     def run(self, rows: Sequence[registry.Entry]) -> ExportResult:
-        model = self.checkpoint.model()
-        with self.progress.stage("PyTorch reference"):
-            pixels = golden_pixels(self.checkpoint.preprocessing, self.request.images)
-            golden = make_golden(model, self.checkpoint.preprocessing, pixels)
-            golden.save(self.folder / GOLDEN)
-        with self.progress.stage("trace to ONNX"):
-            traced = self.scratch / "traced.onnx"
-            trace(self.checkpoint, model, traced)
-        simplified = self.scratch / "simplified.onnx"
-        with ThreadPoolExecutor(1) as pool:  # simplification is a process of its own, which has a core to itself
-            simplifying = pool.submit(simplify, traced, simplified)
+        traced, simplified = self.scratch / "traced.onnx", self.scratch / "simplified.onnx"
+        # What needs no other step's result runs beside it: a cold export keeps two cores busy.
+        with Simplifier() as simplifier, ThreadPoolExecutor(1) as pool:
+            model = self.checkpoint.model()
+            with self.progress.stage("PyTorch reference, trace to ONNX"):
+                referring = pool.submit(self._reference, self.checkpoint.model())
+                trace(self.checkpoint, model, traced)
+                golden = referring.result()
+            simplifying = pool.submit(simplifier.simplify, traced, simplified)
             with self.progress.stage("verify the traced ONNX"):
-                self.checks.extend(check_runtime("traced", self._onnxruntime(traced), golden))
+                self.checks.extend(check_answers("traced", self._ask("onnxruntime", [traced], golden), golden))
             with self.progress.stage("simplify and verify"):
                 simplifying.result()
                 onnx, simplification = self._choose(traced, simplified, golden)
         artifacts = [artifact for row in rows for artifact in self._convert(row, onnx, golden)]
         return self._finish(model, artifacts, simplification)
 
-    def _onnxruntime(self, path: Path) -> Runtime:
-        return registry.available_adapter(registry.entry("onnxruntime"))(path)
+    def _reference(self, model: DMFormer) -> Golden:
+        pixels = golden_pixels(self.checkpoint.preprocessing, self.request.images)
+        golden = make_golden(model, self.checkpoint.preprocessing, pixels)
+        golden.save(self.folder / GOLDEN)
+        return golden
+
+    def _ask(self, runtime: str, files: Sequence[Path], golden: Golden, precision: str = "fp32") -> Answers:
+        """A runtime's answers to the golden inputs; files of the same content are run once."""
+        key = (runtime, precision, *(hash_file(path)[0] for path in files))
+        if key not in self._answers:
+            adapter = registry.available_adapter(registry.entry(runtime))
+            self._answers[key] = ask(adapter(files[0], precision=precision), golden)
+        return self._answers[key]
 
     def _choose(self, traced: Path, simplified: Path, golden: Golden) -> tuple[Path, Simplification]:
         """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
@@ -173,12 +183,11 @@ class _Export:
         model = onnx_file.read(simplified)
         after = len(model.graph.node)
         onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | _version_metadata("onnxsim"))
-        with self._onnxruntime(traced) as runtime:
-            answers = run_in_batches(runtime, golden.inputs, len(golden.inputs))
-        once = [len(golden.inputs)]
+        answers = self._ask("onnxruntime", [simplified], golden)
+        traced_answers = self._ask("onnxruntime", [traced], golden)
         checks = [
-            *check_runtime("simplified against traced", self._onnxruntime(simplified), golden, once, expected=answers),
-            *check_runtime("simplified", self._onnxruntime(simplified), golden),
+            *check_answers("simplified against traced", answers, golden, expected=traced_answers),
+            *check_answers("simplified", answers, golden),
         ]
         wrong = [check.reason for check in checks if not check.passed]
         if wrong:
@@ -196,8 +205,8 @@ class _Export:
             with self.progress.stage(f"convert to {row.format} {precision}"):
                 converted = converter(row)(ConversionSource(self.checkpoint, onnx, precision), target)
             with self.progress.stage(f"verify {row.format} {precision} in {row.name}"):
-                runtime = registry.available_adapter(row)(converted.files[0], precision=precision)
-                self.checks.extend(check_runtime("runtime", runtime, golden))
+                answers = self._ask(row.name, converted.files, golden, precision)
+                self.checks.extend(check_answers("runtime", answers, golden))
             files = tuple(file_entry(self.folder, path) for path in converted.files)
             artifacts.append(
                 Artifact(format=row.format, precision=precision, files=files, built_with=converted.built_with)

@@ -6,42 +6,43 @@ that process.
 
 from __future__ import annotations
 
-import subprocess
+import json
 import sys
 from pathlib import Path
 
+from dmformer.child import Child
 from dmformer.errors import StageFailed
-from dmformer.machine import child_command
 
 TIMEOUT_S = 900
 
 
-def simplify(source: Path, destination: Path) -> None:
-    """Write the simplified graph of ``source``; metadata is left to the caller.
+class Simplifier(Child):
+    """onnxsim's process; start it early, for its imports take seconds."""
 
-    Raises:
-        StageFailed: onnxsim refused, crashed, or took longer than :data:`TIMEOUT_S` seconds.
-    """
-    command = [*child_command("dmformer.export.simplify"), str(source), str(destination)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise StageFailed(f"simplification did not end within {TIMEOUT_S} s") from error
-    if done.returncode < 0:
-        raise StageFailed(f"simplification crashed: onnxsim was ended by signal {-done.returncode}")
-    if done.returncode > 0:
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise StageFailed(f"simplification failed: {said[-1]}")
+    def __init__(self) -> None:
+        super().__init__("dmformer.export.simplify")
+
+    def simplify(self, source: Path, destination: Path) -> None:
+        """Write the simplified graph of ``source``; metadata is left to the caller. Legal once.
+
+        Raises:
+            StageFailed: onnxsim refused, crashed, or took longer than :data:`TIMEOUT_S` seconds.
+        """
+        try:
+            self.work(json.dumps([str(source), str(destination)]).encode(), TIMEOUT_S)
+        except StageFailed as error:
+            raise StageFailed(f"simplification with onnxsim: {error}") from error
 
 
-def _child(source: str, destination: str) -> None:
+def _main() -> None:
     import onnx
     import onnxsim
 
+    source, destination = json.load(sys.stdin)
     # Its own numerical check draws random inputs; ours compares on the golden images.
     simplified, _ = onnxsim.simplify(onnx.load(source), check_n=0)
     Path(destination).write_bytes(simplified.SerializeToString(deterministic=True))
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], sys.argv[2])
+    _main()

@@ -11,7 +11,7 @@ from dmformer.bundle.select import select
 from dmformer.data.images import list_images
 from dmformer.errors import UsageError
 from dmformer.verify.compare import Comparison, compare, float32_limit
-from dmformer.verify.parity import Check, ParityReport, as_check, check_preprocessing, check_runtime, report
+from dmformer.verify.parity import Check, ParityReport, as_check, ask, check_answers, check_preprocessing, report
 
 MOST_IMAGES = 64  # of a folder, evenly spread over it
 
@@ -69,7 +69,7 @@ def verify(
             checks.append(_check_golden(golden, reference))
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
-            checks.extend(check_runtime("runtime", choice.runtime(), reference))
+            checks.extend(check_answers("runtime", ask(choice.runtime(), reference), reference))
     return report(checks, skipped)
 
 

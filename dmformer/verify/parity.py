@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.verify.compare import Comparison, Limit, compare, float32_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Mapping, Sequence
 
     from dmformer.bundle.golden import Golden
     from dmformer.data.preprocessing import Preprocessing
@@ -66,45 +66,66 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> Check:
     return as_check("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit)
 
 
-def check_runtime(
-    stage: str,
-    runtime: Runtime,
-    golden: Golden,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    expected: Mapping[str, NDArray[Any]] | None = None,
-) -> Iterator[Check]:
-    """Load the runtime and compare it with the golden outputs, one check a batch size, every golden row in each.
+@dataclass(frozen=True)
+class Answers:
+    """What a runtime answered to the golden inputs: an array for each output, or why there is none, by batch size."""
+
+    runtime: str
+    precision: str
+    by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError]
+
+
+def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES) -> Answers:
+    """Load the runtime and run every golden row at each batch size.
+
+    A failure of the runtime is an answer too; that it cannot run on this machine at all is raised.
 
     Args:
-        stage: name of the step that is checked.
         runtime: not open yet.
-        golden: inputs, and the measure of noise that the limits come from.
+        golden: what to ask.
         batch_sizes: rows in each call.
-        expected: what to compare with instead of PyTorch's outputs.
-
-    A failure of the runtime is a failed check; that it cannot run on this machine at all is raised.
 
     Raises:
         UnavailableError: the runtime cannot run on this machine.
-        StageFailed: the golden outputs themselves are not finite.
     """
-    limits = float32_limit(golden.outputs, golden.outputs_float64)
-    expected = golden.outputs if expected is None else expected
-    loosest = max(limits.values(), key=lambda limit: limit.max_abs)
-    remaining = list(batch_sizes)
+    answers = Answers(runtime.name, runtime.precision, {})
     try:
         with runtime:
-            while remaining:
-                answers = run_in_batches(runtime, golden.inputs, remaining[0])
-                comparison, limit = _compare_outputs(answers, expected, limits)
-                yield as_check(stage, runtime.name, runtime.precision, remaining[0], comparison, limit)
-                remaining.pop(0)
+            for batch in batch_sizes:
+                answers.by_batch[batch] = run_in_batches(runtime, golden.inputs, batch)
     except UnavailableError:
         raise
     except DMFormerError as error:
-        for batch in remaining:
-            failed = Comparison(False, reason=str(error))
-            yield as_check(stage, runtime.name, runtime.precision, batch, failed, loosest)
+        answers.by_batch.update({batch: error for batch in batch_sizes if batch not in answers.by_batch})
+    return answers
+
+
+def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answers | None = None) -> list[Check]:
+    """Compare answers with the golden outputs, one check a batch size.
+
+    Args:
+        stage: name of the step that is checked.
+        answers: of a runtime.
+        golden: the measure of noise that the limits come from.
+        expected: what to compare with, batch by batch, instead of PyTorch's outputs.
+
+    Raises:
+        DMFormerError: what to compare with is an error itself.
+        StageFailed: the golden outputs themselves are not finite, or differ too little to tell anything.
+    """
+    limits = float32_limit(golden.outputs, golden.outputs_float64)
+    loosest = max(limits.values(), key=lambda limit: limit.max_abs)
+    checks = []
+    for batch, answer in answers.by_batch.items():
+        wanted = golden.outputs if expected is None else expected.by_batch[batch]
+        if isinstance(wanted, DMFormerError):
+            raise wanted
+        if isinstance(answer, DMFormerError):
+            comparison, limit = Comparison(False, reason=str(answer)), loosest
+        else:
+            comparison, limit = _compare_outputs(answer, wanted, limits)
+        checks.append(as_check(stage, answers.runtime, answers.precision, batch, comparison, limit))
+    return checks
 
 
 def run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -> dict[str, NDArray[Any]]:
