@@ -1,4 +1,4 @@
-"""The demonstration checkpoint and sample images that ship with the package."""
+"""The demonstration checkpoint and images of digits that ship with the package."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 DEMONSTRATION_CHECKPOINT = _HERE / "dmformer_nano_digits.safetensors"
-SAMPLE_IMAGES = _HERE / "digits"
+SAMPLE_IMAGES = _HERE / "digits"  # held out
+CALIBRATION_IMAGES = _HERE / "digits-training"  # the network was trained on these; in folders named after the class

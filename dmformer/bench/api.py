@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +11,19 @@ import msgspec
 
 from dmformer.bench import DEFAULT_DURATION_S
 from dmformer.bench.measure import SAMPLES_FOR, Measurement
-from dmformer.bench.report import BenchReport, Result, summarise
+from dmformer.bench.report import BenchReport, Result, round_ratios, summarise
 from dmformer.bench.worker import Answer, Job
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.child import Child
 from dmformer.errors import StageFailed, UsageError
 from dmformer.machine import check_threads, describe_machine, usable_cores
+from dmformer.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Sequence
 
-    Stage = Callable[[str], AbstractContextManager[object]]
+    from dmformer.progress import Stage
 
 ROUNDS = 3
 PROCESS_LIMIT_S = 900
@@ -38,7 +37,7 @@ def bench(
     batches: Sequence[int] = (1,),
     threads: int | None = None,
     duration_s: float = DEFAULT_DURATION_S,
-    stage: Stage = lambda _: nullcontext(),
+    stage: Stage = silent,
 ) -> BenchReport:
     """Time the runtimes of a bundle on its golden inputs.
 
@@ -84,17 +83,29 @@ def bench(
         for batch in dict.fromkeys(batches)
     ]
     before = describe_machine()
-    answers: list[list[Answer]] = [[] for _ in planned]
+    runs = [*planned, planned[0]]  # the first one twice, for the noise floor
+    answers: list[list[Answer]] = [[] for _ in runs]
     for number in range(1, ROUNDS + 1):
-        for result, found in zip(planned, answers, strict=True):
-            with stage(f"{result.runtime} {result.precision} batch {result.batch}, round {number} of {ROUNDS}"):
+        for run, found in zip(runs, answers, strict=True):
+            with stage(f"{run.runtime} {run.precision} batch {run.batch}, round {number} of {ROUNDS}"):
                 if not found or found[-1].measurement:  # a configuration that failed is not tried again
-                    found.append(_run(opened, result, duration_s))
-    results = tuple(_result(result, found) for result, found in zip(planned, answers, strict=True))
-    return BenchReport(environment=before, results=results, skipped=tuple(skipped))
+                    found.append(_run(opened, run, duration_s, first=not found))
+    *results, again = (_result(run, found) for run, found in zip(runs, answers, strict=True))
+    return BenchReport(
+        environment=before,
+        results=tuple(results),
+        noise_floor=_noise_floor(results[0], again),
+        skipped=tuple(skipped),
+    )
 
 
-def _run(bundle: Bundle, result: Result, duration_s: float) -> Answer:
+def _noise_floor(first: Result, again: Result) -> float | None:
+    if "failed" in (first.status, again.status):
+        return None
+    return max(abs(ratio - 1) for ratio in round_ratios(again.samples_ns, first.samples_ns))
+
+
+def _run(bundle: Bundle, result: Result, duration_s: float, *, first: bool) -> Answer:
     """One round in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
         answer = Path(folder) / "answer.json"
@@ -107,6 +118,7 @@ def _run(bundle: Bundle, result: Result, duration_s: float) -> Answer:
             threads=result.threads,
             duration_s=duration_s / ROUNDS,
             least_calls=-(-SAMPLES_FOR["p90"] // ROUNDS),
+            prove_precision=first,
             answer=str(answer),
         )
         try:

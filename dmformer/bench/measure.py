@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.errors import StageFailed
+from dmformer.runtimes.layers import shortfall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
         first_inference_ms: the first call, which may allocate and compile.
         stable: whether the warm-up settled.
         latencies_ns: each timed call, in order.
+        layers: compute layers by the precision in which they run; empty where that was not read back.
         peak_rss_mb: largest resident memory of the whole process, Python included, in MiB.
     """
 
@@ -58,10 +60,16 @@ class Measurement(Struct, frozen=True, kw_only=True):
     stable: bool
     latencies_ns: list[int]
     peak_rss_mb: float
+    layers: dict[str, int] = {}
 
 
 def measure(
-    runtime: Runtime, inputs: NDArray[np.float32], batch: int, duration_s: float, least_calls: int
+    runtime: Runtime,
+    inputs: NDArray[np.float32],
+    batch: int,
+    duration_s: float,
+    least_calls: int,
+    promised: float | None = None,
 ) -> Measurement:
     """Load and time a runtime that is not open yet.
 
@@ -71,6 +79,8 @@ def measure(
         batch: rows in each call.
         duration_s: least time of the steady state, in seconds.
         least_calls: least number of timed calls.
+        promised: least share of the compute layers that must run in the artifact's precision, 0..1; ``None`` leaves
+            out the proof, which may take as long as loading.
 
     Raises:
         StageFailed: the runtime failed, or runs otherwise than it was asked to.
@@ -79,11 +89,9 @@ def measure(
     with runtime:
         load_ns = time.perf_counter_ns() - start
         used = runtime.details
-        if (used.threads, used.precision) != (runtime.threads, runtime.precision):
-            raise StageFailed(
-                f"{runtime.name} runs {used.precision} on {used.threads} threads; "
-                f"expected {runtime.precision} on {runtime.threads}"
-            )
+        if used.threads != runtime.threads:
+            raise StageFailed(f"{runtime.name} runs on {used.threads} threads; expected {runtime.threads}")
+        layers = _proven_layers(runtime, promised) if promised is not None else {}
         name = runtime.inputs[0].name
         feeds = _batches(inputs, batch)
 
@@ -108,7 +116,16 @@ def measure(
             stable=stable,
             latencies_ns=latencies,
             peak_rss_mb=_peak_rss_mb(),
+            layers=layers,
         )
+
+
+def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
+    layers = runtime.layers()
+    missing = shortfall(layers, runtime.precision, promised)
+    if missing is not None and runtime.cannot_compute(runtime.precision) is None:
+        raise StageFailed(f"{runtime.name} runs {missing}")
+    return layers
 
 
 def _batches(inputs: NDArray[np.float32], batch: int) -> Iterator[NDArray[np.float32]]:

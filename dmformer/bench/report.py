@@ -30,8 +30,9 @@ class Latency(Struct, frozen=True, kw_only=True):
 class Result(Struct, frozen=True, kw_only=True):
     """One configuration. Where ``status`` is ``failed``, ``reason`` says why and the figures are ``null``.
 
-    ``samples_ns`` has the raw latencies, a list for each process. ``attainable_ms`` and ``share_of_limit`` are ``null``
-    in this version, which does not measure the machine's limits.
+    ``layers`` has the compute layers by the precision in which they ran, ``samples_ns`` the raw latencies, a list for
+    each process. ``attainable_ms`` and ``share_of_limit`` are ``null`` in this version, which does not measure the
+    machine's limits.
     """
 
     runtime: str
@@ -49,6 +50,7 @@ class Result(Struct, frozen=True, kw_only=True):
     load_ms: float | None = None
     first_inference_ms: float | None = None
     peak_rss_mb: float | None = None
+    layers: dict[str, int] = {}
     attainable_ms: float | None = None
     share_of_limit: float | None = None
     samples_ns: tuple[tuple[int, ...], ...] = ()
@@ -57,8 +59,9 @@ class Result(Struct, frozen=True, kw_only=True):
 class BenchReport(Struct, frozen=True, kw_only=True):
     """All configurations of one run.
 
-    ``limits`` and ``noise_floor`` are ``null`` where they were not measured; ``skipped`` has a sentence for each
-    artifact that no runtime here can run.
+    The first configuration is run twice in each round; ``noise_floor`` is the largest distance of the ratio of its two
+    medians from 1, so that smaller differences between configurations are ties. ``limits`` is ``null`` in this version.
+    ``skipped`` has a sentence for each artifact that no runtime here can run.
     """
 
     environment: dict[str, Any]
@@ -101,6 +104,12 @@ def summarise(result: Result, rounds: Sequence[Measurement]) -> Result:
         throughput_ips=result.batch * len(pooled) / (sum(pooled) / 1e9),
         load_ms=float(np.median([measured.load_ms for measured in rounds])),
         first_inference_ms=float(np.median([measured.first_inference_ms for measured in rounds])),
+        layers=rounds[0].layers,
         peak_rss_mb=max(measured.peak_rss_mb for measured in rounds),
         samples_ns=tuple(tuple(measured.latencies_ns) for measured in rounds),
     )
+
+
+def round_ratios(candidate: Sequence[Sequence[int]], baseline: Sequence[Sequence[int]]) -> list[float]:
+    """Ratio of the medians of two configurations in each round; rounds stand side by side in time."""
+    return [float(np.median(a) / np.median(b)) for a, b in zip(candidate, baseline, strict=True)]

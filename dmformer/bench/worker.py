@@ -24,6 +24,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     duration_s: float
     least_calls: int
+    prove_precision: bool
     answer: str
 
 
@@ -42,7 +43,9 @@ def run(job: Job) -> Measurement:
         raise StageFailed(
             f"artifact {choice.artifact.sha256[:12]}…; expected {job.artifact_sha256[:12]}…: the bundle changed"
         )
-    return measure(choice.runtime(job.threads), bundle.golden().inputs, job.batch, job.duration_s, job.least_calls)
+    promised = choice.artifact.promised_share if job.prove_precision else None
+    inputs = bundle.golden().inputs
+    return measure(choice.runtime(job.threads), inputs, job.batch, job.duration_s, job.least_calls, promised)
 
 
 def main() -> None:

@@ -35,13 +35,68 @@ class FileEntry(Struct, frozen=True, kw_only=True):
             raise UsageError(f"path {self.path!r} in the manifest; expected a relative path inside the bundle")
 
 
+class Accuracy(Struct, frozen=True, kw_only=True):
+    """Shares from 0 to 1; ``null`` without labels, or without PyTorch's answers to agree with.
+
+    The intervals are those of 95 % confidence: what the same network may reach on other images of the same kind.
+    """
+
+    images: int
+    top1: float | None = None
+    top1_interval: tuple[float, float] | None = None
+    top5: float | None = None
+    top5_interval: tuple[float, float] | None = None
+    agreement_with_torch: float | None = None
+
+
+class Speed(Struct, frozen=True, kw_only=True):
+    """Latency of a reduced precision beside float32, measured where the bundle was made, batch 1.
+
+    Attributes:
+        p50_ms: median of one inference.
+        fp32_p50_ms: median of the same runtime's float32 artifact in the same run.
+        ratio: median over rounds of the first to the second.
+        noise_floor: how far the ratio of one configuration to itself was from 1 in the same run.
+        faster: whether the ratio is below 1 by more than that.
+        cpu: the processor.
+    """
+
+    p50_ms: float
+    fp32_p50_ms: float
+    ratio: float
+    noise_floor: float
+    faster: bool
+    cpu: str
+
+
 class Artifact(Struct, frozen=True, kw_only=True):
-    """One model file (or set of files) for one runtime at one precision; the first file is the one to load."""
+    """One model file (or set of files) for one runtime at one precision; the first file is the one to load.
+
+    Attributes:
+        format: canonical name.
+        precision: canonical name.
+        files: all of them.
+        built_with: packages and their versions.
+        promised_share: least share of the compute layers that run in the precision where the runtime has it, 0..1.
+        layers: compute layers by the precision in which they ran where the bundle was made.
+        kept_in_fp32: blocks or nodes that stay in float32 against the precision's rule, and why.
+        sensitivity: for each block, the error that the precision causes in it alone, over the outputs' spread.
+        accuracy: on the calibration images, where there were some.
+        points_lost: of accuracy against PyTorch there, in percentage points.
+        speed: of a reduced precision.
+    """
 
     format: str
     precision: str
     files: Annotated[tuple[FileEntry, ...], Meta(min_length=1)]
     built_with: dict[str, str]
+    promised_share: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    layers: dict[str, int] = {}
+    kept_in_fp32: dict[str, str] = {}
+    sensitivity: dict[str, float] = {}
+    accuracy: Accuracy | None = None
+    points_lost: float | None = None
+    speed: Speed | None = None
 
     @property
     def sha256(self) -> str:
@@ -76,6 +131,7 @@ class Model(Struct, frozen=True, kw_only=True):
         parameters: number of trained values.
         macs: multiply-accumulates for one image.
         weights: ``random`` marks a model that was never trained.
+        deploy_form: whether the artifacts compute the folded form of the network.
         seed: of random weights.
         checkpoint_sha256: of the source checkpoint; ``null`` for random weights.
         notes: what was assumed while reading the checkpoint.
@@ -89,6 +145,7 @@ class Model(Struct, frozen=True, kw_only=True):
     parameters: int
     macs: int
     weights: Literal["checkpoint", "demonstration", "random"]
+    deploy_form: bool = False
     seed: int | None = None
     checkpoint_sha256: Sha256 | None = None
     notes: tuple[str, ...] = ()
@@ -113,10 +170,28 @@ class ParityEvidence(Struct, frozen=True, kw_only=True):
     report: str
 
 
+class AccuracyEvidence(Struct, frozen=True, kw_only=True):
+    """What the artifacts' accuracy was measured against: PyTorch on the calibration images."""
+
+    images: int
+    labelled: bool
+    max_points_lost: float
+    torch: Accuracy
+
+
+class LatencyEvidence(Struct, frozen=True, kw_only=True):
+    """The run that compared the precisions; the report has each configuration."""
+
+    noise_floor: float | None
+    report: str
+
+
 class Evidence(Struct, frozen=True, kw_only=True):
     """What was measured when the bundle was made."""
 
     parity: ParityEvidence
+    accuracy: AccuracyEvidence | None = None
+    latency: LatencyEvidence | None = None
 
 
 class Manifest(Struct, frozen=True, kw_only=True):

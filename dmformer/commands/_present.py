@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import Console, RenderableType
+    from rich.progress import Task
     from rich.table import Table
     from rich.text import Text
 
     from dmformer.bundle.reader import Bundle
+    from dmformer.progress import Advance
 
 BundleArgument = Annotated[
     Path | None,
@@ -139,7 +141,14 @@ class Stages:
     """A line and a bar for each stage: live on a terminal, one plain line when it ends elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        class Parts(MofNCompleteColumn):
+            """Nothing for a stage of unknown length."""
+
+            def render(self, task: Task) -> Text:
+                return super().render(task) if (task.total or 0) > 1 else Text()
 
         self.live = console.is_terminal
         self.console = console
@@ -147,18 +156,19 @@ class Stages:
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
+            Parts(),
             TimeElapsedColumn(),
             console=console,
             disable=not self.live,
         )
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """One stage; its bar moves while it runs and is full when it is done."""
+    def stage(self, name: str, parts: int | None = None) -> Iterator[Advance]:
+        """One stage; its bar moves while it runs, by parts where they are known, and is full when it is done."""
         begun = time.monotonic()
-        task = self.progress.add_task(name, total=None)
-        yield
-        self.progress.update(task, total=1, completed=1)
+        task = self.progress.add_task(name, total=parts)
+        yield lambda: self.progress.advance(task)
+        self.progress.update(task, total=parts or 1, completed=parts or 1)
         self.progress.stop_task(task)
         if not self.live:
             self.console.print(f"{name}: {time.monotonic() - begun:.1f} s")

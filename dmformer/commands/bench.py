@@ -58,7 +58,21 @@ def bench(
 
 
 def _show(report: BenchReport, arch: str, rounds: int, json_file: str | None) -> None:
-    columns = ["runtime", "batch", "p50 ms", "p90 ms", "images/s", "load ms", "first ms", "MiB", "samples", "status"]
+    from dmformer.runtimes.layers import describe
+
+    columns = [
+        "runtime",
+        "batch",
+        "p50 ms",
+        "p90 ms",
+        "images/s",
+        "load ms",
+        "first ms",
+        "MiB",
+        "samples",
+        "computes",
+        "status",
+    ]
     threads = report.results[0].threads
     title = f"Latency of {arch}, compute only, {threads} threads, {rounds} processes a row"
     listing = present.table(title, columns, numeric=columns[1:9])
@@ -74,10 +88,17 @@ def _show(report: BenchReport, arch: str, rounds: int, json_file: str | None) ->
             present.three_digits(row.first_inference_ms),
             present.three_digits(row.peak_rss_mb),
             str(row.samples),
+            describe(row.layers),
             present.mark(row.status == "ok", row.status),
         ]
         present.add_row(listing, cells)
     present.show(listing, json_file)
+    if report.noise_floor is not None:
+        present.show(
+            f"noise floor {report.noise_floor:.1%}: {report.results[0].runtime} {report.results[0].precision} against "
+            "itself in this run; smaller differences are ties",
+            json_file,
+        )
     machine = report.environment
     present.show(f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}", json_file)
     for reason in report.skipped:

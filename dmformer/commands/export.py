@@ -28,7 +28,12 @@ def export(
         typer.Option("--format", metavar="NAME", help="onnx, openvino (ov), torch or all. Repeatable; otherwise onnx."),
     ] = None,
     precisions: Annotated[
-        list[str] | None, typer.Option("--precision", metavar="NAME", help="fp32, so far. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            metavar="NAME",
+            help="fp32, fp16 or int8, repeatable; otherwise fp32. auto: the fastest here within the accuracy budget.",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the bundle.")] = Path(
         "dmformer-bundle"
@@ -39,6 +44,28 @@ def export(
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Real images to compare on; noise fills up.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="DIR",
+            help="Images like those the device will see, for int8; in folders named after their classes, or not.",
+        ),
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float,
+        typer.Option(
+            "--max-accuracy-drop",
+            metavar="POINTS",
+            help="Percentage points of accuracy that fp16 and int8 may lose on the calibration images.",
+        ),
+    ] = 0.5,
+    deploy_form: Annotated[
+        bool,
+        typer.Option(
+            "--deploy-form/--no-deploy-form", help="Fold everything linear before tracing: the same function, faster."
+        ),
+    ] = True,
     model_options: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,21 +90,32 @@ def export(
     from dmformer.bundle.locate import remember
     from dmformer.bundle.writer import check_destination
     from dmformer.export.api import make_request
-    from dmformer.export.pipeline import Progress, check_possible
+    from dmformer.export.pipeline import check_possible
     from dmformer.export.pipeline import export as run_export
 
     check_destination(output)
     request = make_request(
-        weights, arch, formats or ["onnx"], precisions or ["fp32"], output, image_size, images,
-        parse_options(model_options or []), seed, force,
-    )  # fmt: skip
+        weights,
+        arch=arch,
+        formats=formats or ["onnx"],
+        precisions=precisions or ["fp32"],
+        output=output,
+        image_size=image_size,
+        images=images,
+        calibration=calibration,
+        max_accuracy_drop=max_accuracy_drop,
+        options=parse_options(model_options or []),
+        seed=seed,
+        deploy_form=deploy_form,
+        force=force,
+    )
     _say_source(request)
     if dry_run:
         check_possible(request)
         _show_plan(request)
         return
     with present.stages() as shown:
-        result = run_export(request, Progress(stage=shown.stage))
+        result = run_export(request, shown.stage)
     remember(output)
     _show_result(result)
     if not result.parity.passed:

@@ -7,18 +7,58 @@ from typing import TYPE_CHECKING, Any
 
 from dmformer.bundle.locate import DEFAULT_BUNDLE
 from dmformer.errors import UsageError
-from dmformer.export.pipeline import ExportRequest, ExportResult, Progress
+from dmformer.export.pipeline import ExportRequest, ExportResult
 from dmformer.export.pipeline import export as run_export
+from dmformer.export.precision import PRECISIONS, check_calibrated
 from dmformer.export.source import find_source
+from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-PRECISIONS = ("fp32",)
+    from typing_extensions import TypedDict, Unpack
+
+    class ExportOptions(TypedDict, total=False):
+        """The keyword arguments of :func:`export` and :func:`make_request`, which has the defaults."""
+
+        arch: str | None
+        formats: Sequence[str]
+        precisions: Sequence[str]
+        output: str | Path
+        image_size: int | None
+        images: str | Path | None
+        calibration: str | Path | None
+        max_accuracy_drop: float
+        options: Mapping[str, Any] | None
+        seed: int
+        deploy_form: bool
+        force: bool
+
+
+AUTO = "auto"
 
 
 def export(
+    weights: str | Path | None = None, *, stage: Stage = silent, **arguments: Unpack[ExportOptions]
+) -> ExportResult:
+    """Export a checkpoint to a verified bundle.
+
+    Args:
+        weights: a checkpoint file; without it and without ``arch``, the demonstration checkpoint.
+        stage: told about each step.
+        **arguments: those of :func:`make_request`.
+
+    Raises:
+        CheckFailed: a check failed; nothing was written, unless ``force``.
+        StageFailed: a stage broke; nothing was written.
+        UnavailableError: a package that a format needs is not installed.
+        UsageError: an argument or a file cannot be used.
+    """
+    return run_export(make_request(weights, **arguments), stage)
+
+
+def make_request(
     weights: str | Path | None = None,
     *,
     arch: str | None = None,
@@ -27,70 +67,83 @@ def export(
     output: str | Path = DEFAULT_BUNDLE,
     image_size: int | None = None,
     images: str | Path | None = None,
+    calibration: str | Path | None = None,
+    max_accuracy_drop: float = 0.5,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    deploy_form: bool = True,
     force: bool = False,
-    progress: Progress | None = None,
-) -> ExportResult:
-    """Export a checkpoint to a verified bundle.
+) -> ExportRequest:
+    """Everything an export needs, read and checked; nothing is run.
 
     Args:
         weights: a checkpoint file; without it and without ``arch``, the demonstration checkpoint.
         arch: a variant's name; without ``weights``, its seeded random weights are exported and marked so.
         formats: names or aliases of formats, or ``all``.
-        precisions: ``fp32``.
+        precisions: of ``fp32``, ``fp16`` and ``int8``; or ``auto``: for each format the fastest on this machine within
+            the accuracy budget.
         output: the bundle's folder; a bundle that is there is replaced.
         image_size: side of the input in pixels; otherwise the checkpoint's.
         images: folder of real images to compare on; noise fills up.
+        calibration: folder of images like those that the device will see, in subfolders named after their classes
+            where accuracy is to be measured by labels.
+        max_accuracy_drop: accuracy that a reduced precision may lose against PyTorch on the calibration images, in
+            percentage points: of top-1 with labels, of agreement without.
         options: fields of the model's configuration that override what the checkpoint says.
         seed: of random weights.
-        force: write the bundle although a parity check failed.
-        progress: told about each stage.
+        deploy_form: fold everything linear before tracing; the outputs stay the same.
+        force: write the bundle although a check failed.
 
     Raises:
-        CheckFailed: a parity check failed; nothing was written, unless ``force``.
-        StageFailed: a stage broke; nothing was written.
-        UnavailableError: a package that a format needs is not installed.
         UsageError: an argument or a file cannot be used.
     """
-    request = make_request(weights, arch, formats, precisions, output, image_size, images, options, seed, force)
-    return run_export(request, progress)
-
-
-def make_request(
-    weights: str | Path | None,
-    arch: str | None,
-    formats: Sequence[str],
-    precisions: Sequence[str],
-    output: str | Path,
-    image_size: int | None,
-    images: str | Path | None,
-    options: Mapping[str, Any] | None,
-    seed: int,
-    force: bool,
-) -> ExportRequest:
-    """Everything an export needs, read and checked; see :func:`export`."""
-    precisions = [precision.lower() for precision in precisions]
-    if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
-        raise UsageError(f"precision {unknown[0]!r}; this version makes {', '.join(PRECISIONS)}")
+    if not 0 <= max_accuracy_drop <= 100:
+        raise UsageError(f"max_accuracy_drop is {max_accuracy_drop:g}; expected percentage points, 0 to 100")
     source = find_source(
         Path(weights) if weights is not None else None,
         arch,
         options or {},
         image_size,
         Path(images) if images is not None else None,
+        Path(calibration) if calibration is not None else None,
         seed,
     )
-    return ExportRequest(
+    chosen = _precisions(precisions, calibrated=source.calibration is not None)
+    check_calibrated(chosen, source.calibration)
+    request = ExportRequest(
         checkpoint=source.checkpoint,
         weights=source.weights,
         formats=_formats(formats),
         output=Path(output),
-        precisions=tuple(dict.fromkeys(precisions)),
+        precisions=chosen,
+        choose_fastest=_is_auto(precisions),
+        calibration=source.calibration,
+        max_points_lost=max_accuracy_drop,
         seed=source.seed,
         images=source.images,
+        deploy_form=deploy_form,
         force=force,
     )
+    request.pairs()
+    return request
+
+
+def _precisions(names: Sequence[str], *, calibrated: bool) -> tuple[str, ...]:
+    """Canonical names, each once; ``auto`` stands for all that can be made."""
+    lower = [name.lower() for name in names]
+    if AUTO in lower and set(lower) != {AUTO}:
+        raise UsageError(
+            f"precision {AUTO} with {', '.join(name for name in lower if name != AUTO)}; expected it alone"
+        )
+    if AUTO in lower:
+        return tuple(name for name in PRECISIONS if calibrated or name != "int8")
+    if unknown := [name for name in lower if name not in PRECISIONS]:
+        raise UsageError(f"precision {unknown[0]!r}; expected one of {', '.join(PRECISIONS)}, or {AUTO}")
+    return tuple(dict.fromkeys(lower))
+
+
+def _is_auto(names: Sequence[str]) -> bool:
+    return any(name.lower() == AUTO for name in names)
 
 
 def _formats(names: Sequence[str]) -> tuple[str, ...]:

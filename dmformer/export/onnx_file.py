@@ -20,7 +20,12 @@ def read(path: Path) -> ModelProto:
     return model
 
 
-def write(model: ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+def metadata(path: Path) -> dict[str, str]:
+    """What an ONNX file says of itself; its weights are not kept."""
+    return {entry.key: entry.value for entry in read(path).metadata_props}
+
+
+def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
     """Check the model against the ONNX specification and write it with this metadata, and no other.
 
     Exporters and simplifiers leave stack traces, file paths and logs in documentation strings and metadata.
@@ -32,6 +37,6 @@ def write(model: ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
     model.graph.doc_string = ""
     model.doc_string = ""
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
+    onnx.helper.set_model_props(model, dict(sorted(says.items())))
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))

@@ -3,44 +3,56 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from dmformer import __version__
 from dmformer._optional import require
 from dmformer.bundle.manifest import (
     GOLDEN,
     MANIFEST,
-    SCHEMA_VERSION,
+    AccuracyEvidence,
     Artifact,
     Evidence,
+    LatencyEvidence,
     Manifest,
-    Model,
     ParityEvidence,
     Simplification,
-    Tensor,
     file_entry,
     hash_file,
 )
+from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.writer import check_destination, staged
-from dmformer.errors import CheckFailed, UnavailableError
+from dmformer.data.labelled import ImageSet
+from dmformer.errors import CheckFailed, UnavailableError, UsageError
 from dmformer.export import onnx_file
+from dmformer.export.describe import describe_export
 from dmformer.export.formats import ConversionSource, converter, versions
+from dmformer.export.precision import Calibration, Made, PrecisionSource, make
 from dmformer.export.simplify import Simplifier
+from dmformer.export.speed import compare_precisions, fastest
 from dmformer.export.torch_onnx import onnx_metadata, trace
 from dmformer.models.checkpoint import Checkpoint
-from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
-from dmformer.models.flops import count_macs
+from dmformer.models.deploy import deploy
+from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.parity import Answers, Check, ParityReport, ask, check_answers, report
-from dmformer.verify.reference import golden_pixels, make_golden
+from dmformer.verify.accuracy import logits_of, parts, points_lost, score
+from dmformer.verify.parity import (
+    Answers,
+    Check,
+    ParityReport,
+    ask,
+    check_accuracy,
+    check_answers,
+    check_layers,
+    report,
+)
+from dmformer.verify.reference import golden_pixels, literal_answers, make_golden, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +61,9 @@ if TYPE_CHECKING:
     from dmformer.models.dmformer import DMFormer
 
 PARITY_REPORT = "reports/parity.json"
+BENCH_REPORT = "reports/bench.json"
+
+_MOST_CALIBRATION = 512
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,12 @@ class ExportRequest:
         seed: of random weights.
         formats: canonical names of the formats to make.
         precisions: canonical names of the precisions to make each format in.
+        choose_fastest: keep only the fastest precision of each format.
+        calibration: images that stand for what the device will see.
+        max_points_lost: accuracy budget of a reduced precision against PyTorch, in percentage points.
         output: the bundle's folder.
         images: real images for the golden set; noise fills it up.
+        deploy_form: fold everything linear before tracing (:mod:`dmformer.models.deploy`).
         force: write the bundle although a parity check failed.
     """
 
@@ -71,9 +90,35 @@ class ExportRequest:
     formats: tuple[str, ...]
     output: Path
     precisions: tuple[str, ...] = ("fp32",)
+    choose_fastest: bool = False
+    calibration: ImageSet | None = None
+    max_points_lost: float = 0.5
     seed: int | None = None
     images: tuple[Path, ...] = ()
+    deploy_form: bool = True
     force: bool = False
+
+    @property
+    def reduced(self) -> bool:
+        """Whether anything but float32 is asked for; it is then compared with float32."""
+        return self.precisions != ("fp32",)
+
+    def pairs(self) -> list[tuple[registry.Entry, str]]:
+        """The artifacts asked for: each format's row with each precision that its runtime takes.
+
+        Raises:
+            UsageError: a format takes none of the precisions.
+        """
+        found = []
+        for row in map(registry.entry_of_format, self.formats):
+            taken = registry.adapter(row).precisions
+            if not set(taken) & set(self.precisions):
+                raise UsageError(
+                    f"format {row.format} at {', '.join(self.precisions)}; expected {', '.join(taken)}: "
+                    f"leave --format {row.format} out, or add --precision {taken[0]}"
+                )
+            found += [(row, precision) for precision in self.precisions if precision in taken]
+        return found
 
 
 @dataclass(frozen=True)
@@ -85,93 +130,104 @@ class ExportResult:
     parity: ParityReport
 
 
-@dataclass
-class Progress:
-    """Told about each stage; the default says nothing."""
-
-    stage: Callable[[str], AbstractContextManager[object]] = field(default=lambda _: nullcontext())
-
-
 def planned_artifacts(request: ExportRequest) -> list[str]:
     """Paths of what an export would write, relative to the bundle; nothing is run."""
-    artifacts = [f"{name}/{precision}/" for name in request.formats for precision in request.precisions]
-    return [MANIFEST, GOLDEN, *artifacts, PARITY_REPORT]
+    artifacts = [f"{row.format}/{precision}/" for row, precision in request.pairs()]
+    return [MANIFEST, GOLDEN, *artifacts, PARITY_REPORT, *([BENCH_REPORT] if request.reduced else [])]
 
 
-def check_possible(request: ExportRequest) -> list[registry.Entry]:
-    """The formats' rows, once everything that the export needs was seen to be there; nothing is run.
+def check_possible(request: ExportRequest) -> None:
+    """Make sure that everything that the export needs is there; nothing is run.
 
     Raises:
         UnavailableError: a package that the export or a format needs is not installed.
-        UsageError: the output folder cannot be used.
+        UsageError: the output folder cannot be used, or a format takes none of the precisions.
     """
     check_destination(request.output)
     require("onnx", extra="export", purpose="export to ONNX")
     if importlib.util.find_spec("onnxsim") is None:  # only its own process imports it
         raise UnavailableError("simplification needs 'onnxsim', not installed; run: pip install 'dmformer[export]'")
-    rows = [registry.entry_of_format(name) for name in request.formats]
-    for row in [registry.entry("onnxruntime"), *rows]:  # onnxruntime checks the ONNX stages of every export
+    rows = [registry.entry("onnxruntime"), *(row for row, _ in request.pairs())]
+    for row in dict.fromkeys(rows):  # onnxruntime checks the ONNX stages of every export
         registry.available_adapter(row)
-    return rows
 
 
-def export(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
-    """Trace, simplify, convert, verify each step, and write the bundle.
+def export(request: ExportRequest, stage: Stage = silent) -> ExportResult:
+    """Trace, simplify, reduce the precision, convert, verify each step, and write the bundle.
 
     Raises:
-        CheckFailed: a parity check failed; nothing was written, unless ``request.force``.
+        CheckFailed: a check failed; nothing was written, unless ``request.force``.
         StageFailed: a stage broke; nothing was written.
         UnavailableError: a package that a format needs is not installed.
         UsageError: the output folder or an image cannot be used.
     """
-    progress = progress or Progress()
-    rows = check_possible(request)
+    check_possible(request)
     with staged(request.output) as folder, tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
-        return _Export(request, folder, Path(scratch), progress).run(rows)
+        return _Export(request, folder, Path(scratch), stage).run()
 
 
 class _Export:
     """One export under way: a folder that becomes the bundle, and the checks so far."""
 
-    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, progress: Progress) -> None:
+    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, stage: Stage) -> None:
         self.request = request
         self.checkpoint = request.checkpoint
         self.folder = folder
         self.scratch = scratch
-        self.progress = progress
+        self.stage = stage
         self.checks: list[Check] = []
+        self.left_out: list[str] = []
         self._answers: dict[tuple[str, ...], Answers] = {}
 
-    def run(self, rows: Sequence[registry.Entry]) -> ExportResult:
+    def run(self) -> ExportResult:
         traced, simplified = self.scratch / "traced.onnx", self.scratch / "simplified.onnx"
         # What needs no other step's result runs beside it: a cold export keeps two cores busy.
         with Simplifier() as simplifier, ThreadPoolExecutor(1) as pool:
             model = self.checkpoint.model()
-            with self.progress.stage("PyTorch reference, trace to ONNX"):
+            with self.stage("PyTorch reference, trace to ONNX"):
                 referring = pool.submit(self._reference, self.checkpoint.model())
-                trace(self.checkpoint, model, traced)
+                size = self.checkpoint.preprocessing.image_size
+                trace(self.checkpoint, deploy(model, size) if self.request.deploy_form else model, traced)
                 golden = referring.result()
             simplifying = pool.submit(simplifier.simplify, traced, simplified)
-            with self.progress.stage("verify the traced ONNX"):
-                self.checks.extend(check_answers("traced", self._ask("onnxruntime", [traced], golden), golden))
-            with self.progress.stage("simplify and verify"):
+            with self.stage("verify the traced ONNX"):
+                answers = self._ask("onnxruntime", [traced], golden, layers=False)
+                self.checks.extend(check_answers("traced", answers, golden))
+            with self.stage("simplify and verify"):
                 simplifying.result()
                 onnx, simplification = self._choose(traced, simplified, golden)
-        artifacts = [artifact for row in rows for artifact in self._convert(row, onnx, golden)]
-        return self._finish(model, artifacts, simplification)
+        calibration = self._calibrate(model)
+        artifacts: list[Artifact] = []
+        for precision in self._precisions():
+            made = self._reduce(precision, onnx, golden, calibration)
+            if made is None:
+                continue
+            if precision != "fp32":
+                literal = literal_answers(made.onnx, golden.inputs)
+                golden = replace(golden, reduced=golden.reduced | {precision: literal})
+            artifacts += [self._convert(row, precision, made, golden, calibration) for row in self._rows(precision)]
+        return self._finish(model, golden, artifacts, simplification, calibration)
+
+    def _precisions(self) -> list[str]:
+        """Those asked for, and float32 to compare the others with."""
+        return list(dict.fromkeys(("fp32", *self.request.precisions)))
+
+    def _rows(self, precision: str) -> list[registry.Entry]:
+        rows = map(registry.entry_of_format, self.request.formats)
+        return [row for row in rows if precision in registry.adapter(row).precisions]
 
     def _reference(self, model: DMFormer) -> Golden:
         pixels = golden_pixels(self.checkpoint.preprocessing, self.request.images)
-        golden = make_golden(model, self.checkpoint.preprocessing, pixels)
-        golden.save(self.folder / GOLDEN)
-        return golden
+        return make_golden(model, self.checkpoint.preprocessing, pixels)
 
-    def _ask(self, runtime: str, files: Sequence[Path], golden: Golden, precision: str = "fp32") -> Answers:
+    def _ask(
+        self, runtime: str, files: Sequence[Path], golden: Golden, precision: str = "fp32", *, layers: bool = True
+    ) -> Answers:
         """A runtime's answers to the golden inputs; files of the same content are run once."""
         key = (runtime, precision, *(hash_file(path)[0] for path in files))
         if key not in self._answers:
             adapter = registry.available_adapter(registry.entry(runtime))
-            self._answers[key] = ask(adapter(files[0], precision=precision), golden)
+            self._answers[key] = ask(adapter(files[0], precision=precision), golden, layers=layers)
         return self._answers[key]
 
     def _choose(self, traced: Path, simplified: Path, golden: Golden) -> tuple[Path, Simplification]:
@@ -182,7 +238,7 @@ class _Export:
             return traced, Simplification(kept=False, reason=reason, nodes_before=before, nodes_after=None)
         model = onnx_file.read(simplified)
         after = len(model.graph.node)
-        onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | _version_metadata("onnxsim"))
+        onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | versions_metadata("onnxsim"))
         answers = self._ask("onnxruntime", [simplified], golden)
         traced_answers = self._ask("onnxruntime", [traced], golden)
         checks = [
@@ -197,24 +253,79 @@ class _Export:
         reason = f"{before} nodes became {after}, with equal outputs within the limit of float32"
         return simplified, Simplification(kept=True, reason=reason, nodes_before=before, nodes_after=after)
 
-    def _convert(self, row: registry.Entry, onnx: Path, golden: Golden) -> list[Artifact]:
-        artifacts = []
-        for precision in self.request.precisions:
-            target = self.folder / row.format / precision
-            target.mkdir(parents=True)
-            with self.progress.stage(f"convert to {row.format} {precision}"):
-                converted = converter(row)(ConversionSource(self.checkpoint, onnx, precision), target)
-            with self.progress.stage(f"verify {row.format} {precision} in {row.name}"):
-                answers = self._ask(row.name, converted.files, golden, precision)
-                self.checks.extend(check_answers("runtime", answers, golden))
-            files = tuple(file_entry(self.folder, path) for path in converted.files)
-            artifacts.append(
-                Artifact(format=row.format, precision=precision, files=files, built_with=converted.built_with)
-            )
-        return artifacts
+    def _calibrate(self, model: DMFormer) -> Calibration | None:
+        """PyTorch's answers to the calibration images, where a reduced precision is asked for."""
+        if self.request.calibration is None or not self.request.reduced:
+            return None
+        images = self.request.calibration.spread(_MOST_CALIBRATION)
+        with self.stage("PyTorch on the calibration images", parts(images)) as advance:
+            logits = torch_logits(model, images, advance)
+        return Calibration(images, logits, score(logits, images.labels, logits))
 
-    def _finish(self, model: DMFormer, artifacts: list[Artifact], simplification: Simplification) -> ExportResult:
-        parity = report(self.checks)
+    def _reduce(self, precision: str, onnx: Path, golden: Golden, calibration: Calibration | None) -> Made | None:
+        """The ONNX file at a precision; ``None`` where it cannot be had and need not be."""
+        if precision != "fp32" and not all(check.passed for check in self.checks if check.precision == "fp32"):
+            self.left_out.append(f"{precision}: float32 failed its checks")
+            return None
+        metadata = dict(onnx_file.metadata(onnx)) | {"dmformer.precision": precision}
+        source = PrecisionSource(
+            onnx=onnx,
+            metadata=metadata,
+            inputs=golden.inputs,
+            calibration=calibration,
+            max_points_lost=self.request.max_points_lost,
+            scratch=self.scratch,
+            stage=self.stage,
+        )
+        try:
+            return make(precision, source)
+        except CheckFailed as error:
+            if not self.request.choose_fastest:
+                raise
+            self.left_out.append(str(error))
+            return None
+
+    def _convert(
+        self, row: registry.Entry, precision: str, made: Made, golden: Golden, calibration: Calibration | None
+    ) -> Artifact:
+        target = self.folder / row.format / precision
+        target.mkdir(parents=True)
+        with self.stage(f"convert to {row.format} {precision}"):
+            converted = converter(row)(ConversionSource(self.checkpoint, made.onnx, precision), target)
+        with self.stage(f"verify {row.format} {precision} in {row.name}"):
+            adapter = registry.available_adapter(row)
+            answers = self._ask(row.name, converted.files, golden, precision)
+            self.checks.extend(check_answers("runtime", answers, golden))
+            self.checks.append(check_layers(answers, made.promised, adapter.cannot_compute(precision)))
+        artifact = Artifact(
+            format=row.format,
+            precision=precision,
+            files=tuple(file_entry(self.folder, path) for path in converted.files),
+            built_with=converted.built_with,
+            promised_share=made.promised,
+            layers=answers.layers,
+            kept_in_fp32=made.kept_in_fp32,
+            sensitivity=made.sensitivity,
+        )
+        if calibration is None or not answers.layers:
+            return artifact
+        images = calibration.images
+        with self.stage(f"accuracy of {row.format} {precision} in {row.name}", parts(images)) as advance:
+            logits = logits_of(adapter(converted.files[0], precision=precision), images, advance)
+        accuracy = score(logits, images.labels, calibration.logits)
+        lost = points_lost(accuracy, calibration.accuracy)
+        self.checks.append(check_accuracy(row.name, precision, accuracy, lost, self.request.max_points_lost))
+        return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost)
+
+    def _finish(
+        self,
+        model: DMFormer,
+        golden: Golden,
+        artifacts: list[Artifact],
+        simplification: Simplification,
+        calibration: Calibration | None,
+    ) -> ExportResult:
+        parity = report(self.checks, self.left_out)
         failed = [check for check in parity.checks if not check.passed]
         if failed and not self.request.force:
             raise CheckFailed(
@@ -222,48 +333,68 @@ class _Export:
                 f"{failed[0].stage} in {failed[0].runtime} at batch {failed[0].batch}: {failed[0].reason}; "
                 "--force writes the bundle all the same"
             )
-        path = self.folder / PARITY_REPORT
-        path.parent.mkdir()
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(parity), indent=2) + b"\n")
-        manifest = self._manifest(model, artifacts, simplification, parity)
+        golden.save(self.folder / GOLDEN)
+        self._write_report(PARITY_REPORT, parity)
+        evidence = Evidence(
+            parity=ParityEvidence(
+                passed=parity.passed, checks=len(parity.checks), failed=len(failed), report=PARITY_REPORT
+            ),
+            accuracy=self._accuracy_evidence(calibration),
+        )
+        manifest = describe_export(
+            self.checkpoint,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            weights=self.request.weights,
+            seed=self.request.seed,
+            deploy_form=self.request.deploy_form,
+            simplification=simplification,
+            artifacts=artifacts,
+            files=[file_entry(self.folder, self.folder / name) for name in (GOLDEN, PARITY_REPORT)],
+            evidence=evidence,
+        )
         (self.folder / MANIFEST).write_bytes(manifest.encode())
+        if self.request.reduced:
+            manifest = self._compare_speed(manifest)
+            (self.folder / MANIFEST).write_bytes(manifest.encode())
         return ExportResult(self.request.output, manifest, parity)
 
-    def _manifest(
-        self, model: DMFormer, artifacts: list[Artifact], simplification: Simplification, parity: ParityReport
-    ) -> Manifest:
-        checkpoint, size = self.checkpoint, self.checkpoint.preprocessing.image_size
-        failed = sum(not check.passed for check in parity.checks)
-        shape = ("batch", checkpoint.config.in_channels, size, size)
-        return Manifest(
-            schema_version=SCHEMA_VERSION,
-            tool_version=__version__,
-            model=Model(
-                arch=checkpoint.arch,
-                config=checkpoint.config.to_dict(),
-                task="classification",
-                classes=checkpoint.classes,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                macs=count_macs(checkpoint.config, size),
-                weights=self.request.weights,
-                seed=self.request.seed,
-                checkpoint_sha256=checkpoint.sha256,
-                notes=checkpoint.notes,
-                training=dict(checkpoint.training),
-            ),
-            preprocessing=checkpoint.preprocessing,
-            inputs=(Tensor(name=INPUT_NAME, dtype="float32", shape=shape),),
-            outputs=(Tensor(name=OUTPUT_NAME, dtype="float32", shape=("batch", checkpoint.config.num_classes)),),
-            simplification=simplification,
-            artifacts=tuple(artifacts),
-            files=tuple(file_entry(self.folder, self.folder / name) for name in (GOLDEN, PARITY_REPORT)),
-            evidence=Evidence(
-                parity=ParityEvidence(
-                    passed=parity.passed, checks=len(parity.checks), failed=failed, report=PARITY_REPORT
-                )
-            ),
+    def _accuracy_evidence(self, calibration: Calibration | None) -> AccuracyEvidence | None:
+        if calibration is None:
+            return None
+        return AccuracyEvidence(
+            images=len(calibration.images),
+            labelled=calibration.images.labels is not None,
+            max_points_lost=self.request.max_points_lost,
+            torch=calibration.accuracy,
         )
 
+    def _compare_speed(self, manifest: Manifest) -> Manifest:
+        """Time every artifact of the folder, say which earn their place, and keep those that were asked for."""
+        timed = compare_precisions(open_bundle(self.folder), self.stage)
+        self._write_report(BENCH_REPORT, timed.report)
+        kept = fastest(timed.artifacts) if self.request.choose_fastest else self._asked_for(timed.artifacts)
+        for artifact in timed.artifacts:
+            if artifact not in kept:
+                shutil.rmtree(self.folder / artifact.format / artifact.precision)
+        entry = file_entry(self.folder, self.folder / BENCH_REPORT)
+        latency = LatencyEvidence(noise_floor=timed.report.noise_floor, report=BENCH_REPORT)
+        return msgspec.structs.replace(
+            manifest,
+            artifacts=tuple(kept),
+            files=(*manifest.files, entry),
+            evidence=msgspec.structs.replace(manifest.evidence, latency=latency),
+        )
 
-def _version_metadata(package: str) -> dict[str, str]:
+    def _asked_for(self, artifacts: Sequence[Artifact]) -> list[Artifact]:
+        asked = {(row.format, precision) for row, precision in self.request.pairs()}
+        return [artifact for artifact in artifacts if (artifact.format, artifact.precision) in asked]
+
+    def _write_report(self, name: str, content: msgspec.Struct) -> None:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+
+
+def versions_metadata(package: str) -> dict[str, str]:
+    """A package's version, as ONNX metadata."""
     return {f"{package}.version": versions(package)[package]}

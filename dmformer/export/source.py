@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.data.images import list_images
+from dmformer.data.labelled import ImageSet, image_set
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint
 from dmformer.models.dmformer import create_model
 from dmformer.models.lively import lively_
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, where it came from, and real images to compare on, where there are some."""
+    """A checkpoint, where it came from, and real images to compare and to calibrate on, where there are some."""
 
     checkpoint: Checkpoint
     weights: Literal["checkpoint", "demonstration", "random"]
     seed: int | None
     images: tuple[Path, ...]
+    calibration: ImageSet | None
 
 
 def find_source(
@@ -34,6 +36,7 @@ def find_source(
     options: Mapping[str, Any],
     image_size: int | None,
     images: Path | None,
+    calibration: Path | None,
     seed: int,
 ) -> Source:
     """A file where one is named; random weights where only an architecture is; the demonstration where neither is.
@@ -43,11 +46,20 @@ def find_source(
     """
     given = tuple(list_images(images)) if images is not None else ()
     if weights is not None:
-        return Source(load_checkpoint(weights, arch, options, image_size), "checkpoint", None, given)
+        checkpoint = load_checkpoint(weights, arch, options, image_size)
+        return Source(checkpoint, "checkpoint", None, given, _calibration(calibration, checkpoint))
     if arch is not None:
-        return Source(random_checkpoint(arch, options, image_size, seed), "random", seed, given)
+        checkpoint = random_checkpoint(arch, options, image_size, seed)
+        return Source(checkpoint, "random", seed, given, _calibration(calibration, checkpoint))
     checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT, None, options, image_size)
-    return Source(checkpoint, "demonstration", None, given or tuple(list_images(SAMPLE_IMAGES)))
+    images_for_ranges = _calibration(calibration or CALIBRATION_IMAGES, checkpoint)
+    return Source(checkpoint, "demonstration", None, given or tuple(list_images(SAMPLE_IMAGES)), images_for_ranges)
+
+
+def _calibration(folder: Path | None, checkpoint: Checkpoint) -> ImageSet | None:
+    if folder is None:
+        return None
+    return image_set(folder, checkpoint.preprocessing, checkpoint.classes, checkpoint.config.num_classes)
 
 
 def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | None, seed: int) -> Checkpoint:

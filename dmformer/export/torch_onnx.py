@@ -26,17 +26,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from onnx import GraphProto
+    from torch import nn
 
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.models.dmformer import DMFormer
 
 OPSET = 20  # the first with Gelu as one operator; below it, the exporter writes its erf formula out
 
 _TRACED_BATCH = 2  # tracing at 1 could bake a squeeze in
 
 
-def trace(checkpoint: Checkpoint, model: DMFormer, destination: Path) -> None:
+def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
     """Write the network as ONNX: float32, (batch, C, H, W) -> (batch, classes), with the batch left open.
+
+    Args:
+        checkpoint: what the file says of itself.
+        model: the network, in its training or its deploy form.
+        destination: the file.
 
     Nodes are named ``MODULE/OPERATOR``, for instance ``stages.2.blocks.4.dma.expand/Conv``.
 

@@ -52,13 +52,11 @@ class Details:
 
     Attributes:
         device: provider or device in the engine's own words.
-        precision: the type its arithmetic was asked to use.
         threads: how many the engine will use for one inference.
         version: of the engine.
     """
 
     device: str
-    precision: str
     threads: int
     version: str
 
@@ -110,6 +108,22 @@ class Runtime(ABC):
     @abstractmethod
     def details(self) -> Details:
         """What executes, read back from the engine. Legal while open."""
+
+    @classmethod
+    def cannot_compute(cls, precision: str) -> str | None:
+        """Why this runtime has no arithmetic of a precision on this machine, in which it still runs artifacts of it.
+
+        ``None`` where it has. Such an artifact is computed in float32: slower, not wrong, and to be said aloud.
+        """
+        del precision
+        return None
+
+    @abstractmethod
+    def layers(self) -> dict[str, int]:
+        """In which precision each compute layer of the loaded model runs, counted, as the engine shows it.
+
+        Legal while open; may take as long as loading. :mod:`dmformer.runtimes.layers` says what it is good for.
+        """
 
     @abstractmethod
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+import platform
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +34,7 @@ class OnnxRuntime(Runtime):
     """Runs ``.onnx`` files with the CPU execution provider."""
 
     name = "onnxruntime"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     _session: Any = None
 
     @classmethod
@@ -42,15 +51,18 @@ class OnnxRuntime(Runtime):
 
     def load(self) -> None:
         """Create the session and make sure that it uses the provider that was asked for."""
-        ort = _import()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
-        self._session = ort.InferenceSession(str(self.path), options, providers=[_PROVIDER])
+        self._session = _import().InferenceSession(str(self.path), self.options(), providers=[_PROVIDER])
         self._session.disable_fallback()
         if self._session.get_providers() != [_PROVIDER]:
             raise StageFailed(f"onnxruntime took {self._session.get_providers()}; expected only {_PROVIDER}")
+
+    def options(self) -> Any:
+        """Settings of the session."""
+        options = _import().SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        return options
 
     def close(self) -> None:
         """Drop the session; onnxruntime frees it with its last reference."""
@@ -71,15 +83,48 @@ class OnnxRuntime(Runtime):
         """Provider and threads of the session."""
         return Details(
             device=", ".join(self._session.get_providers()),
-            precision=self.precision,
             threads=self._session.get_session_options().intra_op_num_threads,
             version=_import().__version__,
         )
+
+    @classmethod
+    def cannot_compute(cls, precision: str) -> str | None:
+        """The CPU provider's convolutions in float16 exist on Arm; in int8 they need quantised outputs as well."""
+        if precision == "fp16" and platform.machine().lower() not in ("aarch64", "arm64"):
+            return "onnxruntime's CPU provider has no float16 convolutions on this processor, and computes in float32"
+        if precision == "int8":
+            return (
+                "onnxruntime computes a convolution in int8 only where its output is quantised too, which this graph "
+                "leaves in floating point, and computes in float32"
+            )
+        return None
+
+    def layers(self) -> dict[str, int]:
+        """From the profile of one inference, in which each executed kernel has its types."""
+        with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
+            options = self.options()
+            options.enable_profiling = True
+            options.profile_file_prefix = f"{folder}/profile"
+            session = _import().InferenceSession(str(self.path), options, providers=[_PROVIDER])
+            zeros = {spec.name: np.zeros(_least(spec), spec.dtype) for spec in self.inputs}
+            session.run(None, zeros)
+            events = json.loads(Path(session.end_profiling()).read_bytes())
+        found: Counter[str] = Counter()
+        for event in events:
+            details = event.get("args", {})
+            if event.get("name", "").endswith("_kernel_time") and is_compute(details.get("op_name", "")):
+                (type_name,) = details["input_type_shape"][0]
+                found[precision_of(type_name)] += 1
+        return dict(found)
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the session; onnxruntime allocates the outputs anew for each call."""
         names = [node.name for node in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+
+
+def _least(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else 1 for size in spec.shape)
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 _DEVICE = "CPU"
 # Without the hint OpenVINO may compute in bfloat16 on processors that have it.
-_PRECISION_HINT = {"fp32": "f32"}
+_PRECISION_HINT = {"fp32": "f32", "fp16": "f16", "int8": "f32"}  # of what is floating point in the file
 
 
 def _import() -> Any:
@@ -28,8 +30,10 @@ class OpenVinoRuntime(Runtime):
     """Runs OpenVINO IR (``.xml`` with its ``.bin``) on the CPU plugin."""
 
     name = "openvino"
+    precisions: ClassVar[tuple[str, ...]] = tuple(_PRECISION_HINT)
     _request: Any = None
     _model: Any = None
+    _source: Any = None  # has the names; compiling may fold a cast away and leave its tensor with two
 
     @classmethod
     def probe(cls) -> Availability:
@@ -46,52 +50,66 @@ class OpenVinoRuntime(Runtime):
     def load(self) -> None:
         """Compile the model and make sure that device, precision and threads are those asked for."""
         ov = _import()
-        wanted = _PRECISION_HINT[self.precision]
+        wanted = _PRECISION_HINT["fp32" if self.cannot_compute(self.precision) else self.precision]
         core = ov.Core()
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": wanted,
             "INFERENCE_NUM_THREADS": self.threads,
         }
-        self._model = core.compile_model(core.read_model(str(self.path)), _DEVICE, settings)
+        self._source = core.read_model(str(self.path))
+        self._model = core.compile_model(self._source, _DEVICE, settings)
         self._request = self._model.create_infer_request()
-        used = self.details
-        if used.device != _DEVICE or used.precision != self.precision:
-            raise StageFailed(
-                f"openvino compiled for {used.device} at {used.precision}; expected {_DEVICE} at {self.precision}"
-            )
+        device, hint = self.details.device, self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if (device, hint) != (_DEVICE, wanted):
+            raise StageFailed(f"openvino compiled for {device} at {hint}; expected {_DEVICE} at {wanted}")
 
     def close(self) -> None:
         """Drop request and model; OpenVINO frees them with their last reference."""
         self._request = None
         self._model = None
+        self._source = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The model's inputs."""
-        return tuple(_spec(port) for port in self._model.inputs)
+        return tuple(_spec(port) for port in self._source.inputs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The model's outputs."""
-        return tuple(_spec(port) for port in self._model.outputs)
+        return tuple(_spec(port) for port in self._source.outputs)
 
     @property
     def details(self) -> Details:
-        """Device, precision and threads that the compiled model reports."""
-        hint = self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        names = {ov_name: ours for ours, ov_name in _PRECISION_HINT.items()}
+        """Device and threads that the compiled model reports."""
         return Details(
             device=", ".join(self._model.get_property("EXECUTION_DEVICES")),
-            precision=names.get(hint, hint),
             threads=int(self._model.get_property("INFERENCE_NUM_THREADS")),
             version=_import().__version__.split("-")[0],
         )
 
+    @classmethod
+    def cannot_compute(cls, precision: str) -> str | None:
+        """Float16 arithmetic is there only where the CPU plugin says so."""
+        if precision != "fp16" or "FP16" in _import().Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+            return None
+        return "openvino has no float16 arithmetic on this processor, and computes in float32"
+
+    def layers(self) -> dict[str, int]:
+        """From the runtime model, in which each node after fusion has its type."""
+        found: Counter[str] = Counter()
+        for node in self._model.get_runtime_model().get_ops():
+            told = node.get_rt_info()
+            if is_compute(told["layerType"].astype(str)):
+                found[precision_of(told["runtimePrecision"].astype(str))] += 1
+        return dict(found)
+
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run one request; the outputs are copied out of its buffers."""
         results = self._request.infer(dict(inputs), share_inputs=True)
-        return {port.get_any_name(): np.array(array) for port, array in results.items()}
+        names = (port.get_any_name() for port in self._source.outputs)
+        return {name: np.array(results[index]) for index, name in enumerate(names)}
 
 
 def _spec(port: Any) -> TensorSpec:

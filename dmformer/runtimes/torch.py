@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import first_line
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,16 +73,23 @@ class TorchRuntime(Runtime):
 
     @property
     def details(self) -> Details:
-        """Device and type of the weights, and the threads of the process."""
+        """Device of the weights, and the threads of the process."""
         torch = _import()
         weight = next(self._model.parameters())
-        precision = {torch.float32: "fp32"}.get(weight.dtype, str(weight.dtype))
         return Details(
             device=str(weight.device),
-            precision=precision,
             threads=torch.get_num_threads(),
             version=str(torch.__version__),
         )
+
+    def layers(self) -> dict[str, int]:
+        """From the type of each layer's weights; eager mode converts nothing."""
+        found: Counter[str] = Counter()
+        for module in self._model.modules():
+            kind = type(module).__name__
+            if is_compute(kind) or kind == "Linear":
+                found[precision_of(str(module.weight.dtype).removeprefix("torch."))] += 1
+        return dict(found)
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the network without autograd."""

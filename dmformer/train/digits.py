@@ -5,6 +5,10 @@ UCI Machine Learning Repository, 1998), 8x8 pixels, which scikit-learn ships. On
 every run. Run with::
 
     python -m dmformer.train.digits --output FOLDER
+
+or, for the images alone, sorted into ``held-out`` and ``training`` and there by class::
+
+    python -m dmformer.train.digits --images FOLDER
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ NAME = "dmformer_nano_digits"
 CLASSES = tuple("0123456789")
 PREPROCESSING = Preprocessing(image_size=32, crop_fraction=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
 SAMPLES = 10
+_CALIBRATION_PER_CLASS = 20
 
 
 @dataclass(frozen=True)
@@ -152,16 +157,34 @@ def write(output: Path, recipe: Recipe) -> float:
     for label in range(SAMPLES):
         index = digits.held_out[digits.labels[digits.held_out] == label][-1]
         Image.fromarray(digits.pixels[index]).save(samples / f"{label}.png")
+    write_images(output / "digits-training", digits, digits.training, _CALIBRATION_PER_CLASS)
     return held_out_accuracy
+
+
+def write_images(folder: Path, digits: Digits, indices: NDArray[np.intp], most_per_class: int | None = None) -> None:
+    """Write images as PNG files in a folder for each class, the first ones of each."""
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in indices[digits.labels[indices] == label][:most_per_class]:
+            grey = Image.fromarray(digits.pixels[index][..., 0])  # the three channels are equal
+            grey.save(folder / name / f"{index:04}.png", optimize=True)
 
 
 def main() -> None:
     """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the sample images")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", type=Path, help="train; folder for the checkpoint and its sample images")
+    what.add_argument("--images", type=Path, help="train nothing; folder for all images of the data set")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     arguments = parser.parse_args()
+    if arguments.images is not None:
+        digits = load_digits()
+        write_images(arguments.images / "held-out", digits, digits.held_out)
+        write_images(arguments.images / "training", digits, digits.training)
+        sys.stdout.write(f"{len(digits.held_out)} held-out and {len(digits.training)} training images\n")
+        return
     reached = write(arguments.output, Recipe(seed=arguments.seed, epochs=arguments.epochs))
     sys.stdout.write(f"held-out accuracy {reached:.2%}\n")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import list_images
 from dmformer.errors import UsageError
+from dmformer.progress import silent
 from dmformer.verify.compare import Comparison, compare, float32_limit
 from dmformer.verify.parity import Check, ParityReport, as_check, ask, check_answers, check_preprocessing, report
 
@@ -19,12 +19,11 @@ MOST_IMAGES = 64  # of a folder, evenly spread over it
 _FOR_TRAINING = ("drop_path", "layer_scale")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from dmformer.bundle.golden import Golden
     from dmformer.models.checkpoint import Checkpoint
-
-    Stage = Callable[[str], AbstractContextManager[object]]
+    from dmformer.progress import Stage
 
 
 def verify(
@@ -33,7 +32,7 @@ def verify(
     runtimes: Sequence[str] = (),
     weights: str | Path | None = None,
     images: str | Path | None = None,
-    stage: Stage = lambda _: nullcontext(),
+    stage: Stage = silent,
 ) -> ParityReport:
     """Compare what the runtimes of a bundle answer with what PyTorch answers.
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from dmformer.errors import DMFormerError, UnavailableError
-from dmformer.verify.compare import Comparison, Limit, compare, float32_limit
+from dmformer.runtimes.layers import describe, shortfall
+from dmformer.verify.accuracy import BATCH
+from dmformer.verify.compare import Comparison, Limit, compare, float32_limit, reduced_limit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dmformer.bundle.golden import Golden
+    from dmformer.bundle.manifest import Accuracy
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.runtimes.base import Runtime
 
@@ -68,14 +72,22 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> Check:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a runtime answered to the golden inputs: an array for each output, or why there is none, by batch size."""
+    """What a runtime answered to the golden inputs.
+
+    Attributes:
+        runtime: its name.
+        precision: of the artifact.
+        by_batch: for each batch size an array for each output, or why there is none.
+        layers: in which precision each compute layer ran, counted; empty where the runtime failed.
+    """
 
     runtime: str
     precision: str
     by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError]
+    layers: dict[str, int] = field(default_factory=dict)
 
 
-def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES) -> Answers:
+def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES, *, layers: bool = True) -> Answers:
     """Load the runtime and run every golden row at each batch size.
 
     A failure of the runtime is an answer too; that it cannot run on this machine at all is raised.
@@ -84,6 +96,7 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
         runtime: not open yet.
         golden: what to ask.
         batch_sizes: rows in each call.
+        layers: read back in which precision each layer ran.
 
     Raises:
         UnavailableError: the runtime cannot run on this machine.
@@ -93,6 +106,8 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
         with runtime:
             for batch in batch_sizes:
                 answers.by_batch[batch] = run_in_batches(runtime, golden.inputs, batch)
+            if layers:
+                answers.layers.update(runtime.layers())
     except UnavailableError:
         raise
     except DMFormerError as error:
@@ -101,23 +116,29 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
 
 
 def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answers | None = None) -> list[Check]:
-    """Compare answers with the golden outputs, one check a batch size.
+    """Compare answers with the golden outputs of their precision, one check a batch size.
 
     Args:
         stage: name of the step that is checked.
         answers: of a runtime.
-        golden: the measure of noise that the limits come from.
-        expected: what to compare with, batch by batch, instead of PyTorch's outputs.
+        golden: the expected outputs, and the measure of noise that the limits come from.
+        expected: what to compare with, batch by batch, instead of the golden outputs.
 
     Raises:
         DMFormerError: what to compare with is an error itself.
         StageFailed: the golden outputs themselves are not finite, or differ too little to tell anything.
+        UsageError: there are no golden outputs at the precision.
     """
-    limits = float32_limit(golden.outputs, golden.outputs_float64)
+    outputs = golden.expected(answers.precision)
+    limits = (
+        float32_limit(outputs, golden.outputs_float64)
+        if answers.precision == "fp32"
+        else reduced_limit(answers.precision, outputs, golden.outputs_float64)
+    )
     loosest = max(limits.values(), key=lambda limit: limit.max_abs)
     checks = []
     for batch, answer in answers.by_batch.items():
-        wanted = golden.outputs if expected is None else expected.by_batch[batch]
+        wanted = outputs if expected is None else expected.by_batch[batch]
         if isinstance(wanted, DMFormerError):
             raise wanted
         if isinstance(answer, DMFormerError):
@@ -126,6 +147,29 @@ def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answer
             comparison, limit = _compare_outputs(answer, wanted, limits)
         checks.append(as_check(stage, answers.runtime, answers.precision, batch, comparison, limit))
     return checks
+
+
+def check_layers(answers: Answers, promised: float, cannot_compute: str | None) -> Check:
+    """Whether the compute layers ran in the precision that was promised.
+
+    Args:
+        answers: of a runtime.
+        promised: least share of the layers, 0..1.
+        cannot_compute: why the runtime has no arithmetic of the precision here; the check holds then, and says so.
+    """
+    missing = shortfall(answers.layers, answers.precision, promised)
+    if cannot_compute is not None and missing is not None:
+        comparison = Comparison(bool(answers.layers), reason=f"{cannot_compute} ({describe(answers.layers)})")
+    else:
+        comparison = Comparison(missing is None, reason=missing)
+    return as_check("precision", answers.runtime, answers.precision, 1, comparison, None)
+
+
+def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float, most: float) -> Check:
+    """Whether the accuracy budget holds: ``lost`` and ``most`` in percentage points."""
+    reason = None if lost <= most else f"loses {lost:.2f} points on {accuracy.images} images; the budget is {most:g}"
+    check = as_check("accuracy", runtime, precision, BATCH, Comparison(reason is None, reason=reason), None)
+    return msgspec.structs.replace(check, top1_agreement=accuracy.agreement_with_torch)
 
 
 def run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -> dict[str, NDArray[Any]]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dmformer.bundle.golden import Golden
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
 from dmformer.machine import usable_cores
+from dmformer.runtimes.onnxruntime import OnnxRuntime
+from dmformer.verify.accuracy import BATCH
+from dmformer.verify.parity import run_in_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from dmformer.data.labelled import ImageSet
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.models.dmformer import DMFormer
 
@@ -55,6 +59,38 @@ def make_golden(model: DMFormer, preprocessing: Preprocessing, pixels: NDArray[n
         single_outputs = model(torch.from_numpy(inputs)).numpy()
     double_outputs = _in_float64(model, inputs)
     return Golden(pixels, inputs, {OUTPUT_NAME: single_outputs}, {OUTPUT_NAME: double_outputs})
+
+
+def torch_logits(model: DMFormer, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
+    """The network's float32 outputs for each image, (N, classes).
+
+    Raises:
+        UsageError: an image cannot be read.
+    """
+    import torch
+
+    answers = []
+    with torch.inference_mode():
+        for batch in images.batches(BATCH):
+            answers.append(model(torch.from_numpy(batch)).numpy())
+            advance()
+    return np.concatenate(answers)
+
+
+def literal_answers(path: Path, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """What an ONNX graph answers where each operator is executed as it stands, with no optimisation over them."""
+    with LiteralOnnxRuntime(path) as runtime:
+        return run_in_batches(runtime, inputs, 1)
+
+
+class LiteralOnnxRuntime(OnnxRuntime):
+    """onnxruntime without graph optimisations: nothing is fused, folded or moved."""
+
+    def options(self) -> Any:
+        """As for any session, with optimisations off."""
+        options = super().options()
+        options.graph_optimization_level = type(options.graph_optimization_level).ORT_DISABLE_ALL
+        return options
 
 
 def _in_float64(model: DMFormer, inputs: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,0 +1,59 @@
+"""The manifest of an export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dmformer import __version__
+from dmformer.bundle.manifest import SCHEMA_VERSION, Manifest, Model, Tensor
+from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
+from dmformer.models.flops import count_macs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    from dmformer.bundle.manifest import Artifact, Evidence, FileEntry, Simplification
+    from dmformer.models.checkpoint import Checkpoint
+
+
+def describe_export(
+    checkpoint: Checkpoint,
+    *,
+    parameters: int,
+    weights: Literal["checkpoint", "demonstration", "random"],
+    seed: int | None,
+    deploy_form: bool,
+    simplification: Simplification,
+    artifacts: Sequence[Artifact],
+    files: Sequence[FileEntry],
+    evidence: Evidence,
+) -> Manifest:
+    """What is in the bundle, where its weights came from, and what was found on the way."""
+    size = checkpoint.preprocessing.image_size
+    shape = ("batch", checkpoint.config.in_channels, size, size)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        tool_version=__version__,
+        model=Model(
+            arch=checkpoint.arch,
+            config=checkpoint.config.to_dict(),
+            task="classification",
+            classes=checkpoint.classes,
+            parameters=parameters,
+            macs=count_macs(checkpoint.config, size),
+            weights=weights,
+            deploy_form=deploy_form,
+            seed=seed,
+            checkpoint_sha256=checkpoint.sha256,
+            notes=checkpoint.notes,
+            training=dict(checkpoint.training),
+        ),
+        preprocessing=checkpoint.preprocessing,
+        inputs=(Tensor(name=INPUT_NAME, dtype="float32", shape=shape),),
+        outputs=(Tensor(name=OUTPUT_NAME, dtype="float32", shape=("batch", checkpoint.config.num_classes)),),
+        simplification=simplification,
+        artifacts=tuple(artifacts),
+        files=tuple(files),
+        evidence=evidence,
+    )

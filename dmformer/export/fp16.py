@@ -1,0 +1,113 @@
+"""float32 ONNX -> float16 inside, float32 input and output, with onnxruntime's converter.
+
+float16 ends at 65,504. Average pools stay in float32, for they add up a whole map before they divide; so does every
+node that meets a weight, or on calibration images a value, within a factor of :data:`HEADROOM` of that end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmformer._optional import require
+from dmformer.errors import CheckFailed
+from dmformer.export import onnx_file
+from dmformer.export.precision import Made, typed_share
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from onnx import ModelProto
+
+    from dmformer.export.precision import PrecisionSource
+
+LARGEST = 65504.0
+HEADROOM = 8.0  # other images reach further than those that were looked at
+_ADDING_UP = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
+_MOST_IMAGES = 128
+
+
+def to_fp16(source: PrecisionSource) -> Made:
+    """The graph in float16, on ranges measured on the calibration images, or else on the golden ones.
+
+    Raises:
+        CheckFailed: the network itself gives NaN or infinity on the images, or is out of range everywhere.
+    """
+    float16 = require("onnxruntime.transformers.float16", extra="onnxruntime", purpose="precision fp16")
+    model = onnx_file.read(source.onnx)
+    with source.stage("ranges for fp16"):
+        peaks = _weight_peaks(model) | tensor_peaks(source.onnx, _inputs(source), source.scratch)
+    kept = {
+        node.name: f"reaches {peak:.3g}, float16 ends at {LARGEST:g}"
+        for node in model.graph.node
+        if (peak := max((peaks.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)) * HEADROOM
+        > LARGEST
+    }
+    converted = float16.convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_ADDING_UP],
+        node_block_list=list(kept),
+    )
+    # The converter appends its casts at the end; the specification wants nodes in the order of their use.
+    graph = require("onnxruntime.transformers.onnx_model", extra="onnxruntime", purpose="precision fp16")
+    graph.OnnxModel(converted).topological_sort(is_deterministic=True)
+    destination = source.scratch / "fp16.onnx"
+    onnx_file.write(converted, destination, source.metadata)
+    share = typed_share(converted, "fp16")
+    if not share:
+        raise CheckFailed(
+            f"precision fp16: every compute layer meets values beyond {LARGEST / HEADROOM:g}; expected a network whose "
+            "values float16 can hold: export fp32"
+        )
+    return Made(destination, share, kept)
+
+
+def tensor_peaks(path: Path, batches: Iterable[NDArray[np.float32]], scratch: Path) -> dict[str, float]:
+    """Largest absolute value of every tensor of a float32 graph over batches (N, C, H, W).
+
+    Raises:
+        CheckFailed: one of them is NaN or infinite.
+    """
+    calibrate = require("onnxruntime.quantization.calibrate", extra="onnxruntime", purpose="measuring ranges")
+    calibrator = calibrate.create_calibrator(
+        path, augmented_model_path=str(scratch / "ranges.onnx"), calibrate_method=calibrate.CalibrationMethod.MinMax
+    )
+    calibrator.collect_data(Reader(batches))
+    peaks = {}
+    for name, measured in calibrator.compute_data().data.items():
+        low, high = (np.asarray(value, np.float64) for value in measured.range_value)
+        peaks[name] = float(max(np.abs(low).max(), np.abs(high).max()))
+        if not np.isfinite(peaks[name]):
+            raise CheckFailed(f"tensor {name!r} is NaN or infinite in float32 on these images; expected numbers")
+    return peaks
+
+
+class Reader:
+    """Batches as onnxruntime's calibration wants them (its ``CalibrationDataReader``)."""
+
+    def __init__(self, batches: Iterable[NDArray[np.float32]]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch by input name; ``None`` after the last."""
+        from dmformer.models.dmformer import INPUT_NAME
+
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT_NAME: batch}
+
+
+def _inputs(source: PrecisionSource) -> Iterable[NDArray[np.float32]]:
+    if source.calibration is None:
+        return [source.inputs]
+    return source.calibration.images.spread(_MOST_IMAGES).batches(1)
+
+
+def _weight_peaks(model: ModelProto) -> dict[str, float]:
+    from onnx import numpy_helper
+
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return {name: float(np.abs(array).max()) for name, array in arrays.items() if array.size}

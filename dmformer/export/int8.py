@@ -1,0 +1,146 @@
+"""float32 ONNX -> int8 by QuantizeLinear and DequantizeLinear pairs, with onnxruntime's static quantiser.
+
+The graph keeps the rules that TensorRT's parser has, so that onnxruntime and OpenVINO take it too: symmetric and
+signed, weights one scale a channel, biases in float32. Quantised are the inputs and weights of full convolutions.
+Left in floating point, because quantising them was measured to cost accuracy and to gain no time (``benchmarks/``):
+depth-wise convolutions, the gates (one pixel each), the classifier, and the outputs of convolutions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmformer._optional import require
+from dmformer.errors import CheckFailed
+from dmformer.export import onnx_file
+from dmformer.export.fp16 import Reader
+from dmformer.export.precision import Made, check_calibrated, typed_share
+from dmformer.runtimes.onnxruntime import OnnxRuntime
+from dmformer.verify.accuracy import logits_of, parts, points_lost, score
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from onnx import ModelProto, NodeProto
+
+    from dmformer.data.labelled import ImageSet
+    from dmformer.export.precision import Calibration, PrecisionSource
+
+_RANGE_IMAGES = 128
+_SENSITIVITY_IMAGES = 16
+_BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)")
+
+
+def to_int8(source: PrecisionSource) -> Made:
+    """The quantised graph, with as many blocks left in float32 as the accuracy budget needs, most sensitive first.
+
+    Raises:
+        CheckFailed: nothing can be quantised within the budget.
+        UsageError: there are no calibration images.
+    """
+    check_calibrated(("int8",), source.calibration.images if source.calibration else None)
+    assert source.calibration is not None
+    quantizer = _Quantizer(source, source.calibration)
+    blocks = quantizer.blocks
+    sensitivity = quantizer.sensitivity()
+    order = sorted(blocks, key=lambda block: -sensitivity[block])
+    kept = 0
+    while kept < len(order):
+        made = quantizer.quantize([name for block in order[kept:] for name in blocks[block]], "int8")
+        lost = quantizer.points_lost(made, f"int8 accuracy, {kept} of {len(order)} blocks in fp32")
+        if lost <= source.max_points_lost:
+            reason = f"one of the {kept} most sensitive blocks: with fewer in float32 the accuracy budget did not hold"
+            model = onnx_file.read(made)
+            onnx_file.write(model, made, source.metadata)
+            return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity)
+        kept = max(1, 2 * kept)
+    raise CheckFailed(
+        f"precision int8 loses {lost:.2f} points with {len(order) - kept // 2} of {len(order)} blocks in int8, and the "
+        f"budget is {source.max_points_lost:g}; give better calibration images, a larger --max-accuracy-drop, or "
+        "leave int8 out"
+    )
+
+
+class _Quantizer:
+    """Quantises chosen convolutions of one graph; ranges are measured once."""
+
+    def __init__(self, source: PrecisionSource, calibration: Calibration) -> None:
+        self.source = source
+        self.calibration = calibration
+        model = onnx_file.read(source.onnx)
+        self.blocks = quantizable(model)
+        self.graph = source.scratch / "int8-source.onnx"
+        self.ranges = source.scratch / "int8-ranges.json"
+        # What the quantiser's own preprocessing would do (fold, infer shapes) is done; without this mark it warns.
+        marked = {**source.metadata, "onnx.quant.pre_process": "onnxruntime.quant"}
+        onnx_file.write(model, self.graph, marked)
+
+    def quantize(self, nodes: Sequence[str], name: str) -> Path:
+        """Write the graph with these nodes quantised."""
+        quantization = require("onnxruntime.quantization", extra="onnxruntime", purpose="precision int8")
+        destination = self.source.scratch / f"{name}.onnx"
+        quantization.quantize_static(
+            self.graph,
+            destination,
+            Reader(self.calibration.images.spread(_RANGE_IMAGES).batches(1)),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=list(nodes),
+            per_channel=True,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": ["Conv"],
+            },
+            calibration_cache_path=self.ranges,
+        )
+        return destination
+
+    def sensitivity(self) -> dict[str, float]:
+        """For each block, the error of the outputs where it alone is quantised, over their spread between images."""
+        images = self.calibration.images.spread(_SENSITIVITY_IMAGES)
+        with self.source.stage("int8 sensitivity of each block", len(self.blocks) + 1) as advance:
+            exact = logits_of(OnnxRuntime(self.source.onnx), images, lambda: None)
+            spread = float((exact - exact.mean(0)).std())
+            self.quantize([name for names in self.blocks.values() for name in names], "all")  # measures all ranges
+            advance()
+            found = {}
+            for block, names in self.blocks.items():
+                logits = self._logits(self.quantize(names, "one"), images)
+                found[block] = float(np.sqrt(np.mean((logits - exact) ** 2))) / spread if spread else 0.0
+                advance()
+        return found
+
+    def points_lost(self, path: Path, said: str) -> float:
+        """Of accuracy on the calibration images."""
+        images, labels = self.calibration.images, self.calibration.images.labels
+        with self.source.stage(said, parts(images)) as advance:
+            logits = logits_of(OnnxRuntime(path, precision="int8"), images, advance)
+        return points_lost(score(logits, labels, self.calibration.logits), self.calibration.accuracy)
+
+    def _logits(self, path: Path, images: ImageSet) -> NDArray[np.float32]:
+        return logits_of(OnnxRuntime(path, precision="int8"), images, lambda: None)
+
+
+def quantizable(model: ModelProto) -> dict[str, list[str]]:
+    """Names of the full convolutions worth quantising, by the block that they belong to, in the graph's order."""
+    found: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        block = _BLOCK.match(node.name)
+        if node.op_type == "Conv" and block and _groups(node) == 1 and ".gate." not in node.name:
+            found.setdefault(block.group(), []).append(node.name)
+    return found
+
+
+def _groups(node: NodeProto) -> int:
+    found: list[Any] = [attribute.i for attribute in node.attribute if attribute.name == "group"]
+    return int(found[0]) if found else 1

@@ -1,0 +1,138 @@
+"""The precisions: one table of what makes each from the verified float32 ONNX file.
+
+Precision lives in the ONNX file (tensors typed float16, or QuantizeLinear and DequantizeLinear pairs), so that one file
+serves every engine: TensorRT's strongly typed networks know no other way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmformer._optional import require
+from dmformer.bundle.manifest import Accuracy
+from dmformer.data.labelled import ImageSet
+from dmformer.errors import UsageError
+from dmformer.progress import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from onnx import ModelProto
+
+
+# What makes a precision, as ``module:function``; ``None`` is the verified file itself.
+_MAKERS: dict[str, str | None] = {
+    "fp32": None,
+    "fp16": "dmformer.export.fp16:to_fp16",
+    "int8": "dmformer.export.int8:to_int8",
+}
+PRECISIONS = tuple(_MAKERS)
+
+_COMPUTING = ("Conv", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images that stand for what the device will see, and what PyTorch makes of them.
+
+    Attributes:
+        images: labelled or not.
+        logits: PyTorch's outputs, (N, classes).
+        accuracy: PyTorch's accuracy, where there are labels.
+    """
+
+    images: ImageSet
+    logits: NDArray[np.float32]
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class PrecisionSource:
+    """What a precision may be made from.
+
+    Attributes:
+        onnx: the verified float32 file.
+        metadata: for the file to be written.
+        inputs: preprocessed golden images, (N, C, H, W).
+        calibration: ``None`` where no images were given.
+        max_points_lost: accuracy budget, in percentage points.
+        scratch: an existing folder for files that do not outlive the export.
+        stage: told about each step.
+    """
+
+    onnx: Path
+    metadata: Mapping[str, str]
+    inputs: NDArray[np.float32]
+    calibration: Calibration | None
+    max_points_lost: float
+    scratch: Path
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class Made:
+    """An ONNX file at one precision.
+
+    Attributes:
+        onnx: the file.
+        promised: share of its compute layers typed in the precision, 0..1.
+        kept_in_fp32: blocks or nodes that stay in float32 against the rule, and why.
+        sensitivity: for each block, the error that the precision causes in it alone, relative to the outputs' spread
+            over images; empty where it was not measured.
+    """
+
+    onnx: Path
+    promised: float
+    kept_in_fp32: dict[str, str] = field(default_factory=dict)
+    sensitivity: dict[str, float] = field(default_factory=dict)
+
+
+def make(precision: str, source: PrecisionSource) -> Made:
+    """The ONNX file at a precision.
+
+    Raises:
+        CheckFailed: it cannot be had within the accuracy budget.
+        UsageError: it needs calibration images, and there are none.
+    """
+    named = _MAKERS[precision]
+    if named is None:
+        return Made(source.onnx, promised=1.0)
+    module, _, name = named.partition(":")
+    maker: Callable[[PrecisionSource], Made] = getattr(importlib.import_module(module), name)
+    return maker(source)
+
+
+def check_calibrated(precisions: tuple[str, ...], images: ImageSet | None) -> None:
+    """Refuse int8 without images to calibrate on, before any work.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    if "int8" in precisions and images is None:
+        raise UsageError(
+            "precision int8 without calibration images; expected --calibration DIR with images like those that the "
+            "device will see: ranges measured on anything else would be wrong"
+        )
+
+
+def typed_share(model: ModelProto, precision: str) -> float:
+    """Share of a graph's compute layers that are typed in a precision, 0..1."""
+    onnx = require("onnx", extra="export", purpose="export to ONNX")
+    producers = {name: node for node in model.graph.node for name in node.output}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+
+    def precision_of(node: Any) -> str:
+        producer = producers.get(node.input[0])
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            return "int8"
+        return "fp16" if types.get(node.input[1]) == onnx.TensorProto.FLOAT16 else "fp32"
+
+    found = [precision_of(node) for node in model.graph.node if node.op_type in _COMPUTING]
+    return found.count(precision) / len(found)

@@ -1,0 +1,84 @@
+"""Whether a reduced precision earns its place: timed beside float32, on the runtime that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from dmformer.bench.api import bench
+from dmformer.bench.report import BenchReport, Result, round_ratios
+from dmformer.bundle.manifest import Artifact, Speed
+from dmformer.errors import StageFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dmformer.bundle.reader import Bundle
+    from dmformer.progress import Stage
+
+DURATION_S = 3.0
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A bundle's artifacts with their speed, and the run that it comes from."""
+
+    artifacts: tuple[Artifact, ...]
+    report: BenchReport
+
+
+def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
+    """Time all artifacts at batch 1, rounds interleaved, each in processes of its own.
+
+    Raises:
+        StageFailed: an artifact could not be timed.
+    """
+    report = bench(bundle, duration_s=DURATION_S, stage=stage)
+    for result in report.results:
+        if result.status == "failed":
+            raise StageFailed(f"timing {result.runtime} {result.precision}: {result.reason}")
+    by_hash = {(result.artifact_sha256, result.precision): result for result in report.results}
+    found = [(artifact, by_hash[artifact.sha256, artifact.precision]) for artifact in bundle.manifest.artifacts]
+    baselines = {artifact.format: result for artifact, result in found if artifact.precision == "fp32"}
+    return Timed(
+        tuple(
+            artifact
+            if artifact.precision == "fp32"
+            else msgspec.structs.replace(artifact, speed=_speed(result, baselines[artifact.format], report))
+            for artifact, result in found
+        ),
+        report,
+    )
+
+
+def fastest(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """For each format the precision with the least latency; float32 where none is faster beyond the noise."""
+    best: dict[str, Artifact] = {}
+    for artifact in artifacts:
+        speed, held = artifact.speed, best.get(artifact.format)
+        earned = speed is None or speed.faster
+        if earned and (held is None or _ratio(artifact) < _ratio(held)):
+            best[artifact.format] = artifact
+    return list(best.values())
+
+
+def _ratio(artifact: Artifact) -> float:
+    return 1.0 if artifact.speed is None else artifact.speed.ratio
+
+
+def _speed(result: Result, baseline: Result, report: BenchReport) -> Speed:
+    ratio = float(np.median(round_ratios(result.samples_ns, baseline.samples_ns)))
+    noise = report.noise_floor if report.noise_floor is not None else 0.0
+    assert result.latency_ms is not None
+    assert baseline.latency_ms is not None
+    return Speed(
+        p50_ms=float(result.latency_ms.p50 or result.latency_ms.mean),
+        fp32_p50_ms=float(baseline.latency_ms.p50 or baseline.latency_ms.mean),
+        ratio=ratio,
+        noise_floor=noise,
+        faster=ratio < 1 - noise,
+        cpu=str(report.environment["cpu"]),
+    )

@@ -1,0 +1,303 @@
+"""The deploy form: the same function with everything linear folded, for inference only.
+
+Source of the algebra: at inference a BatchNorm is s·x + t per channel, with s = weight / sqrt(var + eps) and
+t = bias - s·mean (Ioffe and Szegedy, arXiv:1502.03167), and a linear map of a linear map is one linear map.
+
+1. Stem: the s of a BatchNorm after a convolution scales its kernels; t becomes its bias.
+2. Downsampling, and the first norms of a block: the s of a BatchNorm before a convolution without padding scales the
+   kernels' input channels; the kernels' sum times t joins the bias. (With padding, the borders would be wrong.)
+3. The BatchNorm over the merged branches scales each depth-wise kernel; its t is one bias (each branch's own, where
+   they are stacked).
+4. ``reduce`` R, then ``project`` P: P·(R·m + r + y) + p = (P·R)·m + P·y + (P·r + p), with the inner residual
+   y = s·x + t. So ``mix`` on m and ``skip`` on x are enough, and the map between R and P is never made.
+5. The pool commutes with 1x1 convolutions: F·GAP(R·m + r + y) + f = (F·R)·GAP(m) + (F·s)·GAP(x) + (F·(r + t) + f).
+6. Layer scales: the first scales ``mix`` and ``skip`` (the gate multiplies per channel as well, so they commute), the
+   second the last convolution of the feed-forward network.
+7. The last BatchNorm goes through the average pool into the classifier.
+
+One more rewrite holds at one image size only: taps of a dilated kernel that never meet anything but padding are cut.
+
+Modules keep the name that they have in the training form, where they have one there.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmformer.models.dmformer import LayerScale, Stem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dmformer.models.dmformer import Block, DMFormer, DynamicMultilevelAttention, Stage
+
+
+class DeployGate(nn.Module):
+    """Sigmoid(FC(ReLU(FC(...)))) of pooled maps: of the block's input x, of the merged branches m, or of both."""
+
+    def __init__(self, fc1: nn.Conv2d | None, fc1_merged: nn.Conv2d | None, fc2: nn.Conv2d) -> None:
+        super().__init__()
+        self.fc1, self.fc1_merged, self.fc2 = fc1, fc1_merged, fc2
+
+    def forward(self, x: Tensor, merged: Tensor) -> Tensor:
+        """Maps x (N, C, H, W) and m (N, M, H, W) -> (N, C, 1, 1), each value between 0 and 1."""
+        parts = [
+            layer(F.adaptive_avg_pool2d(source, 1))  # (N, C or M, H, W) -> (N, C or M, 1, 1) -> (N, C / r, 1, 1)
+            for layer, source in ((self.fc1, x), (self.fc1_merged, merged))
+            if layer is not None
+        ]
+        return torch.sigmoid(self.fc2(F.relu(_sum(parts))))
+
+
+class DeployAttention(nn.Module):
+    """Gate ⊗ (mix(m) + skip(x)), with m = ReLU(merge_k(DWConv_k(expand(x)))): (N, C, H, W) -> (N, C, H, W).
+
+    ``skip`` is there with an inner residual only.
+    """
+
+    def __init__(
+        self,
+        expand: nn.Conv2d,
+        branches: Iterable[nn.Conv2d],
+        concat: bool,
+        mix: nn.Conv2d,
+        skip: nn.Conv2d | None,
+        gate: DeployGate,
+    ) -> None:
+        super().__init__()
+        self.expand = expand
+        self.branches = nn.ModuleList(branches)
+        self.concat = concat
+        self.mix, self.skip, self.gate = mix, skip, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        expanded = self.expand(x)  # (N, C, H, W) -> (N, E, H, W)
+        levels = [branch(expanded) for branch in self.branches]
+        merged = F.relu(torch.cat(levels, dim=1) if self.concat else _sum(levels))  # (N, E or branches * E, H, W)
+        mixed = self.mix(merged)  # (N, E or branches * E, H, W) -> (N, C, H, W)
+        if self.skip is not None:
+            mixed = mixed + self.skip(x)
+        return self.gate(x, merged) * mixed
+
+
+class DeployBlock(nn.Module):
+    """x + DMA(x), then x + FFN(x): (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, dma: DeployAttention, ffn: nn.Module) -> None:
+        super().__init__()
+        self.dma, self.ffn = dma, ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        x = x + self.dma(x)
+        return x + self.ffn(x)
+
+
+class DeployStage(nn.Module):
+    """Downsampling, then blocks at one resolution."""
+
+    def __init__(self, downsample: nn.Module, blocks: Iterable[DeployBlock]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C, H/4, W/4) for the first stage, (N, C, H/2, W/2) for the others."""
+        return self.blocks(self.downsample(x))
+
+
+class DeployDMFormer(nn.Module):
+    """The deploy form of a network: float (N, in_channels, H, W) -> logits (N, num_classes)."""
+
+    def __init__(self, stages: Iterable[DeployStage], head: nn.Linear) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> logits (N, num_classes)."""
+        for stage in self.stages:
+            x = stage(x)
+        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, C, H, W) -> (N, C)
+        logits: Tensor = self.head(pooled)
+        return logits
+
+
+@torch.no_grad()
+def deploy(model: DMFormer, image_size: int | None = None) -> DeployDMFormer:
+    """The deploy form of a network, which is left as it is.
+
+    Everything is folded in float64; the result has the type of the network's weights.
+
+    Args:
+        model: a network of any configuration.
+        image_size: side of the input in pixels; the result is then right for this size only, and has shorter kernels
+            where they reach beyond the last stages' maps.
+    """
+    dtype = next(model.parameters()).dtype
+    source = copy.deepcopy(model).double()
+    side = image_size
+    stages = []
+    for index, module in enumerate(source.stages):
+        stage = cast("Stage", module)
+        if side is not None:  # the stem's convolutions of stride 2 round up, then down; those between stages down
+            side = (side + 1) // 2 // 2 if index == 0 else side // 2
+        blocks = [_block(cast("Block", block), side) for block in stage.blocks]
+        stages.append(DeployStage(_downsample(stage.downsample), blocks))
+    scale, shift = _affine(source.norm)
+    head = source.head
+    head.bias.add_(head.weight @ shift)
+    head.weight.mul_(scale)
+    return DeployDMFormer(stages, head).to(dtype).eval()
+
+
+class Affine(NamedTuple):
+    """s·x + t, with one value a channel each."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+class Filter(NamedTuple):
+    """What a convolution computes: weight (O, I, k, k) and bias (O,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def then(self, affine: Affine) -> Filter:
+        """The affine map of the convolution's result."""
+        return Filter(self.weight * affine.scale[:, None, None, None], self.bias * affine.scale + affine.shift)
+
+    def of(self, affine: Affine) -> Filter:
+        """The convolution of an affine map; legal without padding only."""
+        added = (self.weight * affine.shift[:, None, None]).sum((1, 2, 3))
+        return Filter(self.weight * affine.scale[:, None, None], self.bias + added)
+
+    def of_filter(self, inner: Filter) -> Filter:
+        """The 1x1 convolution of a 1x1 convolution: (O, M, 1, 1) of (M, I, 1, 1)."""
+        outer = self.weight[:, :, 0, 0]
+        weight = outer @ inner.weight[:, :, 0, 0]
+        return Filter(weight[:, :, None, None], self.bias + outer @ inner.bias)
+
+    def as_conv(self, like: nn.Conv2d, *, bias: bool = True) -> nn.Conv2d:
+        """A module with the stride, dilation and groups of another, and as much padding as keeps the size."""
+        out_channels, in_channels, size, _ = self.weight.shape
+        made = nn.Conv2d(
+            in_channels * like.groups,
+            out_channels,
+            size,
+            stride=like.stride[0],
+            padding=int(like.padding[0]) if size == like.kernel_size[0] else like.dilation[0] * (size // 2),
+            dilation=like.dilation[0],
+            groups=like.groups,
+            bias=bias,
+            dtype=self.weight.dtype,
+        )
+        made.weight.copy_(self.weight)
+        if made.bias is not None:
+            made.bias.copy_(self.bias)
+        return made
+
+
+def _affine(norm: nn.BatchNorm2d) -> Affine:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return Affine(scale, norm.bias - scale * norm.running_mean)
+
+
+def _filter(conv: nn.Conv2d) -> Filter:
+    bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
+    return Filter(conv.weight, bias)
+
+
+def _layer_scale(module: nn.Module, width: int) -> Affine:
+    gamma = module.gamma.flatten() if isinstance(module, LayerScale) else torch.ones(width, dtype=torch.float64)
+    return Affine(gamma, torch.zeros_like(gamma))
+
+
+def _downsample(module: nn.Module) -> nn.Sequential:
+    """In the stem each norm follows its convolution; between stages it comes before."""
+    layers = dict(module.named_children())
+    folded = nn.Sequential()
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv2d):
+            norm = _affine(cast("nn.BatchNorm2d", layers[name.replace("conv", "norm")]))
+            made = _filter(layer).then(norm) if isinstance(module, Stem) else _filter(layer).of(norm)
+            folded.add_module(name, made.as_conv(layer))
+        elif not isinstance(layer, nn.BatchNorm2d):
+            folded.add_module(name, layer)
+    return folded
+
+
+def _block(block: Block, side: int | None) -> DeployBlock:
+    ffn, width = block.ffn, block.ffn.fc2.out_channels
+    ffn.fc1 = _filter(ffn.fc1).of(_affine(block.norm2)).as_conv(ffn.fc1)
+    ffn.fc2 = _filter(ffn.fc2).then(_layer_scale(block.scale2, width)).as_conv(ffn.fc2)
+    return DeployBlock(_attention(block.dma, _affine(block.norm1), _layer_scale(block.scale1, width), side), ffn)
+
+
+def _attention(dma: DynamicMultilevelAttention, norm: Affine, scale: Affine, side: int | None) -> DeployAttention:
+    mix, skip = _of_x_prime(dma.project, dma, norm)
+    return DeployAttention(
+        expand=_filter(dma.expand).of(norm).as_conv(dma.expand),
+        branches=_branches(dma, side),
+        concat=dma.branch_merge == "concat",
+        mix=mix.then(scale).as_conv(dma.project),
+        skip=skip.then(scale).as_conv(dma.project, bias=False) if skip is not None else None,
+        gate=_gate(dma, norm),
+    )
+
+
+def _of_x_prime(layer: nn.Conv2d, dma: DynamicMultilevelAttention, norm: Affine) -> tuple[Filter, Filter | None]:
+    """A 1x1 convolution of X' = R·m + r [+ y] as one of m, with all the bias, and one of x, with none."""
+    of_merged = _filter(layer).of_filter(_filter(dma.reduce))
+    if not dma.inner_residual:
+        return of_merged, None
+    of_x = _filter(layer).of(norm)
+    constant = of_merged.bias + of_x.bias - _filter(layer).bias  # the layer's own bias is in both
+    return Filter(of_merged.weight, constant), Filter(of_x.weight, torch.zeros_like(constant))
+
+
+def _gate(dma: DynamicMultilevelAttention, norm: Affine) -> DeployGate:
+    fc1 = dma.gate.fc1
+    if dma.gate_input == "x":
+        return DeployGate(_filter(fc1).of(norm).as_conv(fc1), None, dma.gate.fc2)
+    of_merged, of_x = _of_x_prime(fc1, dma, norm)
+    on_x = of_x.as_conv(fc1, bias=False) if of_x is not None else None
+    return DeployGate(on_x, of_merged.as_conv(fc1), dma.gate.fc2)
+
+
+def _branches(dma: DynamicMultilevelAttention, side: int | None) -> list[nn.Conv2d]:
+    """Depth-wise kernels with the norm's scale in them, and its shift as the bias: of the first alone, if added up."""
+    concat = dma.branch_merge == "concat"
+    norm, count = _affine(dma.norm), len(dma.branches)
+    parts = [Affine(*pair) for pair in zip(*(t.chunk(count) for t in norm), strict=True)] if concat else [norm] * count
+    made = []
+    for index, (branch, part) in enumerate(zip(dma.branches, parts, strict=True)):
+        conv = cast("nn.Conv2d", branch)
+        folded = _filter(conv).then(part)
+        if side is not None:
+            folded = Filter(_reached(folded.weight, conv.dilation[0], side), folded.bias)
+        made.append(folded.as_conv(conv, bias=concat or index == 0))
+    return made
+
+
+def _reached(weight: Tensor, dilation: int, side: int) -> Tensor:
+    """The taps (O, 1, k, k) of a centred kernel that meet more of a map of ``side`` by ``side`` than its padding."""
+    middle = weight.shape[-1] // 2
+    reach = min(middle, (side - 1) // dilation)
+    return weight[:, :, middle - reach : middle + reach + 1, middle - reach : middle + reach + 1]
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total

@@ -1,0 +1,92 @@
+"""Accuracy on labelled images, and agreement with PyTorch where there are no labels."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dmformer.bundle.manifest import Accuracy
+from dmformer.errors import StageFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from dmformer.data.labelled import ImageSet
+    from dmformer.runtimes.base import Runtime
+
+BATCH = 8
+_NORMAL_97_5 = 1.959964  # the quantile that leaves 5 % outside on both sides
+
+
+def parts(images: ImageSet) -> int:
+    """How often :func:`logits_of` advances."""
+    return -(-len(images) // BATCH)
+
+
+def logits_of(runtime: Runtime, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
+    """A runtime's outputs for each image, (N, classes); the runtime is not open yet.
+
+    Raises:
+        StageFailed: the runtime failed, or answered with NaN or infinity.
+        UnavailableError: the runtime cannot run on this machine.
+        UsageError: an image cannot be read.
+    """
+    answers = []
+    with runtime:
+        (name,) = (spec.name for spec in runtime.inputs)
+        for batch in images.batches(BATCH):
+            (logits,) = runtime.run({name: batch}).values()
+            answers.append(logits)
+            advance()
+    joined = np.concatenate(answers)
+    if not np.isfinite(joined).all():
+        raise StageFailed(f"{runtime.name} answers with NaN or infinity; expected finite logits")
+    return joined
+
+
+def score(
+    logits: NDArray[np.float32], labels: NDArray[np.int64] | None, torch_logits: NDArray[np.float32] | None
+) -> Accuracy:
+    """Compare logits (N, classes) with labels (N,), and with PyTorch's logits, where there are such."""
+    count = len(logits)
+    found = Accuracy(
+        images=count,
+        agreement_with_torch=(
+            None if torch_logits is None else float((logits.argmax(1) == torch_logits.argmax(1)).mean())
+        ),
+    )
+    if labels is None:
+        return found
+    # Ties go to the lower index, as in argmax.
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    hits = best == labels[:, None]
+    top1, top5 = int(hits[:, 0].sum()), int(hits.any(1).sum())
+    return Accuracy(
+        images=count,
+        top1=top1 / count,
+        top1_interval=wilson_interval(top1, count),
+        top5=top5 / count,
+        top5_interval=wilson_interval(top5, count),
+        agreement_with_torch=found.agreement_with_torch,
+    )
+
+
+def points_lost(accuracy: Accuracy, reference: Accuracy) -> float:
+    """Percentage points of top-1 lost against the reference; without labels, points of agreement with PyTorch."""
+    if accuracy.top1 is not None and reference.top1 is not None:
+        return 100 * (reference.top1 - accuracy.top1)
+    assert accuracy.agreement_with_torch is not None
+    return 100 * (1 - accuracy.agreement_with_torch)
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, "Probable inference", J. American Statistical Association, 1927)."""
+    share, z = hits / count, _NORMAL_97_5
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
