@@ -14,6 +14,7 @@ import typer
 from dmformer import __version__
 from dmformer.commands.bench import bench
 from dmformer.commands.doctor import doctor
+from dmformer.commands.eval import evaluate
 from dmformer.commands.export import export
 from dmformer.commands.inspect import inspect
 from dmformer.commands.predict import predict
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for _command in (export, verify, bench, predict, inspect, doctor):
     app.command()(_command)
+app.command("eval")(evaluate)
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from dmformer.bench import DEFAULT_DURATION_S
 from dmformer.bench.measure import SAMPLES_FOR, Measurement
@@ -102,7 +103,8 @@ def bench(
 def _noise_floor(first: Result, again: Result) -> float | None:
     if "failed" in (first.status, again.status):
         return None
-    return max(abs(ratio - 1) for ratio in round_ratios(again.samples_ns, first.samples_ns))
+    # The median, as for the ratio of two configurations: one disturbed round of three moves neither.
+    return float(np.median([abs(ratio - 1) for ratio in round_ratios(again.samples_ns, first.samples_ns)]))
 
 
 def _run(bundle: Bundle, result: Result, duration_s: float, *, first: bool) -> Answer:

@@ -50,13 +50,13 @@ class Accuracy(Struct, frozen=True, kw_only=True):
 
 
 class Speed(Struct, frozen=True, kw_only=True):
-    """Latency of a reduced precision beside float32, measured where the bundle was made, batch 1.
+    """Latency of an artifact beside the same runtime's float32 one, measured where the bundle was made, batch 1.
 
     Attributes:
         p50_ms: median of one inference.
-        fp32_p50_ms: median of the same runtime's float32 artifact in the same run.
+        fp32_p50_ms: median of the float32 artifact in the same run.
         ratio: median over rounds of the first to the second.
-        noise_floor: how far the ratio of one configuration to itself was from 1 in the same run.
+        noise_floor: how far the ratio of one configuration to itself was from 1, the median over rounds of the run.
         faster: whether the ratio is below 1 by more than that.
         cpu: the processor.
     """
@@ -83,7 +83,7 @@ class Artifact(Struct, frozen=True, kw_only=True):
         sensitivity: for each block, the error that the precision causes in it alone, over the outputs' spread.
         accuracy: on the calibration images, where there were some.
         points_lost: of accuracy against PyTorch there, in percentage points.
-        speed: of a reduced precision.
+        speed: where a reduced precision was asked for.
     """
 
     format: str

@@ -46,6 +46,7 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
         UnavailableError: a runtime that was named, or every one, cannot run on this machine.
         UsageError: a name is unknown, or the bundle has nothing for it.
     """
+    precisions = [precision.lower() for precision in precisions]
     wanted = list(dict.fromkeys(registry.entry(name) for name in runtimes if name.lower() != "all"))
     chosen: list[Choice] = []
     skipped: list[str] = []

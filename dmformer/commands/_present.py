@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Advance
 
@@ -31,6 +32,9 @@ BundleArgument = Annotated[
 RuntimeOption = Annotated[
     list[str] | None,
     typer.Option("--runtime", metavar="NAME", help="torch, onnxruntime (ort) or openvino (ov). Repeatable."),
+]
+PrecisionOption = Annotated[
+    list[str] | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8; otherwise all. Repeatable.")
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads for one inference; otherwise all cores.")
@@ -185,6 +189,37 @@ def stages() -> Iterator[Stages]:
 def three_digits(value: float | None) -> str:
     """Three significant digits; a dash for what is not known."""
     return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
+    """What was found of artifacts when they were made: in what they compute, accuracy lost, speed."""
+    from rich.text import Text
+
+    from dmformer.runtimes.layers import describe
+
+    columns = ["artifact", "size", "computes", "points lost", "p50 ms", "against fp32"]
+    listing = table("Artifacts, as measured where they were made", columns, numeric=["size", "points lost", "p50 ms"])
+    for artifact in artifacts:
+        speed = artifact.speed
+        verdict: str | Text = "-"
+        if speed is not None and artifact.precision != "fp32":
+            slower = f"{speed.ratio:.2f} x its time: does not earn its place"
+            verdict = f"{1 / speed.ratio:.2f} x faster" if speed.faster else Text(slower, style="yellow")
+        cells = [
+            f"{artifact.format} {artifact.precision}",
+            megabytes(artifact.bytes),
+            describe(artifact.layers) or "-",
+            "-" if artifact.points_lost is None else f"{artifact.points_lost:.2f}",
+            "-" if speed is None else three_digits(speed.p50_ms),
+            verdict,
+        ]
+        add_row(listing, cells)
+    return listing
+
+
+def percent(share: float | None) -> str:
+    """A share from 0 to 1 in percent; a dash for what is not known."""
+    return "-" if share is None else f"{share:.2%}"
 
 
 def megabytes(size: int) -> str:

@@ -22,9 +22,7 @@ def bench(
         list[str] | None,
         typer.Option("--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov) or all. Repeatable."),
     ] = None,
-    precision: Annotated[
-        list[str] | None, typer.Option("--precision", metavar="P", help="Otherwise every one there is. Repeatable.")
-    ] = None,
+    precision: present.PrecisionOption = None,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size; otherwise 1. Repeatable.")
     ] = None,

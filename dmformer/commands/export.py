@@ -170,7 +170,12 @@ def _show_result(result: ExportResult) -> None:
             size = present.megabytes(file.bytes)
             present.add_row(listing, [file.path, artifact.precision, size, file.sha256[:12] + "…"])
     present.show(listing)
-    evidence = result.manifest.evidence.parity
+    manifest = result.manifest
+    if manifest.evidence.latency is not None:
+        present.show(present.artifact_findings(manifest.artifacts))
+    for reason in result.parity.skipped:
+        present.show(f"left out: {reason}")
+    evidence = manifest.evidence.parity
     worst = max((check.max_abs or 0.0) / check.limit for check in result.parity.checks if check.limit)
     present.show(
         f"Parity with PyTorch: {evidence.checks - evidence.failed} of {evidence.checks} checks held; "

@@ -54,6 +54,11 @@ def _show(manifest: Manifest, root: str) -> None:
         size = present.megabytes(artifact.bytes)
         present.add_row(listing, [artifact.format, artifact.precision, size, artifact.files[0].path, built])
     present.show(listing)
+    if manifest.evidence.latency is not None:
+        present.show(present.artifact_findings(manifest.artifacts))
+    kept = {block: reason for artifact in manifest.artifacts for block, reason in artifact.kept_in_fp32.items()}
+    for block, reason in kept.items():
+        present.show(f"{block} stays in fp32: {reason}")
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -71,5 +71,8 @@ def _show(report: ParityReport, json_file: str | None) -> None:
     for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
         if limit is not None:
             present.show(f"limit {limit:.2g}: {source}", json_file)
+    for check in report.checks:
+        if check.passed and check.reason is not None:
+            present.show(f"{check.runtime} {check.precision}: {check.reason}", json_file)
     for reason in report.skipped:
         present.say(f"not checked: {reason}")

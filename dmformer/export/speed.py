@@ -45,9 +45,7 @@ def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
     baselines = {artifact.format: result for artifact, result in found if artifact.precision == "fp32"}
     return Timed(
         tuple(
-            artifact
-            if artifact.precision == "fp32"
-            else msgspec.structs.replace(artifact, speed=_speed(result, baselines[artifact.format], report))
+            msgspec.structs.replace(artifact, speed=_speed(result, baselines[artifact.format], report))
             for artifact, result in found
         ),
         report,
@@ -58,8 +56,8 @@ def fastest(artifacts: Sequence[Artifact]) -> list[Artifact]:
     """For each format the precision with the least latency; float32 where none is faster beyond the noise."""
     best: dict[str, Artifact] = {}
     for artifact in artifacts:
-        speed, held = artifact.speed, best.get(artifact.format)
-        earned = speed is None or speed.faster
+        held = best.get(artifact.format)
+        earned = artifact.precision == "fp32" or (artifact.speed is not None and artifact.speed.faster)
         if earned and (held is None or _ratio(artifact) < _ratio(held)):
             best[artifact.format] = artifact
     return list(best.values())

@@ -11,12 +11,14 @@ from dmformer.bench.report import BenchReport
 from dmformer.bundle.diagnosis import Diagnosis
 from dmformer.bundle.manifest import Manifest
 from dmformer.bundle.predictor import PredictReport
+from dmformer.verify.evaluate import EvalReport
 from dmformer.verify.parity import ParityReport
 
 TYPES: dict[str, type[msgspec.Struct]] = {
     "manifest": Manifest,
     "verify": ParityReport,
     "bench": BenchReport,
+    "eval": EvalReport,
     "predict": PredictReport,
     "doctor": Diagnosis,
 }

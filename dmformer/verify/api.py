@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import list_images
-from dmformer.errors import UsageError
 from dmformer.progress import silent
+from dmformer.verify.checkpoint import reference_checkpoint
 from dmformer.verify.compare import Comparison, compare, float32_limit
-from dmformer.verify.parity import Check, ParityReport, as_check, ask, check_answers, check_preprocessing, report
+from dmformer.verify.parity import (
+    Check,
+    ParityReport,
+    as_check,
+    ask,
+    check_answers,
+    check_layers,
+    check_preprocessing,
+    report,
+)
 
 MOST_IMAGES = 64  # of a folder, evenly spread over it
 
@@ -62,31 +71,19 @@ def verify(
     reference = golden
     if weights is not None or images is not None:
         with stage("PyTorch reference"):
-            checkpoint = _reference_checkpoint(opened, Path(weights) if weights is not None else None)
+            checkpoint = reference_checkpoint(opened, Path(weights) if weights is not None else None)
             reference = _recompute(opened, checkpoint, golden, Path(images) if images is not None else None)
             checks.append(_check_description(opened, checkpoint))
             checks.append(_check_golden(golden, reference))
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
-            checks.extend(check_answers("runtime", ask(choice.runtime(), reference), reference))
+            runtime, precision = choice.runtime(), choice.artifact.precision
+            # Only the golden images have answers at a reduced precision.
+            expected = reference if precision == "fp32" else golden
+            answers = ask(runtime, expected)
+            checks.extend(check_answers("runtime", answers, expected))
+            checks.append(check_layers(answers, choice.artifact.promised_share, runtime.cannot_compute(precision)))
     return report(checks, skipped)
-
-
-def _reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
-    from dmformer._optional import require
-
-    require("torch", extra="export", purpose="comparing with a checkpoint")
-    from dmformer.models.checkpoint import load_checkpoint
-    from dmformer.models.infer import UNTOLD
-
-    config = bundle.manifest.model.config
-    if weights is not None:
-        # What neither names nor shapes nor the file's metadata tell is taken from the bundle: a plain .pth could not
-        # be compared otherwise.
-        return load_checkpoint(weights, fallback={name: config[name] for name in UNTOLD if name in config})
-    for artifact in bundle.artifacts("torch"):
-        return load_checkpoint(bundle.load_path(artifact))
-    raise UsageError("images have no stored answers; give --weights FILE, or export with --format torch as well")
 
 
 def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, images: Path | None) -> Golden:

@@ -1,0 +1,36 @@
+"""The checkpoint that a bundle is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dmformer._optional import require
+from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dmformer.bundle.reader import Bundle
+    from dmformer.models.checkpoint import Checkpoint
+
+
+def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
+    """A checkpoint file, or the one in the bundle's ``torch`` format.
+
+    Raises:
+        CheckFailed: the bundle's file is not what its manifest says.
+        UnavailableError: PyTorch is not installed.
+        UsageError: the file cannot be used, or there is neither.
+    """
+    require("torch", extra="export", purpose="comparing with a checkpoint")
+    from dmformer.models.checkpoint import load_checkpoint
+    from dmformer.models.infer import UNTOLD
+
+    config = bundle.manifest.model.config
+    if weights is not None:
+        # What neither names nor shapes nor the file's metadata tell is taken from the bundle: a plain .pth could not
+        # be compared otherwise.
+        return load_checkpoint(weights, fallback={name: config[name] for name in UNTOLD if name in config})
+    for artifact in bundle.artifacts("torch"):
+        return load_checkpoint(bundle.load_path(artifact))
+    raise UsageError("images have no stored answers; give --weights FILE, or export with --format torch as well")

@@ -1,0 +1,123 @@
+"""``dmformer eval``: the accuracy of every artifact of a bundle on a folder of images, preprocessing included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from dmformer.bundle.manifest import Accuracy
+from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.bundle.select import select
+from dmformer.data.labelled import image_set
+from dmformer.errors import UnavailableError
+from dmformer.progress import Stage, silent
+from dmformer.verify.accuracy import logits_of, parts, score
+from dmformer.verify.checkpoint import reference_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dmformer.data.labelled import ImageSet
+
+
+class EvalResult(Accuracy, frozen=True, kw_only=True):
+    """One artifact in its runtime."""
+
+    runtime: str
+    precision: str
+    artifact_sha256: str
+
+
+class EvalReport(Struct, frozen=True, kw_only=True):
+    """What ``eval`` found. Shares from 0 to 1.
+
+    ``torch`` is PyTorch's own accuracy where its weights were at hand; ``skipped`` has a sentence for whatever was not
+    measured.
+    """
+
+    data: str
+    images: int
+    labelled: bool
+    results: tuple[EvalResult, ...]
+    torch: Accuracy | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def evaluate(
+    bundle: str | Path | Bundle,
+    data: str | Path,
+    *,
+    runtimes: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    weights: str | Path | None = None,
+    stage: Stage = silent,
+) -> EvalReport:
+    """Top-1 and top-5 accuracy, and agreement with PyTorch.
+
+    Args:
+        bundle: a bundle's folder.
+        data: a folder of images; in subfolders named after their classes where accuracy is to be measured, otherwise
+            only agreement with PyTorch is.
+        runtimes: names of runtimes; otherwise every one that can run on this machine.
+        precisions: of the artifacts; otherwise all.
+        weights: the checkpoint for agreement, where the bundle has not the ``torch`` format.
+        stage: told about each step.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        StageFailed: a runtime failed, or answered with NaN or infinity.
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
+        UsageError: an argument or a file cannot be used, or there would be nothing to measure.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    manifest = opened.manifest
+    chosen, skipped = select(opened, runtimes, precisions)
+    images = image_set(Path(data), manifest.preprocessing, manifest.model.classes, int(manifest.outputs[0].shape[-1]))
+    torch_logits, reason = _torch_logits(opened, images, Path(weights) if weights is not None else None, stage)
+    results = []
+    for choice in chosen:
+        name, precision = choice.entry.name, choice.artifact.precision
+        with stage(f"{name} {precision}", parts(images)) as advance:
+            accuracy = score(logits_of(choice.runtime(), images, advance), images.labels, torch_logits)
+        results.append(
+            EvalResult(
+                runtime=name,
+                precision=precision,
+                artifact_sha256=choice.artifact.sha256,
+                **{field: getattr(accuracy, field) for field in accuracy.__struct_fields__},
+            )
+        )
+    return EvalReport(
+        data=str(data),
+        images=len(images),
+        labelled=images.labels is not None,
+        results=tuple(results),
+        torch=None if torch_logits is None else score(torch_logits, images.labels, torch_logits),
+        skipped=(*skipped, *([f"agreement with PyTorch: {reason}"] if reason else [])),
+    )
+
+
+def _torch_logits(
+    bundle: Bundle, images: ImageSet, weights: Path | None, stage: Stage
+) -> tuple[NDArray[np.float32] | None, str | None]:
+    """PyTorch's outputs, or why there are none; without labels and without them nothing could be measured."""
+    if weights is None and not bundle.artifacts("torch"):
+        reason = "the bundle has no torch format; give --weights FILE, or export with --format torch as well"
+    else:
+        try:
+            checkpoint = reference_checkpoint(bundle, weights)
+        except UnavailableError as error:
+            reason = str(error)
+        else:
+            from dmformer.verify.reference import torch_logits
+
+            with stage("PyTorch", parts(images)) as advance:
+                return torch_logits(checkpoint.model(), images, advance), None
+    if images.labels is None or weights is not None:
+        raise UnavailableError(f"agreement with PyTorch cannot be measured: {reason}")
+    return None, reason
