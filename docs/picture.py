@@ -26,7 +26,7 @@ def main() -> None:
     console = Console(record=True, width=100, file=Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "dmformer").symlink_to(ROOT / "dmformer")
-        environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100", "XDG_STATE_HOME": folder}
+        environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100", "XDG_STATE_HOME": f"{folder}/state"}
         for command in COMMANDS:
             console.print(Text(f"$ {command}", style="bold"))
             arguments = [sys.executable, "-m", *command.split()]

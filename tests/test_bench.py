@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,18 @@ from jsonschema import Draft202012Validator
 import dmformer
 from dmformer.bench import api, measure
 from dmformer.bench.measure import Measurement, settled
-from dmformer.bench.report import Result, latency, summarise
-from dmformer.bench.worker import Job
+from dmformer.bench.report import Result, latency, round_ratios, summarise
+from dmformer.bench.worker import Answer, Job
 from dmformer.bench.worker import run as run_job
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.child import Child
 from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.progress import silent
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+from tests.bundles import rewrite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dmformer.export.pipeline import ExportResult
 
 SCHEMA = Path(dmformer.__file__).parent / "schemas" / "bench.json"
@@ -54,11 +55,12 @@ def test_nothing_is_clipped() -> None:
     assert found.p50 == 1
 
 
-def measurement(latencies: list[int], *, stable: bool = True, load_ms: float = 1.0, rss: float = 1.0) -> Measurement:
-    return Measurement(
-        device="CPU", threads=1, version="1", load_ms=load_ms, first_inference_ms=load_ms, stable=stable,
-        latencies_ns=latencies, peak_rss_mb=rss,
-    )  # fmt: skip
+def measurement(latencies: list[int], **changed: Any) -> Measurement:
+    told: dict[str, Any] = {
+        "device": "CPU", "threads": 1, "version": "1", "load_ms": 1.0, "first_inference_ms": 1.0, "stable": True,
+        "peak_rss_mb": 1.0,
+    }  # fmt: skip
+    return Measurement(latencies_ns=latencies, **(told | changed))
 
 
 PLANNED = Result(runtime="fake", precision="fp32", batch=4, threads=1, artifact_sha256="0" * 64, status="ok")
@@ -66,16 +68,17 @@ PLANNED = Result(runtime="fake", precision="fp32", batch=4, threads=1, artifact_
 
 def test_rounds_are_pooled() -> None:
     rounds = [
-        measurement([1_000_000] * 4, load_ms=1, rss=5),
-        measurement([3_000_000] * 4, load_ms=9, rss=7),
-        measurement([2_000_000] * 2, load_ms=2, rss=6),
+        measurement([1_000_000] * 4, load_ms=1, first_inference_ms=7, peak_rss_mb=5, layers={"fp16": 9, "fp32": 2}),
+        measurement([3_000_000] * 4, load_ms=9, first_inference_ms=5, peak_rss_mb=7),
+        measurement([2_000_000] * 2, load_ms=2, first_inference_ms=6, peak_rss_mb=6),
     ]
     found = summarise(PLANNED, rounds)
     assert (found.status, found.reason, found.samples) == ("ok", None, 10)
     assert found.latency_ms is not None
     assert found.latency_ms.mean == pytest.approx(2)
     assert found.throughput_ips == pytest.approx(4 * 10 / 0.020)
-    assert (found.load_ms, found.first_inference_ms, found.peak_rss_mb) == (2, 2, 7)
+    assert (found.load_ms, found.first_inference_ms, found.peak_rss_mb) == (2, 6, 7)
+    assert found.layers == {"fp16": 9, "fp32": 2}  # only the first round proves them
     assert [len(samples) for samples in found.samples_ns] == [4, 4, 2]
 
 
@@ -84,6 +87,13 @@ def test_one_round_that_did_not_settle_makes_the_row_unstable() -> None:
     assert found.status == "unstable"
     assert found.reason is not None
     assert found.latency_ms is not None
+
+
+def test_ratios_are_of_medians_round_by_round() -> None:
+    candidate, baseline = [[1, 2, 900], [30], [4, 4]], [[4, 4, 4], [10, 20], [1, 1, 2, 2]]
+    assert round_ratios(candidate, baseline) == [0.5, 2.0, pytest.approx(8 / 3)]
+    with pytest.raises(ValueError, match="zip"):
+        round_ratios(candidate, baseline[:2])
 
 
 # --- settling ---------------------------------------------------------------------------------------------------------
@@ -137,10 +147,14 @@ class Fake(Runtime):
 
     name = "fake"
 
-    def __init__(self, **changed: Any) -> None:
-        super().__init__(Path("fake.model"), threads=1)
-        self.changed = changed
+    precisions = ("fp32", "fp16")
+
+    def __init__(self, *, threads_used: int = 1, precision: str = "fp32", layers: dict[str, int] | None = None) -> None:
+        super().__init__(Path("fake.model"), threads=1, precision=precision)
+        self.threads_used = threads_used
+        self.shown = {"fp32": 9} if layers is None else layers
         self.seen: list[np.ndarray] = []
+        self.proofs = 0
         self.closed = 0
 
     @classmethod
@@ -163,8 +177,11 @@ class Fake(Runtime):
 
     @property
     def details(self) -> Details:
-        told: dict[str, Any] = {"device": "CPU", "precision": "fp32", "threads": 1, "version": "1", **self.changed}
-        return Details(**told)
+        return Details(device="CPU", threads=self.threads_used, version="1")
+
+    def layers(self) -> dict[str, int]:
+        self.proofs += 1
+        return self.shown
 
     def infer(self, inputs: Any) -> Any:
         self.seen.append(inputs["x"])
@@ -215,13 +232,56 @@ def test_the_duration_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 40 <= len(found.latencies_ns) <= 60
 
 
-@pytest.mark.parametrize("changed", [{"threads": 2}, {"precision": "bf16"}])
-def test_what_runs_otherwise_than_asked_is_not_timed(changed: dict[str, Any]) -> None:
-    runtime = Fake(**changed)
-    with pytest.raises(StageFailed, match=f"runs .*{next(iter(changed.values()))}.*expected fp32 on 1"):
+def test_other_threads_than_asked_are_not_timed() -> None:
+    runtime = Fake(threads_used=2)
+    with pytest.raises(StageFailed, match="fake runs on 2 threads; expected 1"):
         measure.measure(runtime, ROWS, 1, 0.0, 1)
     assert not runtime.seen
     assert runtime.closed == 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("promised", "proofs"), [(None, 0), (0.0, 1), (1.0, 1)])
+def test_the_proof_of_the_precision_is_asked_for_or_left_out(promised: float | None, proofs: int) -> None:
+    runtime = Fake(layers={"fp32": 7})
+    found = measure.measure(runtime, ROWS, 1, 0.0, 1, promised)
+    assert runtime.proofs == proofs
+    assert found.layers == ({"fp32": 7} if proofs else {})
+
+
+@pytest.mark.parametrize(
+    ("layers", "promised", "expected"),
+    [
+        ({"fp16": 8, "fp32": 2}, 0.9, "fp16 in 80% of 10 compute layers .8 fp16, 2 fp32.; promised 90%"),
+        ({"fp32": 10}, 1.0, "fp16 in 0%"),
+        ({}, 0.5, "no compute layer"),
+    ],
+)
+def test_fewer_layers_than_promised_are_not_timed(layers: dict[str, int], promised: float, expected: str) -> None:
+    runtime = Fake(precision="fp16", layers=layers)
+    with pytest.raises(StageFailed, match=expected):
+        measure.measure(runtime, ROWS, 1, 0.0, 1, promised)
+    assert not runtime.seen
+    assert runtime.closed == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_as_many_layers_as_promised_are_timed() -> None:
+    found = measure.measure(Fake(precision="fp16", layers={"fp16": 9, "fp32": 1}), ROWS, 1, 0.0, 1, 0.9)
+    assert found.layers == {"fp16": 9, "fp32": 1}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_runtime_that_says_why_it_cannot_compute_a_precision_is_timed() -> None:
+    class Frank(Fake):
+        @classmethod
+        def cannot_compute(cls, precision: str) -> str | None:
+            return "no such arithmetic" if precision == "fp16" else None
+
+    found = measure.measure(Frank(precision="fp16", layers={"fp32": 10}), ROWS, 1, 0.0, 1, 1.0)
+    assert found.layers == {"fp32": 10}
+    with pytest.raises(StageFailed, match="fp32 in 0%"):  # the reason is one of that precision only
+        measure.measure(Frank(precision="fp32", layers={"fp16": 10}), ROWS, 1, 0.0, 1, 1.0)
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -252,6 +312,8 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
     assert row.samples == sum(len(samples) for samples in row.samples_ns) >= 64
     assert row.latency_ms.min <= row.latency_ms.p50 <= row.latency_ms.p90 <= row.latency_ms.max
     assert sum(map(sum, row.samples_ns)) > 0.1e9
+    assert row.layers["fp32"] > 50
+    assert len(row.layers) == 1
     assert min(row.load_ms, row.first_inference_ms, row.throughput_ips, row.peak_rss_mb) > 0
 
 
@@ -272,13 +334,13 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
 def test_arguments_that_cannot_be_used(
     exported: ExportResult, arguments: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_run", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "_run", lambda *_, **__: pytest.fail("the work was begun"))
     with pytest.raises(UsageError, match=expected):
         dmformer.bench(exported.output, **arguments)
 
 
 def test_a_damaged_file_is_found_before_anything_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_run", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "_run", lambda *_, **__: pytest.fail("the work was begun"))
     with (bundle / "onnx/fp32/model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):
@@ -307,59 +369,141 @@ WRONGS = {
 }
 
 
-@pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """Put a script in the worker's place; returns the list of the runtimes that it was started for."""
+Orders = list[dict[str, Any]]
+Worker = Callable[[str], Orders]
 
-    def replace(script: str) -> list[str]:
-        started: list[str] = []
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """Put a script in the worker's place; returns the list of the jobs that it was given."""
+
+    def replace(script: str) -> Orders:
+        orders: Orders = []
 
         class Scripted(Child):
-            def __init__(self, module: str) -> None:
+            @staticmethod
+            def command(module: str) -> list[str]:
                 assert module == "dmformer.bench.worker"
-                super().__init__(module)
+                return [sys.executable, "-S", "-c", script]
 
             def work(self, order: bytes, timeout_s: float) -> None:
-                started.append(json.loads(order)["runtime"])
+                orders.append(json.loads(order))
                 super().work(order, timeout_s)
 
-        monkeypatch.setattr(Child, "command", staticmethod(lambda _: [sys.executable, "-c", script]))
         monkeypatch.setattr(api, "Child", Scripted)
-        return started
+        return orders
 
     return replace
 
 
+def runtimes_of(orders: Orders) -> list[str]:
+    return [order["runtime"] for order in orders]
+
+
 @pytest.mark.parametrize("kind", WRONGS)
 def test_a_process_that_goes_wrong_is_a_failed_row(
-    exported: ExportResult, kind: str, worker: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+    exported: ExportResult, kind: str, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, expected = WRONGS[kind]
     if kind == "hangs":
         monkeypatch.setattr(api, "PROCESS_LIMIT_S", 2)
-    started = worker(WORKER.replace("WRONG", code))
-    failed, good = dmformer.bench(exported.output, runtimes=["ort", "ov"]).results
+    orders = worker(WORKER.replace("WRONG", code))
+    found = dmformer.bench(exported.output, runtimes=["ort", "ov"])
+    failed, good = found.results
     assert (failed.runtime, failed.status, failed.samples, failed.latency_ms) == ("onnxruntime", "failed", 0, None)
     assert re.search(expected, failed.reason)
     assert (good.runtime, good.status, good.samples) == ("openvino", "ok", 90)
-    assert started == ["onnxruntime", "openvino", "openvino", "openvino"]
+    # Each run of the first configuration is tried once.
+    assert runtimes_of(orders) == ["onnxruntime", "openvino", "onnxruntime", "openvino", "openvino"]
+    assert found.noise_floor is None
 
 
-def test_rounds_are_interleaved(exported: ExportResult, worker: Callable[[str], list[str]]) -> None:
-    started = worker(WORKER.replace("WRONG", "pass"))
+def test_rounds_are_interleaved(exported: ExportResult, worker: Worker) -> None:
+    orders = worker(WORKER.replace("WRONG", "pass"))
     stages: list[str] = []
 
-    def stage(name: str) -> Any:
+    def stage(name: str, parts: int | None = None) -> Any:
         stages.append(name)
-        return api.nullcontext()
+        return silent(name, parts)
 
     found = dmformer.bench(exported.output, runtimes=["ov", "ort"], batches=[1, 4, 1], stage=stage)
-    assert started == ["openvino", "openvino", "onnxruntime", "onnxruntime"] * api.ROUNDS
-    assert [(row.runtime, row.batch) for row in found.results] == [
-        ("openvino", 1), ("openvino", 4), ("onnxruntime", 1), ("onnxruntime", 4),
-    ]  # fmt: skip
-    assert len(stages) == 12
-    assert stages[0] == f"openvino fp32 batch 1, round 1 of {api.ROUNDS}"
+    once = [("openvino", 1), ("openvino", 4), ("onnxruntime", 1), ("onnxruntime", 4)]
+    assert [(row.runtime, row.batch) for row in found.results] == once
+    assert [(order["runtime"], order["batch"]) for order in orders] == [*once, once[0]] * api.ROUNDS
+    assert len(stages) == 15
+    assert stages[0] == stages[4] == f"openvino fp32 batch 1, round 1 of {api.ROUNDS}"
+
+
+def test_only_the_first_round_proves_the_precision(exported: ExportResult, worker: Worker) -> None:
+    orders = worker(WORKER.replace("WRONG", "pass"))
+    dmformer.bench(exported.output, runtimes=["ov", "ort"])
+    assert [order["prove_precision"] for order in orders] == [True] * 3 + [False] * 6
+
+
+# --- the noise floor --------------------------------------------------------------------------------------------------
+
+
+Rounds = Callable[[dict[str, list[Answer]]], None]
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> Rounds:
+    """Answer in the processes' place, for each runtime in the order of its runs."""
+
+    def replace(answers: dict[str, list[Answer]]) -> None:
+        left = {runtime: iter(found) for runtime, found in answers.items()}
+        monkeypatch.setattr(api, "_run", lambda _, planned, *__, **___: next(left[planned.runtime]))
+
+    return replace
+
+
+def timed(*medians: int) -> list[Answer]:
+    """Answers with these medians; a lonely slow call would move a mean."""
+    return [Answer(measurement=measurement([median] * 9 + [50 * median])) for median in medians]
+
+
+def test_the_noise_floor_is_the_median_over_rounds_of_the_distance_from_1(
+    exported: ExportResult, rounds: Rounds
+) -> None:
+    # The first configuration and itself again, by turns: ratios 1.1, 0.8 and 1.03.
+    rounds({"onnxruntime": timed(100, 110, 100, 80, 1000, 1030), "openvino": timed(1, 7, 3)})
+    found = dmformer.bench(exported.output, runtimes=["ort", "ov"])
+    assert found.noise_floor == pytest.approx(0.1)
+    assert [row.samples for row in found.results] == [30, 30]
+    assert [min(samples) for samples in found.results[0].samples_ns] == [100, 100, 1000]  # the second run is no row
+
+
+def test_a_machine_without_noise_has_a_floor_of_0(exported: ExportResult, rounds: Rounds) -> None:
+    rounds({"onnxruntime": timed(5, 5, 6, 6, 7, 7)})
+    assert dmformer.bench(exported.output, runtimes=["ort"]).noise_floor == 0
+
+
+LOST = [Answer(error="no luck")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        pytest.param([*LOST, *timed(5, 5, 5)], "failed", id="first run, round 1"),
+        pytest.param([*timed(5, 5), *LOST, *timed(5, 5)], "failed", id="first run, round 2"),
+        pytest.param([*timed(5, 5, 5, 5, 5), *LOST], "ok", id="second run, round 3"),
+    ],
+)
+def test_there_is_no_noise_floor_where_the_first_configuration_failed(
+    exported: ExportResult, rounds: Rounds, answers: list[Answer], status: str
+) -> None:
+    rounds({"onnxruntime": answers, "openvino": timed(4, 4, 4)})
+    found = dmformer.bench(exported.output, runtimes=["ort", "ov"])
+    assert found.noise_floor is None
+    assert [row.status for row in found.results] == [status, "ok"]
+
+
+def test_another_configuration_that_failed_leaves_the_noise_floor(exported: ExportResult, rounds: Rounds) -> None:
+    rounds({"onnxruntime": timed(5, 6, 5, 6, 5, 6), "openvino": LOST})
+    assert dmformer.bench(exported.output, runtimes=["ort", "ov"]).noise_floor == pytest.approx(0.2)
+
+
+# --- bundles that changed ---------------------------------------------------------------------------------------------
 
 
 def change_artifact(bundle: Path) -> None:
@@ -389,13 +533,32 @@ def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pyte
     (artifact,) = open_bundle(bundle).artifacts("onnx")
     job = Job(
         bundle=str(bundle), runtime="onnxruntime", precision="fp32", artifact_sha256=artifact.sha256,
-        batch=1, threads=1, duration_s=0.0, least_calls=1, answer="unused",
+        batch=1, threads=1, duration_s=0.0, least_calls=1, prove_precision=True,
+        answer="unused",
     )  # fmt: skip
     monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    assert run_job(job).device == "CPUExecutionProvider"
+    proven = run_job(job)
+    assert proven.device == "CPUExecutionProvider"
+    assert set(proven.layers) == {"fp32"}
+    assert run_job(msgspec.structs.replace(job, prove_precision=False)).layers == {}
     with pytest.raises(StageFailed, match="the bundle changed"):
         run_job(msgspec.structs.replace(job, artifact_sha256="0" * 64))
     with (bundle / artifact.files[0].path).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):
         run_job(job)
+
+
+def test_a_promise_that_is_not_kept_is_a_failed_row(bundle: Path) -> None:
+    """The float32 graph under the name of int8."""
+
+    def rename(content: dict[str, Any]) -> None:
+        (artifact,) = (artifact for artifact in content["artifacts"] if artifact["format"] == "openvino")
+        artifact.update(precision="int8")
+
+    rewrite(bundle, rename)
+    found = dmformer.bench(bundle, runtimes=["ov"], duration_s=0.03)
+    (row,) = found.results
+    assert (row.status, row.precision, row.samples, found.noise_floor) == ("failed", "int8", 0, None)
+    assert row.reason is not None
+    assert re.match("openvino runs int8 in 0% of [0-9]+ compute layers .*; promised 100%", row.reason)

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -40,13 +40,14 @@ def clone(tmp_path: Path) -> Path:
     (folder / "dmformer").symlink_to(ROOT / "dmformer")
     (folder / "model.safetensors").symlink_to(DEMONSTRATION_CHECKPOINT)
     (folder / "photos").symlink_to(SAMPLE_IMAGES)
+    (folder / "labelled").symlink_to(CALIBRATION_IMAGES)
     return folder
 
 
 @pytest.mark.slow
 def test_the_commands_and_the_python_run(clone: Path, cli: Callable[..., Run]) -> None:
     typed = [line for line in commands() if line[0] == "dmformer"]
-    assert {line[1] for line in typed} == {"export", "verify", "bench", "predict", "inspect", "doctor"}
+    assert {line[1] for line in typed} == {"export", "verify", "bench", "predict", "inspect", "doctor", "eval"}
     for line in typed:
         done = cli(*line[1:], cwd=clone)
         assert done.code == 0, (line, done.err)

@@ -59,9 +59,9 @@ class Result(Struct, frozen=True, kw_only=True):
 class BenchReport(Struct, frozen=True, kw_only=True):
     """All configurations of one run.
 
-    The first configuration is run twice in each round; ``noise_floor`` is the distance of the ratio of its two medians
-    from 1, the median over rounds, so that smaller differences between configurations are ties. ``limits`` is ``null`` in this version.
-    ``skipped`` has a sentence for each artifact that no runtime here can run.
+    The first configuration is run twice in each round. ``noise_floor`` is the distance of the ratio of its two medians
+    from 1, the median over rounds: smaller differences between configurations are ties. ``limits`` is ``null`` in this
+    version. ``skipped`` has a sentence for each artifact that no runtime here can run.
     """
 
     environment: dict[str, Any]

@@ -113,7 +113,7 @@ def make_request(
     request = ExportRequest(
         checkpoint=source.checkpoint,
         weights=source.weights,
-        formats=_formats(formats),
+        formats=_formats(formats, chosen),
         output=Path(output),
         precisions=chosen,
         choose_fastest=_is_auto(precisions),
@@ -146,10 +146,11 @@ def _is_auto(names: Sequence[str]) -> bool:
     return any(name.lower() == AUTO for name in names)
 
 
-def _formats(names: Sequence[str]) -> tuple[str, ...]:
-    """Canonical names, each once, in the order given."""
+def _formats(names: Sequence[str], precisions: Sequence[str]) -> tuple[str, ...]:
+    """Canonical names, each once, in the order given; ``all`` stands for those that take one of the precisions."""
+    taking = [row for row in registry.ENTRIES if set(registry.adapter(row).precisions) & set(precisions)]
     found: list[str] = []
     for name in names:
-        rows = registry.ENTRIES if name.lower() == "all" else (registry.entry_of_format(name),)
+        rows = taking if name.lower() == "all" else [registry.entry_of_format(name)]
         found.extend(row.format for row in rows)
     return tuple(dict.fromkeys(found))
