@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from typing_extensions import Self
+
+    from dmformer.bundle.reader import Bundle
     from dmformer.export.pipeline import ExportResult
+    from dmformer.export.speed import Timed
+    from dmformer.progress import Stage
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: workers whose OpenMP threads outnumber the cores wait for one another at every operator.
@@ -73,3 +78,74 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
 def bundle(exported: ExportResult, tmp_path: Path) -> Path:
     """A copy of the demonstration bundle that a test may spoil."""
     return Path(shutil.copytree(exported.output, tmp_path / "bundle"))
+
+
+class NoSimplifier:
+    """In place of onnxsim's process, which takes seconds: the graph stays as it is."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def simplify(self, source: Path, destination: Path) -> None:
+        shutil.copyfile(source, destination)
+
+
+def timed_as(ratios: Mapping[tuple[str, str], float]) -> Callable[[Bundle, Stage], Timed]:
+    """In place of ``compare_precisions``: speeds that were not measured, by format and precision; others are as fp32.
+
+    The noise floor is 0.05.
+    """
+    from msgspec.structs import replace
+
+    from dmformer.bench.report import BenchReport
+    from dmformer.bundle.manifest import Speed
+    from dmformer.export.speed import Timed
+
+    def compare(bundle: Bundle, stage: Stage) -> Timed:
+        artifacts = []
+        for artifact in bundle.manifest.artifacts:
+            ratio = ratios.get((artifact.format, artifact.precision), 1.0)
+            speed = Speed(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, noise_floor=0.05, faster=ratio < 0.95, cpu="none")
+            artifacts.append(replace(artifact, speed=speed))
+        return Timed(tuple(artifacts), BenchReport(environment={"cpu": "none"}, results=(), noise_floor=0.05))
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three of the calibration images of each digit, in folders named after their classes."""
+    from dmformer.assets import CALIBRATION_IMAGES
+
+    folder = tmp_path_factory.mktemp("few")
+    for digit in map(str, range(10)):
+        (folder / digit).mkdir()
+        for path in sorted((CALIBRATION_IMAGES / digit).iterdir())[:3]:
+            shutil.copy(path, folder / digit)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reduced(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> ExportResult:
+    """The demonstration checkpoint at every precision, without onnxsim and timing; shared, so not to be written into."""
+    import dmformer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
+        patch.setattr("dmformer.export.pipeline.Simplifier", NoSimplifier)
+        return dmformer.export(
+            formats=["onnx", "openvino"],
+            precisions=["fp32", "fp16", "int8"],
+            calibration=few_images,
+            max_accuracy_drop=5,
+            output=tmp_path_factory.mktemp("reduced") / "demo",
+        )
+
+
+@pytest.fixture
+def reduced_bundle(reduced: ExportResult, tmp_path: Path) -> Path:
+    """A copy of the bundle with every precision that a test may spoil."""
+    return Path(shutil.copytree(reduced.output, tmp_path / "reduced"))

@@ -25,6 +25,7 @@ from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.child import Child
 from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.machine import describe_machine
 from dmformer.progress import silent
 from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
 from tests.bundles import rewrite
@@ -45,7 +46,7 @@ def test_percentiles_are_numpys_where_there_are_enough_samples(count: int) -> No
         expected = np.percentile(samples, int(name[1:])) / 1e6 if count >= least else None
         assert getattr(found, name) == (None if expected is None else pytest.approx(expected))
     assert found.mean == pytest.approx(samples.mean() / 1e6)
-    assert (found.min, found.max) == (pytest.approx(samples.min() / 1e6), pytest.approx(samples.max() / 1e6))
+    assert (found.min, found.max) == pytest.approx((samples.min() / 1e6, samples.max() / 1e6))
 
 
 def test_nothing_is_clipped() -> None:
@@ -100,7 +101,8 @@ def test_ratios_are_of_medians_round_by_round() -> None:
 
 
 def noisy(spread: float, count: int) -> list[int]:
-    return (1e6 * (1 + spread * np.random.default_rng(0).uniform(-1, 1, count))).astype(int).tolist()
+    values = 1e6 * (1 + spread * np.random.default_rng(0).uniform(-1, 1, count))
+    return [int(value) for value in values]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_inputs_differ_from_call_to_call(batch: int) -> None:
 @pytest.mark.usefixtures("quick")
 def test_the_duration_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     found = measure.measure(Fake(), ROWS, 1, 50.0, 3)
     assert 40 <= len(found.latencies_ns) <= 60
 
@@ -411,6 +413,7 @@ def test_a_process_that_goes_wrong_is_a_failed_row(
     found = dmformer.bench(exported.output, runtimes=["ort", "ov"])
     failed, good = found.results
     assert (failed.runtime, failed.status, failed.samples, failed.latency_ms) == ("onnxruntime", "failed", 0, None)
+    assert failed.reason is not None
     assert re.search(expected, failed.reason)
     assert (good.runtime, good.status, good.samples) == ("openvino", "ok", 90)
     # Each run of the first configuration is tried once.
@@ -516,11 +519,10 @@ def change_artifact(bundle: Path) -> None:
 
 def test_a_bundle_that_changed_after_planning_is_a_failed_row(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_bundle(bundle)
-    planned = api.describe_machine
 
     def change() -> Any:
         change_artifact(bundle)
-        return planned()
+        return describe_machine()
 
     monkeypatch.setattr(api, "describe_machine", change)
     (row,) = dmformer.bench(opened, runtimes=["ort"], duration_s=0.03).results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from tests.bundles import Change, adopt, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from dmformer.export.pipeline import ExportResult
 
@@ -287,10 +290,37 @@ def test_golden_survives_the_round_trip(tmp_path: Path) -> None:
         assert found[name].dtype == array.dtype
 
 
+def reduced_golden() -> Golden:
+    golden = small_golden()
+    return replace(golden, reduced={name: {"logits": golden.outputs["logits"] + 1} for name in ("int8", "fp16")})
+
+
+def test_reduced_answers_survive_the_round_trip(tmp_path: Path) -> None:
+    golden = reduced_golden()
+    golden.reduced["fp16"]["logits"] += 1
+    golden.save(tmp_path / GOLDEN)
+    found = load_golden(tmp_path / GOLDEN)
+    assert set(found.reduced) == {"fp16", "int8"}
+    for precision, moved in (("fp32", 0), ("int8", 1), ("fp16", 2)):
+        array = found.expected(precision)["logits"]
+        np.testing.assert_allclose(array, golden.outputs["logits"] + moved, atol=1e-6)
+        assert array.dtype == np.float32
+    assert set(found.outputs) == set(found.outputs_float64) == {"logits"}
+
+
+def test_a_precision_without_answers(tmp_path: Path) -> None:
+    small_golden().save(tmp_path / GOLDEN)
+    found = load_golden(tmp_path / GOLDEN)
+    assert found.reduced == {}
+    for precision in ("fp16", "float64", ""):
+        with pytest.raises(UsageError, match=f"no golden outputs at {precision}; expected a bundle"):
+            found.expected(precision)
+
+
 def test_the_same_golden_content_is_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_golden().save(tmp_path / "one.npz")
+    reduced_golden().save(tmp_path / "one.npz")
     monkeypatch.setattr("time.time", lambda: 2e9)
-    small_golden().save(tmp_path / "two.npz")
+    reduced_golden().save(tmp_path / "two.npz")
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
@@ -328,6 +358,41 @@ def test_golden_files_with_bad_arrays(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_golden(tmp_path / GOLDEN)
     assert GOLDEN in one_line(caught.value)
+
+
+def reduced(values: NDArray[Any], name: str = "outputs_fp16/logits") -> Callable[[dict[str, Any]], object]:
+    return lambda arrays: arrays.update({name: values})
+
+
+BAD_REDUCED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another type": reduced(np.ones((2, 4))),
+    "half floats": reduced(np.ones((2, 4), np.float16)),
+    "fewer rows": reduced(np.ones((1, 4), np.float32)),
+    "no values": reduced(np.ones((2, 0), np.float32)),
+    "another output": reduced(np.ones((2, 4), np.float32), "outputs_fp16/features"),
+    "no output's name": reduced(np.ones((2, 4), np.float32), "outputs_fp16"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REDUCED)
+def test_golden_files_with_bad_reduced_answers(tmp_path: Path, kind: str) -> None:
+    arrays = arrays_of(small_golden())
+    BAD_REDUCED[kind](arrays)
+    np.savez_compressed(tmp_path / GOLDEN, **arrays)
+    with pytest.raises(UsageError) as caught:
+        load_golden(tmp_path / GOLDEN)
+    assert GOLDEN in one_line(caught.value)
+
+
+def test_golden_files_with_one_good_and_one_bad_precision(tmp_path: Path) -> None:
+    arrays = arrays_of(small_golden())
+    reduced(np.ones((2, 4), np.float32))(arrays)
+    np.savez_compressed(tmp_path / GOLDEN, **arrays)
+    assert set(load_golden(tmp_path / GOLDEN).reduced) == {"fp16"}
+    reduced(np.ones((3, 4), np.float32), "outputs_int8/logits")(arrays)
+    np.savez_compressed(tmp_path / GOLDEN, **arrays)
+    with pytest.raises(UsageError, match="'outputs_int8/logits'"):
+        load_golden(tmp_path / GOLDEN)
 
 
 def npy_inside_of_nothing(path: Path) -> None:

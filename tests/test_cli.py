@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Cli = Callable[..., Run]
 
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"
-COMMANDS = ("export", "verify", "bench", "predict", "inspect", "doctor")
+COMMANDS = ("export", "verify", "bench", "eval", "predict", "inspect", "doctor")
 DIGIT = SAMPLE_IMAGES / "3.png"
 
 
@@ -149,6 +149,19 @@ def test_debug_alone_is_help(cli: Cli) -> None:
         (["--weights", "text.pth"], "text.pth"),
         (["--arch", "resnet"], "resnet"),
         (["--model-option", "dilations"], "KEY=VALUE"),
+        (["--precision", "bf16"], "precision 'bf16'; expected one of fp32, fp16, int8, or auto"),
+        (["--precision", "auto", "--precision", "fp16"], "precision auto with fp16; expected it alone"),
+        (["--precision", "int8", "--format", "torch"], "leave --format torch out"),
+        (["--precision", "int8", "--arch", "dmformer_nano"], "--calibration DIR"),
+        (["--max-accuracy-drop", "-1"], "max_accuracy_drop is -1"),
+        (["--max-accuracy-drop", "lots"], "--max-accuracy-drop"),
+        (["--precision", "int8", "--calibration", "nowhere"], "nowhere"),
+        (["--precision", "int8", "--calibration", "empty"], "empty"),
+        (
+            ["--precision", "int8", "--calibration", "strange"],
+            "strange/cat: no class of the network; expected one of 0",
+        ),
+        (["--precision", "int8", "--calibration", "mixed"], "beside the class folders"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -157,10 +170,15 @@ def test_export_of_what_cannot_be_used_is_2_and_writes_nothing(
 ) -> None:
     for name in ("text.safetensors", "text.pth"):
         (tmp_path / name).write_text("these are no weights\n")
+    for name in ("empty", "strange/cat", "strange/1", "mixed/3"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("strange/cat", "strange/1", "mixed/3", "mixed"):
+        shutil.copy(DIGIT, tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
     run = cli("export", *arguments)
     assert run.code == 2, run.err
     assert expected in run.error_line
-    assert {path.name for path in tmp_path.iterdir()} <= {"text.safetensors", "text.pth", "state"}
+    assert sorted(path for path in tmp_path.rglob("*") if "state" not in path.parts) == before
 
 
 def test_export_into_a_foreign_folder_is_2(cli: Cli, tmp_path: Path) -> None:
@@ -178,6 +196,32 @@ def test_export_dry_run_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     assert "openvino/fp32/" in run.out
     assert "demonstration checkpoint" in run.err
     assert not list(tmp_path.iterdir())
+
+
+def test_export_dry_run_lists_every_precision(cli: Cli, tmp_path: Path) -> None:
+    precisions = ("--precision", "int8", "--precision", "fp16")
+    run = cli("export", "--dry-run", "--format", "onnx", "--format", "ov", *precisions, "--output", "out")
+    assert run.code == 0, run.err
+    artifacts = [f"{name}/{precision}/" for name in ("onnx", "openvino") for precision in ("int8", "fp16")]
+    assert run.out.split() == ["manifest.json", "golden.npz", *artifacts, "reports/parity.json", "reports/bench.json"]
+    automatic = cli("export", "--dry-run", "--precision", "auto")
+    assert [line for line in automatic.out.split() if line.endswith("/")] == ["onnx/fp32/", "onnx/fp16/", "onnx/int8/"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_without_the_deploy_form_leaves_the_norms(cli: Cli, made: Made, tmp_path: Path) -> None:
+    import onnx
+
+    run = cli("export", "--no-deploy-form", "--output", "b")
+    assert run.code == 0, run.err
+    norms = [
+        sum(node.op_type == "BatchNormalization" for node in onnx.load(folder / "onnx/fp32/model.onnx").graph.node)
+        for folder in (made.bundle, tmp_path / "b")
+    ]
+    assert norms[0] == 0
+    assert norms[1] > 0
+    forms = [open_bundle(folder).manifest.model.deploy_form for folder in (made.bundle, tmp_path / "b")]
+    assert forms == [True, False]
 
 
 def test_doctor(cli: Cli, made: Made) -> None:
@@ -283,7 +327,7 @@ def test_verify_of_another_model_with_hashes_that_fit_is_1(cli: Cli, spoilt: Pat
     (spoilt / MANIFEST).write_text(json.dumps(content))
     run = cli("verify", spoilt, "--runtime", "ort", "--json", "report.json")
     assert run.code == 1
-    assert "parity failed in 3 of 4 checks" in run.error_line
+    assert "parity failed in 3 of 5 checks" in run.error_line
     rows = [line for line in run.out.splitlines() if "fp32" in line]
     assert rows[0].split()[0] == "FAILED"
     assert rows[-1].split()[0] == "ok"

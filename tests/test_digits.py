@@ -10,10 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.data.images import load_pixels
+from dmformer.data.labelled import image_set
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
-from dmformer.train.digits import CLASSES, PREPROCESSING, Digits, Recipe, accuracy, load_digits, train, write
+from dmformer.train.digits import (
+    CLASSES,
+    PREPROCESSING,
+    Digits,
+    Recipe,
+    accuracy,
+    load_digits,
+    main,
+    train,
+    write,
+    write_images,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +89,63 @@ def test_split_is_fixed_and_disjoint(digits: Digits) -> None:
     np.testing.assert_array_equal(load_digits().held_out, digits.held_out)
 
 
+# --- images as files --------------------------------------------------------------------------------------------------
+
+
+def test_images_survive_the_round_trip(tmp_path: Path, digits: Digits) -> None:
+    write_images(tmp_path, digits, digits.held_out)
+    images = image_set(tmp_path, PREPROCESSING, CLASSES, 10)
+    assert images.labels is not None
+    indices = [int(path.stem) for path in images.paths]
+    assert sorted(indices) == digits.held_out.tolist()
+    np.testing.assert_array_equal(images.labels, digits.labels[indices])
+    np.testing.assert_array_equal(load_pixels(images.paths, PREPROCESSING), digits.pixels[indices])
+
+
+def test_the_first_images_of_each_class_are_written(tmp_path: Path, digits: Digits) -> None:
+    write_images(tmp_path, digits, digits.training, 2)
+    for label, name in enumerate(CLASSES):
+        first = [index for index in digits.training if digits.labels[index] == label][:2]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [f"{index:04}.png" for index in first]
+
+
+def test_both_parts_of_the_data_set_can_be_had(
+    tmp_path: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["digits", "--images", str(tmp_path / "images")])
+    main()
+    assert capsys.readouterr().out == "359 held-out and 1438 training images\n"
+    found = {
+        part: sorted(int(path.stem) for path in (tmp_path / "images" / part).rglob("*.png"))
+        for part in ("held-out", "training")
+    }
+    assert found == {"held-out": digits.held_out.tolist(), "training": digits.training.tolist()}
+
+
+def test_the_images_that_ship_for_calibration_are_training_images(digits: Digits) -> None:
+    images = image_set(CALIBRATION_IMAGES, PREPROCESSING, CLASSES, 10)
+    assert images.labels is not None
+    assert np.bincount(images.labels, minlength=10).tolist() == [20] * 10
+    indices = [int(path.stem) for path in images.paths]
+    assert set(indices) <= set(digits.training.tolist())
+    np.testing.assert_array_equal(images.labels, digits.labels[indices])
+    pixels = load_pixels(images.paths, PREPROCESSING)
+    np.testing.assert_array_equal(pixels, digits.pixels[indices])
+    held_out = {image.tobytes() for image in digits.pixels[digits.held_out]}
+    assert not held_out & {image.tobytes() for image in pixels}  # nor a held-out image under another number
+
+
+def test_the_samples_that_ship_are_not_among_the_images_for_calibration() -> None:
+    def contents(folder: Path) -> set[bytes]:
+        return {load_pixels([path], PREPROCESSING).tobytes() for path in folder.rglob("*.png")}
+
+    assert len(contents(SAMPLE_IMAGES)) == 10
+    assert not contents(SAMPLE_IMAGES) & contents(CALIBRATION_IMAGES)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
 def test_accuracy_is_the_share_of_right_answers() -> None:
     logits = torch.eye(4)
     assert accuracy(torch.nn.Identity(), logits, torch.tensor([0, 1, 2, 0])) == 0.75  # type: ignore[arg-type]
@@ -116,3 +185,6 @@ def test_whole_recipe_reaches_the_shipped_accuracy(tmp_path: Path, shipped: Chec
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / "digits" / sample.name)), np.asarray(Image.open(sample))
         )
+    for shipped_image in sorted(CALIBRATION_IMAGES.rglob("*.png")):
+        written_image = tmp_path / "digits-training" / shipped_image.relative_to(CALIBRATION_IMAGES)
+        np.testing.assert_array_equal(np.asarray(Image.open(written_image)), np.asarray(Image.open(shipped_image)))

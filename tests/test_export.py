@@ -25,6 +25,7 @@ from dmformer.bundle.manifest import decode_manifest, hash_file
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import pipeline
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dmformer.models.deploy import deploy
 from dmformer.verify.compare import Comparison
 
 if TYPE_CHECKING:
@@ -72,13 +73,22 @@ def test_any_batch_really_runs(exported: ExportResult, batch: int) -> None:
     assert session.run(None, {"image": np.zeros((batch, 3, 32, 32), np.float32)})[0].shape == (batch, 10)
 
 
-def test_node_names_lead_back_to_modules(graph: onnx.ModelProto) -> None:
-    modules = {name for name, _ in load_checkpoint(DEMONSTRATION_CHECKPOINT).model().named_modules()}
-    names = [node.name for node in graph.graph.node]
+@pytest.mark.parametrize("deploy_form", [True, False])
+def test_node_names_lead_back_to_modules(exported: ExportResult, tmp_path: Path, deploy_form: bool) -> None:
+    model: torch.nn.Module = load_checkpoint(DEMONSTRATION_CHECKPOINT).model()
+    folder = exported.output
+    if not deploy_form:
+        folder = dmformer.export(output=tmp_path / "b", deploy_form=False).output
+    graph = onnx.load(folder / "onnx/fp32/model.onnx").graph
+    modules = {name for name, _ in (deploy(model, 32) if deploy_form else model).named_modules()}
+    names = [node.name for node in graph.node]
     assert {name.rpartition("/")[0] for name in names} <= modules
     assert len(set(names)) == len(names)
     assert "stages.2.blocks.1.dma.branches.2/Conv" in names
     assert "stages.0.downsample.conv1/Conv" in names
+    of_one_form = "stages.2.blocks.1.dma.mix/Conv", "stages.2.blocks.1.dma.reduce/Conv"
+    assert [name in names for name in of_one_form] == [deploy_form, not deploy_form]
+    assert decode_manifest((folder / "manifest.json").read_bytes(), "").model.deploy_form == deploy_form
 
 
 def test_the_file_says_what_it_is(graph: onnx.ModelProto, exported: ExportResult) -> None:
@@ -133,9 +143,15 @@ def test_every_stage_is_a_row_of_the_parity_report(exported: ExportResult) -> No
         ("simplified against traced", "onnxruntime"),
         ("simplified", "onnxruntime"),
         ("runtime", "torch"),
+        ("precision", "torch"),
         ("runtime", "onnxruntime"),
+        ("precision", "onnxruntime"),
         ("runtime", "openvino"),
+        ("precision", "openvino"),
     ]
+    batches = {stage: [check.batch for check in exported.parity.checks if check.stage == stage] for stage, _ in stages}
+    assert batches["traced"] == batches["simplified against traced"] == batches["simplified"] == [1, 2, 5]
+    assert batches["runtime"] == [1, 2, 5] * 3
     assert exported.manifest.evidence.parity.checks == len(stages)
     assert exported.manifest.simplification.kept
 
@@ -185,7 +201,7 @@ def test_a_baked_in_batch_fails_the_export(tmp_path: Path, monkeypatch: pytest.M
         dmformer.export(output=tmp_path / "b")
     forced = dmformer.export(output=tmp_path / "b", force=True)
     failed = [(check.stage, check.batch) for check in forced.parity.checks if not check.passed]
-    assert failed == [("traced", 2), ("traced", 5), ("runtime", 2), ("runtime", 5)]
+    assert failed == [("traced", 2), ("traced", 5), ("runtime", 2), ("runtime", 5), ("precision", 1)]
     assert not forced.manifest.simplification.kept
 
 
@@ -226,7 +242,7 @@ def test_a_simplified_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch
 def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     from dmformer.export.api import make_request
 
-    request = make_request(None, None, ["onnx", "ov"], ["fp32"], tmp_path / "b", None, None, None, seed=0, force=False)
+    request = make_request(formats=["onnx", "ov"], output=tmp_path / "b")
     assert pipeline.planned_artifacts(request) == [
         "manifest.json",
         "golden.npz",
@@ -241,7 +257,7 @@ def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"formats": ["tflite"]}, "unknown format 'tflite'"),
-        ({"precisions": ["fp16"]}, "precision 'fp16'"),
+        ({"precisions": ["fp64"]}, "precision 'fp64'"),
         ({"arch": "resnet50"}, "unknown architecture 'resnet50'"),
         ({"image_size": 8}, "image_size"),
         ({"images": "/nonexistent"}, "no folder"),
@@ -320,7 +336,8 @@ def test_verify_compares_on_images_that_are_given(exported: ExportResult) -> Non
     images = Path(dmformer.__file__).parent / "assets/digits"
     found = dmformer.verify(exported.output, images=images, runtimes=["ort"])
     assert found.passed
-    assert "on the same 15 images" in (found.checks[-1].limit_source or "")
+    (*_, last) = [check for check in found.checks if check.stage == "runtime"]
+    assert "on the same 15 images" in (last.limit_source or "")
 
 
 def test_verify_on_images_needs_weights(tmp_path: Path) -> None:

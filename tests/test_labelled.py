@@ -159,6 +159,12 @@ def test_no_folder(tmp_path: Path) -> None:
         assert refused(path) == f"no folder '{path}'; expected a folder of images"
 
 
+@pytest.mark.xfail(reason="the first folder in sorted order is named, whether it is the strange one or not")
+@pytest.mark.parametrize(("names", "strange"), [(["0", "1", "cat"], "cat"), (["2", "7"], "7")])
+def test_without_class_names_the_strange_folder_is_named(tmp_path: Path, names: list[str], strange: str) -> None:
+    assert str(tmp_path / strange) in refused(put(tmp_path, *(f"{name}/1.png" for name in names)), (), 5)
+
+
 # --- spread -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +202,8 @@ def test_batches_have_every_image_in_order(unlike: ImageSet, size: int, sizes: l
     batches = list(unlike.batches(size))
     assert [len(batch) for batch in batches] == sizes
     joined = np.concatenate(batches)
-    assert (joined.shape, joined.dtype) == ((20, 3, 32, 32), np.float32)
+    assert joined.shape == (20, 3, 32, 32)
+    assert joined.dtype == np.float32
     np.testing.assert_allclose(joined[:, 0, 0, 0] * 255, np.arange(20), atol=1e-3)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(dmformer.__file__).parent
 ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors")
-COMMANDS = ("export", "verify", "bench", "predict", "inspect", "doctor")
+COMMANDS = ("export", "verify", "bench", "predict", "inspect", "doctor", "eval")
 
 BLOCKER = """
 import sys
@@ -88,10 +88,9 @@ def test_the_check_sees_an_import() -> None:
         python("import json", blocked=("json",))
 
 
-# Modules of a device's rooms that it never imports, and why.
 def device_modules() -> list[str]:
     rooms = ("assets", "runtimes", "bundle", "data", "bench", "verify", "commands")
-    found = ["dmformer", "dmformer.cli", "dmformer.machine", "dmformer.errors"]
+    found = ["dmformer", "dmformer.cli", *(f"dmformer.{name}" for name in ("child", "errors", "machine", "progress"))]
     for room in rooms:
         found.append(f"dmformer.{room}")
         found += [f"dmformer.{room}.{module.name}" for module in pkgutil.iter_modules([str(PACKAGE / room)])]
@@ -160,6 +159,7 @@ LAYERS = (
     "assets",
     "child",
     "machine",
+    "progress",
     "_optional",
     "errors",
     "_callable",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,16 +283,36 @@ def test_no_threads_is_wrong_usage(make: Make, threads: int) -> None:
 def test_details_are_read_back(make: Make) -> None:
     with make() as runtime:
         details = runtime.details
-        assert details.precision == "fp32"
         assert "cpu" in details.device.lower()
         assert details.version == type(runtime).probe().version
 
 
-@every_runtime
-@pytest.mark.parametrize("precision", ["fp16", "int8", "fp64", ""])
-def test_a_precision_that_it_cannot_honour_is_refused(make: Make, precision: str) -> None:
-    with pytest.raises(DMFormerError, match=f"precision.*{precision!r}.*expected fp32"), make(precision=precision):
+def refused_precisions() -> list[Any]:
+    """Each row with each precision that it does not take."""
+    return [
+        pytest.param(row, precision, id=f"{row.name}-{precision}")
+        for row in registry.ENTRIES
+        for precision in ("fp32", "fp16", "int8", "bf16", "FP32", "")
+        if precision not in registry.adapter(row).precisions
+    ]
+
+
+@pytest.mark.parametrize(("row", "precision"), refused_precisions())
+def test_a_precision_that_it_cannot_honour_is_refused(make: Make, row: registry.Entry, precision: str) -> None:
+    expected = ", ".join(registry.adapter(row).precisions)
+    with (
+        pytest.raises(StageFailed, match=f"{row.name} cannot honour precision {precision!r}; expected {expected}$"),
+        make(precision=precision),
+    ):
         pass
+
+
+@every_runtime
+def test_precisions_begin_with_float32_and_repeat_none(row: registry.Entry) -> None:
+    precisions = registry.adapter(row).precisions
+    assert precisions[0] == "fp32"
+    assert len(set(precisions)) == len(precisions)
+    assert set(precisions) <= {"fp32", "fp16", "int8"}
 
 
 @every_runtime
@@ -380,16 +399,30 @@ def test_another_provider_in_onnxruntime_is_a_failure(opened: Bundle, monkeypatc
         pass
 
 
-@pytest.mark.parametrize("changed", [{"device": "GPU.0"}, {"precision": "bf16"}])
-def test_another_device_in_openvino_is_a_failure(
-    opened: Bundle, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str]
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("EXECUTION_DEVICES", ["GPU.0"], "GPU.0 at f32"),
+        ("EXECUTION_DEVICES", ["CPU", "GPU.0"], "CPU, GPU.0 at f32"),
+        ("INFERENCE_PRECISION_HINT", "bf16", "CPU at bf16"),
+    ],
+)
+def test_another_device_or_precision_in_openvino_is_a_failure(
+    opened: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, found: str
 ) -> None:
     row = registry.entry("openvino")
     kind = usable(row)
-    read_back: Any = kind.details
-    monkeypatch.setattr(kind, "details", property(lambda self: replace(read_back.fget(self), **changed)))
+    import openvino
+
+    read_back = openvino.CompiledModel.get_property
+    wrong = getattr(openvino.Type, value) if isinstance(value, str) else value
+
+    def changed(model: Any, asked: str) -> Any:
+        return wrong if asked == name else read_back(model, asked)
+
+    monkeypatch.setattr(openvino.CompiledModel, "get_property", changed)
     with (
-        pytest.raises(StageFailed, match=f"{next(iter(changed.values()))}.*expected CPU at fp32"),
+        pytest.raises(StageFailed, match=f"compiled for {found}; expected CPU at f32$"),
         kind(opened.load_path(artifact_of(opened, row))),
     ):
         pass

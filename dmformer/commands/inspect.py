@@ -8,6 +8,8 @@ import typer
 
 from dmformer.commands import _present as present
 
+_MOST_SENSITIVE = 5
+
 if TYPE_CHECKING:
     from dmformer.bundle.manifest import Manifest
 
@@ -56,6 +58,11 @@ def _show(manifest: Manifest, root: str) -> None:
     present.show(listing)
     if manifest.evidence.latency is not None:
         present.show(present.artifact_findings(manifest.artifacts))
+    for precision, sensitivity in {item.precision: item.sensitivity for item in manifest.artifacts}.items():
+        if sensitivity:
+            most = sorted(sensitivity.items(), key=lambda pair: -pair[1])[:_MOST_SENSITIVE]
+            said = ", ".join(f"{block} {error:.1%}" for block, error in most)
+            present.show(f"most sensitive to {precision} (error of the outputs over their spread): {said}")
     kept = {block: reason for artifact in manifest.artifacts for block, reason in artifact.kept_in_fp32.items()}
     for block, reason in kept.items():
         present.show(f"{block} stays in fp32: {reason}")

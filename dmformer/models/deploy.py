@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from dmformer.models.dmformer import LayerScale, Stem
 
@@ -188,7 +189,8 @@ class Filter(NamedTuple):
     def as_conv(self, like: nn.Conv2d, *, bias: bool = True) -> nn.Conv2d:
         """A module with the stride, dilation and groups of another, and as much padding as keeps the size."""
         out_channels, in_channels, size, _ = self.weight.shape
-        made = nn.Conv2d(
+        made = skip_init(  # initial values would be drawn from the global generator
+            nn.Conv2d,
             in_channels * like.groups,
             out_channels,
             size,
@@ -197,6 +199,7 @@ class Filter(NamedTuple):
             dilation=like.dilation[0],
             groups=like.groups,
             bias=bias,
+            device=self.weight.device,
             dtype=self.weight.dtype,
         )
         made.weight.copy_(self.weight)
@@ -217,8 +220,8 @@ def _filter(conv: nn.Conv2d) -> Filter:
     return Filter(conv.weight, bias)
 
 
-def _layer_scale(module: nn.Module, width: int) -> Affine:
-    gamma = module.gamma.flatten() if isinstance(module, LayerScale) else torch.ones(width, dtype=torch.float64)
+def _layer_scale(module: nn.Module, like: nn.Conv2d) -> Affine:
+    gamma = module.gamma.flatten() if isinstance(module, LayerScale) else torch.ones_like(like.weight[:, 0, 0, 0])
     return Affine(gamma, torch.zeros_like(gamma))
 
 
@@ -237,10 +240,11 @@ def _downsample(module: nn.Module) -> nn.Sequential:
 
 
 def _block(block: Block, side: int | None) -> DeployBlock:
-    ffn, width = block.ffn, block.ffn.fc2.out_channels
+    ffn = block.ffn
+    scale1 = _layer_scale(block.scale1, block.dma.project)
     ffn.fc1 = _filter(ffn.fc1).of(_affine(block.norm2)).as_conv(ffn.fc1)
-    ffn.fc2 = _filter(ffn.fc2).then(_layer_scale(block.scale2, width)).as_conv(ffn.fc2)
-    return DeployBlock(_attention(block.dma, _affine(block.norm1), _layer_scale(block.scale1, width), side), ffn)
+    ffn.fc2 = _filter(ffn.fc2).then(_layer_scale(block.scale2, ffn.fc2)).as_conv(ffn.fc2)
+    return DeployBlock(_attention(block.dma, _affine(block.norm1), scale1, side), ffn)
 
 
 def _attention(dma: DynamicMultilevelAttention, norm: Affine, scale: Affine, side: int | None) -> DeployAttention:

@@ -23,7 +23,7 @@ _COMPUTING = ("conv", "gemm", "matmul", "fullyconnected")
 def is_compute(operator: str) -> bool:
     """Whether an operator, by an engine's name for it, is a convolution or a matrix product of some kind."""
     name = operator.lower()
-    return any(part in name for part in _COMPUTING)
+    return "convert" not in name and any(part in name for part in _COMPUTING)  # a cast in OpenVINO's words
 
 
 def precision_of(type_name: str) -> str:
