@@ -46,6 +46,8 @@ class Child:
         if self._process.poll() is None:
             self._process.kill()
         self._process.communicate()
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # communicate() leaves it open where the order was not taken in full
 
     def work(self, order: bytes, timeout_s: float) -> None:
         """Hand the work over and wait for the process to end. Legal once.

@@ -130,7 +130,7 @@ def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reduced(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> ExportResult:
-    """The demonstration checkpoint at every precision, without onnxsim and timing; shared, so not to be written into."""
+    """The demonstration checkpoint at every precision, without onnxsim and timing; shared, not to be spoilt."""
     import dmformer
 
     with pytest.MonkeyPatch.context() as patch:

@@ -159,7 +159,6 @@ def test_no_folder(tmp_path: Path) -> None:
         assert refused(path) == f"no folder '{path}'; expected a folder of images"
 
 
-@pytest.mark.xfail(reason="the first folder in sorted order is named, whether it is the strange one or not")
 @pytest.mark.parametrize(("names", "strange"), [(["0", "1", "cat"], "cat"), (["2", "7"], "7")])
 def test_without_class_names_the_strange_folder_is_named(tmp_path: Path, names: list[str], strange: str) -> None:
     assert str(tmp_path / strange) in refused(put(tmp_path, *(f"{name}/1.png" for name in names)), (), 5)

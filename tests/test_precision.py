@@ -25,6 +25,7 @@ from dmformer.export import fp16, int8, pipeline
 from dmformer.export.api import make_request
 from dmformer.export.fp16 import LARGEST, tensor_peaks, to_fp16
 from dmformer.export.int8 import quantizable, to_int8
+from dmformer.export.literal import literal_answers
 from dmformer.export.precision import Calibration, PrecisionSource, typed_share
 from dmformer.export.source import random_checkpoint
 from dmformer.export.torch_onnx import trace
@@ -35,7 +36,7 @@ from dmformer.runtimes.openvino import OpenVinoRuntime
 from dmformer.verify.accuracy import score
 from dmformer.verify.compare import reduced_limit
 from dmformer.verify.parity import Answers, check_layers
-from dmformer.verify.reference import golden_pixels, literal_answers, make_golden, torch_logits
+from dmformer.verify.reference import golden_pixels, make_golden, torch_logits
 from tests.bundles import adopt, one_line, rewrite
 from tests.conftest import NoSimplifier, timed_as
 
@@ -191,6 +192,22 @@ def test_fp16_that_overflows_is_refused(
     answers = literal_answers(made.onnx, golden.inputs)
     with pytest.raises(StageFailed, match="at fp16 output 'logits' is NaN or infinite"):
         reduced_limit("fp16", answers, golden.outputs_float64)
+
+
+def test_the_literal_execution_overflows_where_float16_does(tmp_path: Path) -> None:
+    """300 x 300 x 0.01: between the two convolutions stands 90000."""
+    weights = [numpy_helper.from_array(np.full((1, 1, 1, 1), value, np.float16), str(value)) for value in (300, 0.01)]
+    nodes = [
+        onnx.helper.make_node("Cast", ["image"], ["half"], "first", to=TensorProto.FLOAT16),
+        onnx.helper.make_node("Conv", ["half", "300"], ["large"], "second"),
+        onnx.helper.make_node("Conv", ["large", "0.01"], ["small"], "third"),
+        onnx.helper.make_node("Cast", ["small"], ["logits"], "fourth", to=TensorProto.FLOAT),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, [1] * 4) for name in ("image", "logits")]
+    graph = onnx.helper.make_graph(nodes, "test", ends[:1], ends[1:], weights)
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    assert np.isinf(literal_answers(path, np.full((1, 1, 1, 1), 300, np.float32))["logits"]).all()
 
 
 @pytest.mark.usefixtures("quick")

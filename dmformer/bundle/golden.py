@@ -78,6 +78,9 @@ def load_golden(path: Path) -> Golden:
     for other in others:
         if not golden.outputs or set(golden.outputs) != set(other):
             raise UsageError(f"{path}: outputs {sorted(golden.outputs)} and {sorted(other)} do not match")
+        for name, array in golden.outputs.items():
+            if other[name].shape != array.shape:
+                raise UsageError(f"{path}: output {name!r} of shape {array.shape} and {other[name].shape}")
     return golden
 
 

@@ -69,12 +69,19 @@ def image_set(folder: Path, preprocessing: Preprocessing, classes: Sequence[str]
 
 def _class_indices(folder: Path, names: list[str], classes: Sequence[str], class_count: int) -> dict[str, int]:
     known = {name: index for index, name in enumerate(classes)}
+    if twice := [name for name in names if list(classes).count(name) > 1]:
+        raise UsageError(f"{folder / twice[0]}: more than one class has this name; expected folders named by index")
     if all(name in known for name in names):
         return {name: known[name] for name in names}
     if all(name.isdecimal() and int(name) < class_count for name in names):
         return {name: int(name) for name in names}
     if not classes and len(names) == class_count:
         return {name: index for index, name in enumerate(names)}
-    strange = next(name for name in names if name not in known)
-    expected = f"one of {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}" if classes else "an index"
-    raise UsageError(f"{folder / strange}: no class of the network; expected {expected} (0 to {class_count - 1})")
+    strange = next(
+        (name for name in names if name not in known and not (name.isdecimal() and int(name) < class_count)), names[0]
+    )
+    some = f"one of {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}, or " if classes else ""
+    raise UsageError(
+        f"{folder / strange}: no class of the network; expected {some}an index from 0 to {class_count - 1} for each of "
+        f"the {len(names)} folders" + ("" if classes else f", or {class_count} folders in the order of the classes")
+    )

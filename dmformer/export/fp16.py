@@ -6,7 +6,7 @@ node that meets a weight, or on calibration images a value, within a factor of :
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from dmformer._optional import require
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
 from dmformer.export.precision import Made, typed_share
+from dmformer.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,9 +53,13 @@ def to_fp16(source: PrecisionSource) -> Made:
         op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_ADDING_UP],
         node_block_list=list(kept),
     )
-    # The converter appends its casts at the end; the specification wants nodes in the order of their use.
     graph = require("onnxruntime.transformers.onnx_model", extra="onnxruntime", purpose="precision fp16")
-    graph.OnnxModel(converted).topological_sort(is_deterministic=True)
+    edited = graph.OnnxModel(converted)
+    # Between two nodes that stay in float32 the converter puts a cast to float16 and one back.
+    edited.remove_cascaded_cast_nodes()
+    edited.remove_useless_cast_nodes()
+    # It appends its casts at the end; the specification wants nodes in the order of their use.
+    edited.topological_sort(is_deterministic=True)
     destination = source.scratch / "fp16.onnx"
     onnx_file.write(converted, destination, source.metadata)
     share = typed_share(converted, "fp16")
@@ -72,32 +77,24 @@ def tensor_peaks(path: Path, batches: Iterable[NDArray[np.float32]], scratch: Pa
     Raises:
         CheckFailed: one of them is NaN or infinite.
     """
-    calibrate = require("onnxruntime.quantization.calibrate", extra="onnxruntime", purpose="measuring ranges")
-    calibrator = calibrate.create_calibrator(
-        path, augmented_model_path=str(scratch / "ranges.onnx"), calibrate_method=calibrate.CalibrationMethod.MinMax
-    )
-    calibrator.collect_data(Reader(batches))
-    peaks = {}
-    for name, measured in calibrator.compute_data().data.items():
-        low, high = (np.asarray(value, np.float64) for value in measured.range_value)
-        peaks[name] = float(max(np.abs(low).max(), np.abs(high).max()))
-        if not np.isfinite(peaks[name]):
-            raise CheckFailed(f"tensor {name!r} is NaN or infinite in float32 on these images; expected numbers")
+    from onnx import ValueInfoProto
+
+    model = onnx_file.read(path)
+    names = [name for node in model.graph.node for name in node.output]
+    known = {value.name for value in model.graph.output}
+    model.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)
+    shown = scratch / "ranges.onnx"
+    shown.write_bytes(model.SerializeToString())
+    peaks = dict.fromkeys(names, 0.0)
+    with OnnxRuntime(shown) as runtime:
+        for batch in batches:
+            for name, array in runtime.run({runtime.inputs[0].name: batch}).items():
+                peaks[name] = max(peaks[name], float(np.abs(array).max()))
+                if not np.isfinite(array).all():
+                    raise CheckFailed(
+                        f"tensor {name!r} is NaN or infinite in float32 on these images; expected numbers"
+                    )
     return peaks
-
-
-class Reader:
-    """Batches as onnxruntime's calibration wants them (its ``CalibrationDataReader``)."""
-
-    def __init__(self, batches: Iterable[NDArray[np.float32]]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next batch by input name; ``None`` after the last."""
-        from dmformer.models.dmformer import INPUT_NAME
-
-        batch = next(self._batches, None)
-        return None if batch is None else {INPUT_NAME: batch}
 
 
 def _inputs(source: PrecisionSource) -> Iterable[NDArray[np.float32]]:

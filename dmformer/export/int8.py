@@ -16,13 +16,13 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
-from dmformer.export.fp16 import Reader
 from dmformer.export.precision import Made, check_calibrated, typed_share
+from dmformer.models.dmformer import INPUT_NAME
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.accuracy import logits_of, parts, points_lost, score
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -64,6 +64,18 @@ def to_int8(source: PrecisionSource) -> Made:
         f"budget is {source.max_points_lost:g}; give better calibration images, a larger --max-accuracy-drop, or "
         "leave int8 out"
     )
+
+
+class Reader:
+    """Batches as onnxruntime's calibration wants them (its ``CalibrationDataReader``)."""
+
+    def __init__(self, batches: Iterable[NDArray[np.float32]]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch by input name; ``None`` after the last."""
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT_NAME: batch}
 
 
 class _Quantizer:

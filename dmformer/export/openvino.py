@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
@@ -26,7 +26,16 @@ def to_openvino(source: ConversionSource, folder: Path) -> Converted:
     ov = require("openvino", extra="openvino", purpose="export to openvino")
     path = folder / "model.xml"
     try:
-        ov.save_model(ov.Core().read_model(str(source.onnx)), str(path), compress_to_fp16=False)
+        model = ov.Core().read_model(str(source.onnx))
+        _name_by_position(model)
+        ov.save_model(model, str(path), compress_to_fp16=False)
     except RuntimeError as error:
         raise StageFailed(f"conversion to OpenVINO failed: {first_line(error)}") from error
     return Converted((path, path.with_suffix(".bin")), versions("openvino"))
+
+
+def _name_by_position(model: Any) -> None:
+    """Name what the ONNX file does not: OpenVINO numbers such nodes over the whole process, so bytes would differ."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")

@@ -29,10 +29,11 @@ from dmformer.bundle.manifest import (
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.writer import check_destination, staged
 from dmformer.data.labelled import ImageSet
-from dmformer.errors import CheckFailed, UnavailableError, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import onnx_file
 from dmformer.export.describe import describe_export
 from dmformer.export.formats import ConversionSource, converter, versions
+from dmformer.export.literal import literal_answers
 from dmformer.export.precision import Calibration, Made, PrecisionSource, make
 from dmformer.export.simplify import Simplifier
 from dmformer.export.speed import compare_precisions, fastest
@@ -42,6 +43,7 @@ from dmformer.models.deploy import deploy
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
 from dmformer.verify.accuracy import logits_of, parts, points_lost, score
+from dmformer.verify.compare import reduced_limit
 from dmformer.verify.parity import (
     Answers,
     Check,
@@ -52,7 +54,7 @@ from dmformer.verify.parity import (
     check_layers,
     report,
 )
-from dmformer.verify.reference import golden_pixels, literal_answers, make_golden, torch_logits
+from dmformer.verify.reference import golden_pixels, make_golden, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -199,13 +201,12 @@ class _Export:
         calibration = self._calibrate(model)
         artifacts: list[Artifact] = []
         for precision in self._precisions():
-            made = self._reduce(precision, onnx, golden, calibration)
-            if made is None:
+            found = self._reduce(precision, onnx, golden, calibration)
+            if found is None:
                 continue
-            if precision != "fp32":
-                literal = literal_answers(made.onnx, golden.inputs)
-                golden = replace(golden, reduced=golden.reduced | {precision: literal})
-            artifacts += [self._convert(row, precision, made, golden, calibration) for row in self._rows(precision)]
+            made, golden = found
+            for row in self._rows(precision):
+                artifacts += self._take(*self._convert(row, precision, made, golden, calibration))
         return self._finish(model, golden, artifacts, simplification, calibration)
 
     def _precisions(self) -> list[str]:
@@ -224,7 +225,7 @@ class _Export:
         self, runtime: str, files: Sequence[Path], golden: Golden, precision: str = "fp32", *, layers: bool = True
     ) -> Answers:
         """A runtime's answers to the golden inputs; files of the same content are run once."""
-        key = (runtime, precision, *(hash_file(path)[0] for path in files))
+        key = (runtime, precision, str(layers), *(hash_file(path)[0] for path in files))
         if key not in self._answers:
             adapter = registry.available_adapter(registry.entry(runtime))
             self._answers[key] = ask(adapter(files[0], precision=precision), golden, layers=layers)
@@ -240,7 +241,7 @@ class _Export:
         after = len(model.graph.node)
         onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | versions_metadata("onnxsim"))
         answers = self._ask("onnxruntime", [simplified], golden)
-        traced_answers = self._ask("onnxruntime", [traced], golden)
+        traced_answers = self._ask("onnxruntime", [traced], golden, layers=False)
         checks = [
             *check_answers("simplified against traced", answers, golden, expected=traced_answers),
             *check_answers("simplified", answers, golden),
@@ -262,9 +263,13 @@ class _Export:
             logits = torch_logits(model, images, advance)
         return Calibration(images, logits, score(logits, images.labels, logits))
 
-    def _reduce(self, precision: str, onnx: Path, golden: Golden, calibration: Calibration | None) -> Made | None:
-        """The ONNX file at a precision; ``None`` where it cannot be had and need not be."""
-        if precision != "fp32" and not all(check.passed for check in self.checks if check.precision == "fp32"):
+    def _reduce(
+        self, precision: str, onnx: Path, golden: Golden, calibration: Calibration | None
+    ) -> tuple[Made, Golden] | None:
+        """The ONNX file at a precision, and the golden outputs with its; ``None`` where it cannot be and need not be."""
+        if precision == "fp32":
+            return Made(onnx, promised=1.0), golden
+        if not all(check.passed for check in self.checks if check.precision == "fp32"):
             self.left_out.append(f"{precision}: float32 failed its checks")
             return None
         metadata = dict(onnx_file.metadata(onnx)) | {"dmformer.precision": precision}
@@ -278,16 +283,30 @@ class _Export:
             stage=self.stage,
         )
         try:
-            return make(precision, source)
-        except CheckFailed as error:
+            made = make(precision, source)
+            with self.stage(f"literal execution of {precision}"):
+                literal = literal_answers(made.onnx, golden.inputs)
+            reduced_limit(precision, literal, golden.outputs_float64)  # refuses what drowns in the precision's error
+        except (CheckFailed, StageFailed) as error:
             if not self.request.choose_fastest:
                 raise
-            self.left_out.append(str(error))
+            self.left_out.append(f"{precision}: {error}")
             return None
+        return made, replace(golden, reduced=golden.reduced | {precision: literal})
+
+    def _take(self, artifact: Artifact, checks: Sequence[Check]) -> list[Artifact]:
+        """The artifact, unless a check of it failed and another precision may take its place."""
+        wrong = [check for check in checks if not check.passed]
+        if wrong and self.request.choose_fastest and artifact.precision != "fp32":
+            self.left_out.append(f"{artifact.format} {artifact.precision}: {wrong[0].stage}: {wrong[0].reason}")
+            shutil.rmtree(self.folder / artifact.format / artifact.precision)
+            return []
+        self.checks.extend(checks)
+        return [artifact]
 
     def _convert(
         self, row: registry.Entry, precision: str, made: Made, golden: Golden, calibration: Calibration | None
-    ) -> Artifact:
+    ) -> tuple[Artifact, list[Check]]:
         target = self.folder / row.format / precision
         target.mkdir(parents=True)
         with self.stage(f"convert to {row.format} {precision}"):
@@ -295,8 +314,8 @@ class _Export:
         with self.stage(f"verify {row.format} {precision} in {row.name}"):
             adapter = registry.available_adapter(row)
             answers = self._ask(row.name, converted.files, golden, precision)
-            self.checks.extend(check_answers("runtime", answers, golden))
-            self.checks.append(check_layers(answers, made.promised, adapter.cannot_compute(precision)))
+            checks = check_answers("runtime", answers, golden)
+            checks.append(check_layers(answers, made.promised, adapter.cannot_compute(precision)))
         artifact = Artifact(
             format=row.format,
             precision=precision,
@@ -308,14 +327,14 @@ class _Export:
             sensitivity=made.sensitivity,
         )
         if calibration is None or not answers.layers:
-            return artifact
+            return artifact, checks
         images = calibration.images
         with self.stage(f"accuracy of {row.format} {precision} in {row.name}", parts(images)) as advance:
             logits = logits_of(adapter(converted.files[0], precision=precision), images, advance)
         accuracy = score(logits, images.labels, calibration.logits)
         lost = points_lost(accuracy, calibration.accuracy)
-        self.checks.append(check_accuracy(row.name, precision, accuracy, lost, self.request.max_points_lost))
-        return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost)
+        checks.append(check_accuracy(row.name, precision, accuracy, lost, self.request.max_points_lost))
+        return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), checks
 
     def _finish(
         self,
@@ -387,7 +406,8 @@ class _Export:
 
     def _asked_for(self, artifacts: Sequence[Artifact]) -> list[Artifact]:
         asked = {(row.format, precision) for row, precision in self.request.pairs()}
-        return [artifact for artifact in artifacts if (artifact.format, artifact.precision) in asked]
+        kept = [artifact for artifact in artifacts if (artifact.format, artifact.precision) in asked]
+        return kept or list(artifacts)  # float32 failed, and --force wants a bundle: nothing else was made
 
     def _write_report(self, name: str, content: msgspec.Struct) -> None:
         path = self.folder / name

@@ -27,13 +27,12 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-# What makes a precision, as ``module:function``; ``None`` is the verified file itself.
-_MAKERS: dict[str, str | None] = {
-    "fp32": None,
+# What makes a reduced precision, as ``module:function``.
+_MAKERS = {
     "fp16": "dmformer.export.fp16:to_fp16",
     "int8": "dmformer.export.int8:to_int8",
 }
-PRECISIONS = tuple(_MAKERS)
+PRECISIONS = ("fp32", *_MAKERS)
 
 _COMPUTING = ("Conv", "Gemm", "MatMul")
 
@@ -95,16 +94,13 @@ class Made:
 
 
 def make(precision: str, source: PrecisionSource) -> Made:
-    """The ONNX file at a precision.
+    """The ONNX file at a reduced precision.
 
     Raises:
         CheckFailed: it cannot be had within the accuracy budget.
         UsageError: it needs calibration images, and there are none.
     """
-    named = _MAKERS[precision]
-    if named is None:
-        return Made(source.onnx, promised=1.0)
-    module, _, name = named.partition(":")
+    module, _, name = _MAKERS[precision].partition(":")
     maker: Callable[[PrecisionSource], Made] = getattr(importlib.import_module(module), name)
     return maker(source)
 

@@ -89,4 +89,5 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = 0.0 if hits == 0 else (centre - spread) / scale  # exactly so; rounding would miss it
+    return low, 1.0 if hits == count else (centre + spread) / scale

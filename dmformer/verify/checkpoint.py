@@ -30,7 +30,15 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
     if weights is not None:
         # What neither names nor shapes nor the file's metadata tell is taken from the bundle: a plain .pth could not
         # be compared otherwise.
-        return load_checkpoint(weights, fallback={name: config[name] for name in UNTOLD if name in config})
+        found = load_checkpoint(weights, fallback={name: config[name] for name in UNTOLD if name in config})
+        ours = found.config.to_dict()
+        for field in ("in_channels", "num_classes"):
+            if ours[field] != config.get(field):
+                raise UsageError(
+                    f"{weights}: {field} is {ours[field]}, in the bundle it is {config.get(field)}; expected the "
+                    "checkpoint that the bundle was made from"
+                )
+        return found
     for artifact in bundle.artifacts("torch"):
         return load_checkpoint(bundle.load_path(artifact))
     raise UsageError("images have no stored answers; give --weights FILE, or export with --format torch as well")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dmformer.bundle.golden import Golden
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
+from dmformer.errors import StageFailed
 from dmformer.machine import usable_cores
-from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.accuracy import BATCH
-from dmformer.verify.parity import run_in_batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,6 +64,7 @@ def torch_logits(model: DMFormer, images: ImageSet, advance: Callable[[], object
     """The network's float32 outputs for each image, (N, classes).
 
     Raises:
+        StageFailed: an answer is NaN or infinite.
         UsageError: an image cannot be read.
     """
     import torch
@@ -74,23 +74,10 @@ def torch_logits(model: DMFormer, images: ImageSet, advance: Callable[[], object
         for batch in images.batches(BATCH):
             answers.append(model(torch.from_numpy(batch)).numpy())
             advance()
-    return np.concatenate(answers)
-
-
-def literal_answers(path: Path, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """What an ONNX graph answers where each operator is executed as it stands, with no optimisation over them."""
-    with LiteralOnnxRuntime(path) as runtime:
-        return run_in_batches(runtime, inputs, 1)
-
-
-class LiteralOnnxRuntime(OnnxRuntime):
-    """onnxruntime without graph optimisations: nothing is fused, folded or moved."""
-
-    def options(self) -> Any:
-        """As for any session, with optimisations off."""
-        options = super().options()
-        options.graph_optimization_level = type(options.graph_optimization_level).ORT_DISABLE_ALL
-        return options
+    joined = np.concatenate(answers)
+    if not np.isfinite(joined).all():
+        raise StageFailed("PyTorch itself answers with NaN or infinity; expected a network that gives numbers")
+    return joined
 
 
 def _in_float64(model: DMFormer, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
