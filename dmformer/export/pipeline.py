@@ -266,7 +266,7 @@ class _Export:
     def _reduce(
         self, precision: str, onnx: Path, golden: Golden, calibration: Calibration | None
     ) -> tuple[Made, Golden] | None:
-        """The ONNX file at a precision, and the golden outputs with its; ``None`` where it cannot be and need not be."""
+        """The ONNX file at a precision and golden outputs with its own; ``None`` where it cannot be and need not be."""
         if precision == "fp32":
             return Made(onnx, promised=1.0), golden
         if not all(check.passed for check in self.checks if check.precision == "fp32"):
