@@ -81,7 +81,7 @@ def _class_indices(folder: Path, names: list[str], classes: Sequence[str], class
         (name for name in names if name not in known and not (name.isdecimal() and int(name) < class_count)), names[0]
     )
     some = f"one of {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}, or " if classes else ""
+    others = "" if classes else f", or {class_count} folders in the order of the classes"
     raise UsageError(
-        f"{folder / strange}: no class of the network; expected {some}an index from 0 to {class_count - 1} for each of "
-        f"the {len(names)} folders" + ("" if classes else f", or {class_count} folders in the order of the classes")
+        f"{folder / strange}: no class of the network; expected {some}only indices, 0 to {class_count - 1}{others}"
     )
