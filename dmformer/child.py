@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dmformer.errors import StageFailed
@@ -45,9 +46,11 @@ class Child:
     ) -> None:
         if self._process.poll() is None:
             self._process.kill()
-        self._process.communicate()
-        if self._process.stdin is not None:
-            self._process.stdin.close()  # communicate() leaves it open where the order was not taken in full
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stderr):
+            with suppress(OSError, ValueError):  # another thread may still be in work()
+                if pipe is not None:
+                    pipe.close()
 
     def work(self, order: bytes, timeout_s: float) -> None:
         """Hand the work over and wait for the process to end. Legal once.

@@ -23,7 +23,7 @@ from dmformer.bundle.manifest import Accuracy
 from dmformer.bundle.reader import open_bundle
 from dmformer.data.labelled import ImageSet, image_set
 from dmformer.data.preprocessing import Preprocessing
-from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmformer.models.dmformer import create_model
 from dmformer.models.lively import lively_
@@ -167,12 +167,21 @@ def test_agreement_is_with_pytorch_and_not_with_the_labels() -> None:
 
 def test_points_lost() -> None:
     def accuracy(top1: float | None, agreement: float | None = None) -> Accuracy:
-        return Accuracy(images=100, top1=top1, agreement_with_torch=agreement)
+        interval = None if top1 is None else wilson_interval(round(200 * top1), 200)
+        return Accuracy(images=200, top1=top1, top1_interval=interval, agreement_with_torch=agreement)
 
-    assert points_lost(accuracy(0.90, 0.5), accuracy(0.95)) == pytest.approx(5)
-    assert points_lost(accuracy(0.95, 0.5), accuracy(0.90)) == pytest.approx(-5)  # a gain
-    assert points_lost(accuracy(None, 0.98), accuracy(None, 1.0)) == pytest.approx(2)
-    assert points_lost(accuracy(None, 1.0), accuracy(None, 1.0)) == 0
+    assert points_lost(accuracy(0.90, 0.5), accuracy(0.95), 10) == 5
+    assert points_lost(accuracy(0.95, 0.5), accuracy(0.90), 10) == -5  # a gain
+    assert points_lost(accuracy(0.995), accuracy(1.0), 10) == 0.5  # one image of 200, and not a hair more
+    assert points_lost(accuracy(None, 0.98), accuracy(None, 1.0), 10) == 2
+    assert points_lost(accuracy(None, 1.0), accuracy(None, 1.0), 10) == 0
+
+
+def test_where_pytorch_may_be_guessing_agreement_counts() -> None:
+    guessing = score(array(*[[1, 0]] * 20), labels(*[0, 1] * 10), None)
+    other = score(array(*[[0, 1]] * 20), labels(*[0, 1] * 10), array(*[[1, 0]] * 20))
+    assert (guessing.top1, other.top1) == (0.5, 0.5)
+    assert points_lost(other, guessing, 2) == 100
 
 
 # --- a runtime's answers ----------------------------------------------------------------------------------------------
@@ -419,7 +428,7 @@ def test_without_the_torch_format_agreement_is_left_out_and_why_is_said(bundle: 
 
 def test_without_labels_and_without_the_torch_format_there_is_nothing_to_measure(bundle: Path) -> None:
     rewrite(bundle, drop_torch)
-    with pytest.raises(UnavailableError) as caught:
+    with pytest.raises(UsageError) as caught:
         evaluate(bundle, SAMPLE_IMAGES, runtimes=["ort"])
     assert "agreement with PyTorch cannot be measured" in one_line(caught.value)
     assert "--weights FILE" in str(caught.value)

@@ -360,12 +360,13 @@ def test_int8_has_measured_every_block(reduced: ExportResult, quantized: onnx.Mo
 
 @contextmanager
 def simulated(losses: list[float]) -> Iterator[list[str]]:
-    """Blocks as sensitive as their position, and accuracy lost in each try; gives what was said of the tries."""
+    """Blocks as sensitive as their position, and points lost by the number of blocks kept; gives the tries in order."""
     said: list[str] = []
 
     def points_lost(self: int8._Quantizer, path: Path, what: str) -> float:
         said.append(what)
-        return losses[min(len(said), len(losses)) - 1]
+        kept = int(what.removeprefix("int8 accuracy, ").split()[0])
+        return losses[min(kept, len(losses) - 1)]
 
     def sensitivity(self: int8._Quantizer) -> dict[str, float]:
         return {block: float(index) for index, block in enumerate(self.blocks)}
@@ -377,7 +378,8 @@ def simulated(losses: list[float]) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("losses", "kept"), [([0.5], 0), ([0.6, 0.5], 1), ([3, 2, 0], 2), ([9, 3, 2, -1], 4), ([9, 9, 9, 9, 0.1], 8)]
+    ("losses", "kept"),
+    [([0.5], 0), ([0.6, 0.5], 1), ([3, 2, 0], 2), ([9, 3, 2, -1], 3), ([9] * 5 + [0.5], 5), ([9] * 8 + [0.1], 8)],
 )
 def test_int8_keeps_the_most_sensitive_blocks_until_the_budget_holds(
     checkpoint: Checkpoint,
@@ -391,9 +393,9 @@ def test_int8_keeps_the_most_sensitive_blocks_until_the_budget_holds(
     blocks = quantizable(onnx.load(source.onnx))
     with simulated(losses) as said:
         made = to_int8(source)
-    assert said[-1] == f"int8 accuracy, {kept} of 9 blocks in fp32"
+    assert f"int8 accuracy, {kept} of 9 blocks in fp32" in said
     assert list(made.kept_in_fp32) == list(blocks)[::-1][:kept]
-    assert all("the accuracy budget did not hold" in reason for reason in made.kept_in_fp32.values())
+    assert all("the accuracy budget holds" in reason for reason in made.kept_in_fp32.values())
     model = onnx.load(made.onnx)
     assert {node.name for node in quantized_layers(model)} == {
         name for block in blocks if block not in made.kept_in_fp32 for name in blocks[block]
@@ -514,7 +516,6 @@ def test_a_request_that_cannot_be_met_is_refused(arguments: dict[str, Any], mess
         ({"precisions": ["int8"], "formats": ["all"]}, ["onnx/int8/", "openvino/int8/"]),
         ({"precisions": ["int8", "FP16", "int8"]}, ["onnx/int8/", "onnx/fp16/"]),
         ({"precisions": ["auto"]}, ["onnx/fp32/", "onnx/fp16/", "onnx/int8/"]),
-        ({"precisions": ["auto"], "arch": "dmformer_nano"}, ["onnx/fp32/", "onnx/fp16/"]),
         (
             {"precisions": ["auto"], "formats": ["torch", "ov"]},
             ["torch/fp32/", *(f"openvino/{p}/" for p in ("fp32", "fp16", "int8"))],

@@ -57,15 +57,17 @@ class Speed(Struct, frozen=True, kw_only=True):
         fp32_p50_ms: median of the float32 artifact in the same run.
         ratio: median over rounds of the first to the second.
         noise_floor: how far the ratio of one configuration to itself was from 1, the median over rounds of the run.
-        faster: whether the ratio is below 1 by more than that.
+        faster: whether the ratio was below 1 by more than that in every round; neither this nor ``slower`` is a tie.
+        slower: whether it was above 1 by more than that in every round.
         cpu: the processor.
     """
 
     p50_ms: float
     fp32_p50_ms: float
     ratio: float
-    noise_floor: float
+    noise_floor: float | None
     faster: bool
+    slower: bool = False
     cpu: str
 
 

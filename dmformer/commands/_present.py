@@ -203,8 +203,11 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
         speed = artifact.speed
         verdict: str | Text = "-"
         if speed is not None and artifact.precision != "fp32":
-            slower = f"{speed.ratio:.2f} x its time: does not earn its place"
-            verdict = f"{1 / speed.ratio:.2f} x faster" if speed.faster else Text(slower, style="yellow")
+            noise = "unknown" if speed.noise_floor is None else f"{speed.noise_floor:.0%}"
+            words = f"takes {speed.ratio:.2f} times as long" if speed.slower else f"a tie, noise {noise}"
+            verdict = Text(f"{words}: does not earn its place", style="yellow")
+            if speed.faster:
+                verdict = f"{1 / speed.ratio:.2f} times as fast"
         cells = [
             f"{artifact.format} {artifact.precision}",
             megabytes(artifact.bytes),

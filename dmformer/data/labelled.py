@@ -83,5 +83,6 @@ def _class_indices(folder: Path, names: list[str], classes: Sequence[str], class
     some = f"one of {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}, or " if classes else ""
     others = "" if classes else f", or {class_count} folders in the order of the classes"
     raise UsageError(
-        f"{folder / strange}: no class of the network; expected {some}only indices, 0 to {class_count - 1}{others}"
+        f"{folder / strange}: no class of the network; expected {some}only indices, 0 to {class_count - 1}{others}; "
+        "images without labels lie loose in the folder"
     )

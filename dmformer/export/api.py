@@ -136,7 +136,9 @@ def _precisions(names: Sequence[str], *, calibrated: bool) -> tuple[str, ...]:
             f"precision {AUTO} with {', '.join(name for name in lower if name != AUTO)}; expected it alone"
         )
     if AUTO in lower:
-        return tuple(name for name in PRECISIONS if calibrated or name != "int8")
+        if not calibrated:
+            raise UsageError(f"precision {AUTO} without images to measure accuracy on; expected --calibration DIR")
+        return PRECISIONS
     if unknown := [name for name in lower if name not in PRECISIONS]:
         raise UsageError(f"precision {unknown[0]!r}; expected one of {', '.join(PRECISIONS)}, or {AUTO}")
     return tuple(dict.fromkeys(lower))

@@ -1,9 +1,11 @@
 """float32 ONNX -> int8 by QuantizeLinear and DequantizeLinear pairs, with onnxruntime's static quantiser.
 
 The graph keeps the rules that TensorRT's parser has, so that onnxruntime and OpenVINO take it too: symmetric and
-signed, weights one scale a channel, biases in float32. Quantised are the inputs and weights of full convolutions.
-Left in floating point, because quantising them was measured to cost accuracy and to gain no time (``benchmarks/``):
-depth-wise convolutions, the gates (one pixel each), the classifier, and the outputs of convolutions.
+signed, weights one scale a channel, biases in float32. Quantised are the inputs and weights of full convolutions; what
+else reads such an input (a residual addition, a gate's pool) reads it rounded as well, which lets OpenVINO keep it in
+int8. Computed in floating point, because int8 was measured to cost accuracy there and to gain no time
+(``docs/measurements.md``): depth-wise convolutions, the gates' layers, the classifier, the outputs of convolutions, and
+convolutions of stacked branches, which OpenVINO rounds once more before it stacks them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.accuracy import logits_of, parts, points_lost, score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -49,21 +51,36 @@ def to_int8(source: PrecisionSource) -> Made:
     blocks = quantizer.blocks
     sensitivity = quantizer.sensitivity()
     order = sorted(blocks, key=lambda block: -sensitivity[block])
-    kept = 0
-    while kept < len(order):
-        made = quantizer.quantize([name for block in order[kept:] for name in blocks[block]], "int8")
-        lost = quantizer.points_lost(made, f"int8 accuracy, {kept} of {len(order)} blocks in fp32")
-        if lost <= source.max_points_lost:
-            reason = f"one of the {kept} most sensitive blocks: with fewer in float32 the accuracy budget did not hold"
-            model = onnx_file.read(made)
-            onnx_file.write(model, made, source.metadata)
-            return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity)
-        kept = max(1, 2 * kept)
-    raise CheckFailed(
-        f"precision int8 loses {lost:.2f} points with {len(order) - kept // 2} of {len(order)} blocks in int8, and the "
-        f"budget is {source.max_points_lost:g}; give better calibration images, a larger --max-accuracy-drop, or "
-        "leave int8 out"
-    )
+
+    def lost_with(kept: int) -> float:
+        made = quantizer.quantize([name for block in order[kept:] for name in blocks[block]], f"int8-{kept}")
+        return quantizer.points_lost(made, f"int8 accuracy, {kept} of {len(order)} blocks in fp32")
+
+    kept = _fewest_kept(lost_with, len(order), source.max_points_lost)
+    made = source.scratch / f"int8-{kept}.onnx"
+    model = onnx_file.read(made)
+    onnx_file.write(model, made, source.metadata)
+    reason = f"among the {kept} most sensitive blocks: the accuracy budget holds with them in float32"
+    return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity)
+
+
+def _fewest_kept(lost_with: Callable[[int], float], blocks: int, most: float) -> int:
+    """How few blocks have to stay in float32, by doubling and then halving; accuracy grows with their number."""
+    failed, kept = -1, 0
+    while (lost := lost_with(kept)) > most:
+        if kept == blocks - 1:
+            raise CheckFailed(
+                f"precision int8 loses {lost:.2f} points with 1 of {blocks} blocks in int8; the budget is {most:g}: "
+                "give better calibration images, a larger --max-accuracy-drop, or leave int8 out"
+            )
+        failed, kept = kept, min(max(1, 2 * kept), blocks - 1)
+    while kept - failed > 1:
+        middle = (failed + kept) // 2
+        if lost_with(middle) > most:
+            failed = middle
+        else:
+            kept = middle
+    return kept
 
 
 class Reader:
@@ -123,12 +140,14 @@ class _Quantizer:
         with self.source.stage("int8 sensitivity of each block", len(self.blocks) + 1) as advance:
             exact = logits_of(OnnxRuntime(self.source.onnx), images, lambda: None)
             spread = float((exact - exact.mean(0)).std())
+            if not spread:
+                raise CheckFailed("precision int8: the network answers all calibration images alike; expected others")
             self.quantize([name for names in self.blocks.values() for name in names], "all")  # measures all ranges
             advance()
             found = {}
             for block, names in self.blocks.items():
                 logits = self._logits(self.quantize(names, "one"), images)
-                found[block] = float(np.sqrt(np.mean((logits - exact) ** 2))) / spread if spread else 0.0
+                found[block] = float(np.sqrt(np.mean((logits - exact) ** 2))) / spread
                 advance()
         return found
 
@@ -137,7 +156,8 @@ class _Quantizer:
         images, labels = self.calibration.images, self.calibration.images.labels
         with self.source.stage(said, parts(images)) as advance:
             logits = logits_of(OnnxRuntime(path, precision="int8"), images, advance)
-        return points_lost(score(logits, labels, self.calibration.logits), self.calibration.accuracy)
+        accuracy = score(logits, labels, self.calibration.logits)
+        return points_lost(accuracy, self.calibration.accuracy, logits.shape[1])
 
     def _logits(self, path: Path, images: ImageSet) -> NDArray[np.float32]:
         return logits_of(OnnxRuntime(path, precision="int8"), images, lambda: None)
@@ -146,9 +166,15 @@ class _Quantizer:
 def quantizable(model: ModelProto) -> dict[str, list[str]]:
     """Names of the full convolutions worth quantising, by the block that they belong to, in the graph's order."""
     found: dict[str, list[str]] = {}
+    producers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         block = _BLOCK.match(node.name)
-        if node.op_type == "Conv" and block and _groups(node) == 1 and ".gate." not in node.name:
+        if node.op_type != "Conv" or not block or _groups(node) > 1 or ".gate." in node.name:
+            continue
+        before = producers.get(node.input[0])
+        if before is not None and before.op_type == "Relu":
+            before = producers.get(before.input[0])
+        if before is None or before.op_type != "Concat":
             found.setdefault(block.group(), []).append(node.name)
     return found
 

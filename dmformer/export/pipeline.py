@@ -184,7 +184,8 @@ class _Export:
     def run(self) -> ExportResult:
         traced, simplified = self.scratch / "traced.onnx", self.scratch / "simplified.onnx"
         # What needs no other step's result runs beside it: a cold export keeps two cores busy.
-        with Simplifier() as simplifier, ThreadPoolExecutor(1) as pool:
+        # The process is left first: an exception does not wait for it.
+        with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
             model = self.checkpoint.model()
             with self.stage("PyTorch reference, trace to ONNX"):
                 referring = pool.submit(self._reference, self.checkpoint.model())
@@ -256,7 +257,10 @@ class _Export:
 
     def _calibrate(self, model: DMFormer) -> Calibration | None:
         """PyTorch's answers to the calibration images, where a reduced precision is asked for."""
-        if self.request.calibration is None or not self.request.reduced:
+        if not self.request.reduced:
+            return None
+        if self.request.calibration is None:
+            self.left_out.append("accuracy: not measured without calibration images; give --calibration DIR")
             return None
         images = self.request.calibration.spread(_MOST_CALIBRATION)
         with self.stage("PyTorch on the calibration images", parts(images)) as advance:
@@ -332,7 +336,7 @@ class _Export:
         with self.stage(f"accuracy of {row.format} {precision} in {row.name}", parts(images)) as advance:
             logits = logits_of(adapter(converted.files[0], precision=precision), images, advance)
         accuracy = score(logits, images.labels, calibration.logits)
-        lost = points_lost(accuracy, calibration.accuracy)
+        lost = points_lost(accuracy, calibration.accuracy, logits.shape[1])
         checks.append(check_accuracy(row.name, precision, accuracy, lost, self.request.max_points_lost))
         return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), checks
 
@@ -372,7 +376,7 @@ class _Export:
             evidence=evidence,
         )
         (self.folder / MANIFEST).write_bytes(manifest.encode())
-        if self.request.reduced:
+        if self.request.reduced and not failed:  # what failed its checks is not timed, and may not even load
             manifest = self._compare_speed(manifest)
             (self.folder / MANIFEST).write_bytes(manifest.encode())
         return ExportResult(self.request.output, manifest, parity)
@@ -406,8 +410,7 @@ class _Export:
 
     def _asked_for(self, artifacts: Sequence[Artifact]) -> list[Artifact]:
         asked = {(row.format, precision) for row, precision in self.request.pairs()}
-        kept = [artifact for artifact in artifacts if (artifact.format, artifact.precision) in asked]
-        return kept or list(artifacts)  # float32 failed, and --force wants a bundle: nothing else was made
+        return [artifact for artifact in artifacts if (artifact.format, artifact.precision) in asked]
 
     def _write_report(self, name: str, content: msgspec.Struct) -> None:
         path = self.folder / name

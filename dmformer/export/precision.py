@@ -35,6 +35,7 @@ _MAKERS = {
 PRECISIONS = ("fp32", *_MAKERS)
 
 _COMPUTING = ("Conv", "Gemm", "MatMul")
+_FEWEST_IMAGES = 10
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def check_calibrated(precisions: tuple[str, ...], images: ImageSet | None) -> No
     Raises:
         UsageError: it was asked for.
     """
+    if "int8" in precisions and images is not None and len(images) < _FEWEST_IMAGES:
+        raise UsageError(f"{len(images)} calibration images; expected at least {_FEWEST_IMAGES}, better hundreds")
     if "int8" in precisions and images is None:
         raise UsageError(
             "precision int8 without calibration images; expected --calibration DIR with images like those that the "

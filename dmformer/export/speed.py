@@ -68,15 +68,16 @@ def _ratio(artifact: Artifact) -> float:
 
 
 def _speed(result: Result, baseline: Result, report: BenchReport) -> Speed:
-    ratio = float(np.median(round_ratios(result.samples_ns, baseline.samples_ns)))
-    noise = report.noise_floor if report.noise_floor is not None else 0.0
+    ratios = round_ratios(result.samples_ns, baseline.samples_ns)
+    noise = report.noise_floor
     assert result.latency_ms is not None
     assert baseline.latency_ms is not None
     return Speed(
         p50_ms=float(result.latency_ms.p50 or result.latency_ms.mean),
         fp32_p50_ms=float(baseline.latency_ms.p50 or baseline.latency_ms.mean),
-        ratio=ratio,
+        ratio=float(np.median(ratios)),
         noise_floor=noise,
-        faster=ratio < 1 - noise,
+        faster=noise is not None and max(ratios) < 1 - noise,
+        slower=noise is not None and min(ratios) > 1 + noise,
         cpu=str(report.environment["cpu"]),
     )

@@ -75,12 +75,18 @@ def score(
     )
 
 
-def points_lost(accuracy: Accuracy, reference: Accuracy) -> float:
-    """Percentage points of top-1 lost against the reference; without labels, points of agreement with PyTorch."""
-    if accuracy.top1 is not None and reference.top1 is not None:
-        return 100 * (reference.top1 - accuracy.top1)
+def points_lost(accuracy: Accuracy, reference: Accuracy, classes: int) -> float:
+    """Percentage points of top-1 lost against PyTorch's.
+
+    Without labels, and where PyTorch itself may be guessing (the interval of its top-1 reaches down to one in
+    ``classes``), points of agreement with PyTorch: of accuracy there is none to lose.
+    """
+    count = accuracy.images
+    lowest = (reference.top1_interval or (0.0, 0.0))[0]
+    if accuracy.top1 is not None and reference.top1 is not None and lowest > 1 / classes:
+        return 100 * (round(reference.top1 * count) - round(accuracy.top1 * count)) / count
     assert accuracy.agreement_with_torch is not None
-    return 100 * (1 - accuracy.agreement_with_torch)
+    return 100 * (count - round(accuracy.agreement_with_torch * count)) / count
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:

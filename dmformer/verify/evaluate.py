@@ -11,7 +11,7 @@ from dmformer.bundle.manifest import Accuracy
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.data.labelled import image_set
-from dmformer.errors import UnavailableError
+from dmformer.errors import UnavailableError, UsageError
 from dmformer.progress import Stage, silent
 from dmformer.verify.accuracy import logits_of, parts, score
 from dmformer.verify.checkpoint import reference_checkpoint
@@ -112,12 +112,14 @@ def _torch_logits(
         try:
             checkpoint = reference_checkpoint(bundle, weights)
         except UnavailableError as error:
+            if images.labels is None or weights is not None:
+                raise
             reason = str(error)
         else:
             from dmformer.verify.reference import torch_logits
 
             with stage("PyTorch", parts(images)) as advance:
                 return torch_logits(checkpoint.model(), images, advance), None
-    if images.labels is None or weights is not None:
-        raise UnavailableError(f"agreement with PyTorch cannot be measured: {reason}")
+    if images.labels is None:
+        raise UsageError(f"images without labels, and agreement with PyTorch cannot be measured: {reason}")
     return None, reason
