@@ -314,6 +314,16 @@ def only(found: EvalReport) -> EvalResult:
     return result
 
 
+def test_int8_and_fp16_lose_at_most_half_a_point_in_every_runtime(reduced: ExportResult, held_out: Path) -> None:
+    found = evaluate(reduced.output, held_out)
+    assert [(row.runtime, row.precision) for row in found.results] == [
+        (name, precision) for name in ("onnxruntime", "openvino") for precision in ("fp32", "fp16", "int8")
+    ]
+    exact = found.results[0].top1
+    assert exact is not None
+    assert all(row.top1 is not None and row.top1 >= exact - 0.005 for row in found.results)
+
+
 def test_float32_is_as_accurate_as_the_checkpoint_says(report: EvalReport, held_out: Path) -> None:
     told = load_checkpoint(DEMONSTRATION_CHECKPOINT).training
     assert (report.data, report.images, report.labelled, report.skipped) == (str(held_out), 359, True, ())
