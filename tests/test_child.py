@@ -115,6 +115,8 @@ def test_an_order_that_is_not_read_is_no_failure_of_its_own(script: Script, code
     script(code)
     with Child("any") as child:
         child.work(b"x" * (1 << 20), 60)
+    assert child._process.returncode == 0
+    assert is_gone(child)
 
 
 @pytest.mark.parametrize("when", ["before reading", "after reading"])

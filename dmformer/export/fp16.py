@@ -13,7 +13,7 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
-from dmformer.export.precision import Made, typed_share
+from dmformer.export.precision import RANGE_IMAGES, Made, typed_share
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 LARGEST = 65504.0
 HEADROOM = 8.0  # other images reach further than those that were looked at
 _ADDING_UP = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
-_MOST_IMAGES = 128
 
 
 def to_fp16(source: PrecisionSource) -> Made:
@@ -100,7 +99,7 @@ def tensor_peaks(path: Path, batches: Iterable[NDArray[np.float32]], scratch: Pa
 def _inputs(source: PrecisionSource) -> Iterable[NDArray[np.float32]]:
     if source.calibration is None:
         return [source.inputs]
-    return source.calibration.images.spread(_MOST_IMAGES).batches(1)
+    return source.calibration.images.spread(RANGE_IMAGES).batches(1)
 
 
 def _weight_peaks(model: ModelProto) -> dict[str, float]:

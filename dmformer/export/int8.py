@@ -18,7 +18,7 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
-from dmformer.export.precision import Made, check_calibrated, typed_share
+from dmformer.export.precision import RANGE_IMAGES, Made, check_calibrated, typed_share
 from dmformer.models.dmformer import INPUT_NAME
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.accuracy import logits_of, parts, points_lost, score
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from dmformer.data.labelled import ImageSet
     from dmformer.export.precision import Calibration, PrecisionSource
 
-_RANGE_IMAGES = 128
 _SENSITIVITY_IMAGES = 16
 _BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)")
 
@@ -116,7 +115,7 @@ class _Quantizer:
         quantization.quantize_static(
             self.graph,
             destination,
-            Reader(self.calibration.images.spread(_RANGE_IMAGES).batches(1)),
+            Reader(self.calibration.images.spread(RANGE_IMAGES).batches(1)),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
             nodes_to_quantize=list(nodes),
@@ -146,7 +145,7 @@ class _Quantizer:
             advance()
             found = {}
             for block, names in self.blocks.items():
-                logits = self._logits(self.quantize(names, "one"), images)
+                logits = self._logits(self.quantize(names, "one"), images, lambda: None)
                 found[block] = float(np.sqrt(np.mean((logits - exact) ** 2))) / spread
                 advance()
         return found
@@ -155,12 +154,12 @@ class _Quantizer:
         """Of accuracy on the calibration images."""
         images, labels = self.calibration.images, self.calibration.images.labels
         with self.source.stage(said, parts(images)) as advance:
-            logits = logits_of(OnnxRuntime(path, precision="int8"), images, advance)
+            logits = self._logits(path, images, advance)
         accuracy = score(logits, labels, self.calibration.logits)
         return points_lost(accuracy, self.calibration.accuracy, logits.shape[1])
 
-    def _logits(self, path: Path, images: ImageSet) -> NDArray[np.float32]:
-        return logits_of(OnnxRuntime(path, precision="int8"), images, lambda: None)
+    def _logits(self, path: Path, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
+        return logits_of(OnnxRuntime(path, precision="int8"), images, advance)
 
 
 def quantizable(model: ModelProto) -> dict[str, list[str]]:

@@ -36,6 +36,7 @@ PRECISIONS = ("fp32", *_MAKERS)
 
 _COMPUTING = ("Conv", "Gemm", "MatMul")
 _FEWEST_IMAGES = 10
+RANGE_IMAGES = 128  # calibration images on which ranges are measured, at most
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _NORMAL_97_5 = 1.959964  # the quantile that leaves 5 % outside on both sides
 
 
 def parts(images: ImageSet) -> int:
-    """How often :func:`logits_of` advances."""
+    """How often :func:`collect` advances."""
     return -(-len(images) // BATCH)
 
 
@@ -35,16 +35,35 @@ def logits_of(runtime: Runtime, images: ImageSet, advance: Callable[[], object])
         UnavailableError: the runtime cannot run on this machine.
         UsageError: an image cannot be read.
     """
-    answers = []
+
+    def answer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        (logits,) = runtime.run({name: batch}).values()
+        return logits
+
     with runtime:
         (name,) = (spec.name for spec in runtime.inputs)
-        for batch in images.batches(BATCH):
-            (logits,) = runtime.run({name: batch}).values()
-            answers.append(logits)
-            advance()
+        return collect(images, answer, advance, f"{runtime.name} answers with NaN or infinity; expected finite logits")
+
+
+def collect(
+    images: ImageSet,
+    answer: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    advance: Callable[[], object],
+    not_finite: str,
+) -> NDArray[np.float32]:
+    """Answers (N, classes) to an image set, made batch by batch (n, C, H, W) -> (n, classes).
+
+    Raises:
+        StageFailed: an answer is NaN or infinite; ``not_finite`` is the message.
+        UsageError: an image cannot be read.
+    """
+    answers = []
+    for batch in images.batches(BATCH):
+        answers.append(answer(batch))
+        advance()
     joined = np.concatenate(answers)
     if not np.isfinite(joined).all():
-        raise StageFailed(f"{runtime.name} answers with NaN or infinity; expected finite logits")
+        raise StageFailed(not_finite)
     return joined
 
 

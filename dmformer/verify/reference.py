@@ -11,9 +11,8 @@ import numpy as np
 
 from dmformer.bundle.golden import Golden
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
-from dmformer.errors import StageFailed
 from dmformer.machine import usable_cores
-from dmformer.verify.accuracy import BATCH
+from dmformer.verify.accuracy import collect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,15 +70,13 @@ def torch_logits(model: DMFormer, images: ImageSet, advance: Callable[[], object
     """
     import torch
 
-    answers = []
+    def answer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        output: NDArray[np.float32] = model(torch.from_numpy(batch)).numpy()
+        return output
+
+    not_finite = "PyTorch itself answers with NaN or infinity; expected a network that gives numbers"
     with torch.inference_mode():
-        for batch in images.batches(BATCH):
-            answers.append(model(torch.from_numpy(batch)).numpy())
-            advance()
-    joined = np.concatenate(answers)
-    if not np.isfinite(joined).all():
-        raise StageFailed("PyTorch itself answers with NaN or infinity; expected a network that gives numbers")
-    return joined
+        return collect(images, answer, advance, not_finite)
 
 
 def _in_float64(model: DMFormer, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
