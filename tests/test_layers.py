@@ -71,7 +71,7 @@ class Artifacts:
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     from dmformer.export.precision import Calibration, PrecisionSource
     from dmformer.export.source import find_source
-    from dmformer.export.torch_onnx import onnx_metadata, trace
+    from dmformer.export.torch_onnx import trace
     from dmformer.models.deploy import deploy
     from dmformer.progress import silent
     from dmformer.verify.accuracy import score
@@ -86,7 +86,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     trace(checkpoint, deploy(model, checkpoint.preprocessing.image_size), scratch / "fp32.onnx")
     source = PrecisionSource(
         onnx=scratch / "fp32.onnx",
-        metadata=onnx_metadata(checkpoint),
         inputs=next(images.batches(8)),
         calibration=Calibration(images, logits, score(logits, images.labels, logits)),
         max_points_lost=100.0,

@@ -89,7 +89,6 @@ def source_of(
     trace(checkpoint, deploy(checkpoint.model(), size), scratch / "traced.onnx")
     return PrecisionSource(
         onnx=scratch / "traced.onnx",
-        metadata={"dmformer.precision": "test"},
         inputs=inputs,
         calibration=calibration,
         max_points_lost=0.5,

@@ -13,7 +13,7 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
-from dmformer.export.precision import RANGE_IMAGES, Made, typed_share
+from dmformer.export.precision import RANGE_IMAGES, Made, metadata_at, typed_share
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def to_fp16(source: PrecisionSource) -> Made:
         if (peak := max((peaks.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)) * HEADROOM
         > LARGEST
     }
+    metadata = metadata_at("fp16", model)
     converted = float16.convert_float_to_float16(
         model,
         keep_io_types=True,
@@ -60,7 +61,7 @@ def to_fp16(source: PrecisionSource) -> Made:
     # It appends its casts at the end; the specification wants nodes in the order of their use.
     edited.topological_sort(is_deterministic=True)
     destination = source.scratch / "fp16.onnx"
-    onnx_file.write(converted, destination, source.metadata)
+    onnx_file.write(converted, destination, metadata)
     share = typed_share(converted, "fp16")
     if not share:
         raise CheckFailed(

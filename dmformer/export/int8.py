@@ -18,7 +18,7 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
-from dmformer.export.precision import RANGE_IMAGES, Made, check_calibrated, typed_share
+from dmformer.export.precision import RANGE_IMAGES, Made, check_calibrated, metadata_at, typed_share
 from dmformer.models.dmformer import INPUT_NAME
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.accuracy import logits_of, parts, points_lost, score
@@ -58,7 +58,7 @@ def to_int8(source: PrecisionSource) -> Made:
     kept = _fewest_kept(lost_with, len(order), source.max_points_lost)
     made = source.scratch / f"int8-{kept}.onnx"
     model = onnx_file.read(made)
-    onnx_file.write(model, made, source.metadata)
+    onnx_file.write(model, made, quantizer.metadata)
     reason = f"among the {kept} most sensitive blocks: the accuracy budget holds with them in float32"
     return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity)
 
@@ -102,10 +102,11 @@ class _Quantizer:
         self.calibration = calibration
         model = onnx_file.read(source.onnx)
         self.blocks = quantizable(model)
+        self.metadata = metadata_at("int8", model)
         self.graph = source.scratch / "int8-source.onnx"
         self.ranges = source.scratch / "int8-ranges.json"
         # What the quantiser's own preprocessing would do (fold, infer shapes) is done; without this mark it warns.
-        marked = {**source.metadata, "onnx.quant.pre_process": "onnxruntime.quant"}
+        marked = {**self.metadata, "onnx.quant.pre_process": "onnxruntime.quant"}
         onnx_file.write(model, self.graph, marked)
 
     def quantize(self, nodes: Sequence[str], name: str) -> Path:

@@ -20,9 +20,9 @@ def read(path: Path) -> ModelProto:
     return model
 
 
-def metadata(path: Path) -> dict[str, str]:
-    """What an ONNX file says of itself; its weights are not kept."""
-    return {entry.key: entry.value for entry in read(path).metadata_props}
+def metadata(model: ModelProto) -> dict[str, str]:
+    """What a model says of itself."""
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:

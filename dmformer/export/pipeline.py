@@ -274,10 +274,8 @@ class _Export:
         if precision != "fp32" and not all(check.passed for check in self.checks if check.precision == "fp32"):
             self.left_out.append(f"{precision}: float32 failed its checks")
             return None
-        metadata = dict(onnx_file.metadata(onnx)) | {"dmformer.precision": precision}
         source = PrecisionSource(
             onnx=onnx,
-            metadata=metadata,
             inputs=golden.inputs,
             calibration=calibration,
             max_points_lost=self.request.max_points_lost,

@@ -7,7 +7,6 @@ serves every engine: TensorRT's strongly typed networks know no other way.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from dmformer._optional import require
 from dmformer.bundle.manifest import Accuracy
 from dmformer.data.labelled import ImageSet
 from dmformer.errors import UsageError
+from dmformer.export import onnx_file
 from dmformer.progress import Stage
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ class PrecisionSource:
 
     Attributes:
         onnx: the verified float32 file.
-        metadata: for the file to be written.
         inputs: preprocessed golden images, (N, C, H, W).
         calibration: ``None`` where no images were given.
         max_points_lost: accuracy budget, in percentage points.
@@ -69,7 +68,6 @@ class PrecisionSource:
     """
 
     onnx: Path
-    metadata: Mapping[str, str]
     inputs: NDArray[np.float32]
     calibration: Calibration | None
     max_points_lost: float
@@ -122,6 +120,11 @@ def check_calibrated(precisions: tuple[str, ...], images: ImageSet | None) -> No
             "precision int8 without calibration images; expected --calibration DIR with images like those that the "
             "device will see: ranges measured on anything else would be wrong"
         )
+
+
+def metadata_at(precision: str, model: ModelProto) -> dict[str, str]:
+    """What the file at a precision says of itself: what the float32 one says, and the precision."""
+    return onnx_file.metadata(model) | {"dmformer.precision": precision}
 
 
 def typed_share(model: ModelProto, precision: str) -> float:
