@@ -27,8 +27,9 @@ from dmformer.child import Child
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.machine import describe_machine
 from dmformer.progress import silent
-from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+from dmformer.runtimes.base import Details, TensorSpec
 from tests.bundles import rewrite
+from tests.fakes import FakeRuntime
 
 if TYPE_CHECKING:
     from dmformer.export.pipeline import ExportResult
@@ -144,38 +145,19 @@ def test_a_warm_up_that_never_settles_gives_up(monkeypatch: pytest.MonkeyPatch) 
 # --- timing one runtime -----------------------------------------------------------------------------------------------
 
 
-class Fake(Runtime):
+class Fake(FakeRuntime):
     """Notes what it is called with."""
 
-    name = "fake"
-
     precisions = ("fp32", "fp16")
+    input_spec = TensorSpec("x", "float32", ("batch", 2))
+    output_spec = TensorSpec("y", "float32", ("batch", 2))
 
     def __init__(self, *, threads_used: int = 1, precision: str = "fp32", layers: dict[str, int] | None = None) -> None:
-        super().__init__(Path("fake.model"), threads=1, precision=precision)
+        super().__init__(precision=precision)
         self.threads_used = threads_used
         self.shown = {"fp32": 9} if layers is None else layers
         self.seen: list[np.ndarray] = []
         self.proofs = 0
-        self.closed = 0
-
-    @classmethod
-    def probe(cls) -> Availability:
-        return Availability(True, "1")
-
-    def load(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed += 1
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("x", "float32", ("batch", 2)),)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("y", "float32", ("batch", 2)),)
 
     @property
     def details(self) -> Details:

@@ -29,12 +29,13 @@ from dmformer.models.dmformer import create_model
 from dmformer.models.lively import lively_
 from dmformer.progress import silent
 from dmformer.runtimes import base, registry
-from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+from dmformer.runtimes.base import TensorSpec
 from dmformer.train.digits import CLASSES, PREPROCESSING, load_digits, write_images
 from dmformer.verify.accuracy import BATCH, logits_of, parts, points_lost, score, wilson_interval
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
 from dmformer.verify.reference import torch_logits
 from tests.bundles import lengthen, one_line, rewrite
+from tests.fakes import FakeRuntime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -187,41 +188,16 @@ def test_where_pytorch_may_be_guessing_agreement_counts() -> None:
 # --- a runtime's answers ----------------------------------------------------------------------------------------------
 
 
-class Fake(Runtime):
+class Fake(FakeRuntime):
     """Answers with each image's first value and its negative; notes the sizes of its batches."""
 
-    name = "fake"
+    input_spec = TensorSpec("picture", "float32", ("batch", 3, 32, 32))
+    output_spec = TensorSpec("any", "float32", ("batch", 2))
 
     def __init__(self, spoil: Callable[[NDArray[np.float32]], object] = lambda _: None) -> None:
-        super().__init__(Path("fake.model"), threads=1)
+        super().__init__()
         self.spoil = spoil
         self.sizes: list[int] = []
-        self.closed = 0
-
-    @classmethod
-    def probe(cls) -> Availability:
-        return Availability(True, "1")
-
-    def load(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed += 1
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("picture", "float32", ("batch", 3, 32, 32)),)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("any", "float32", ("batch", 2)),)
-
-    @property
-    def details(self) -> Details:
-        return Details(device="CPU", threads=1, version="1")
-
-    def layers(self) -> dict[str, int]:
-        return {}
 
     def infer(self, inputs: Any) -> Any:
         first = inputs["picture"][:, 0, 0, 0]

@@ -1,0 +1,45 @@
+"""A runtime without an engine, for tests of what is built on the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+
+
+class FakeRuntime(Runtime):
+    """One input and one output, no artifact; subclasses answer in ``infer`` and may show ``layers``."""
+
+    name = "fake"
+    input_spec: ClassVar[TensorSpec]
+    output_spec: ClassVar[TensorSpec]
+
+    def __init__(self, *, precision: str = "fp32") -> None:
+        super().__init__(Path("fake.model"), threads=1, precision=precision)
+        self.closed = 0
+
+    @classmethod
+    def probe(cls) -> Availability:
+        return Availability(True, "1")
+
+    def load(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (self.input_spec,)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.output_spec,)
+
+    @property
+    def details(self) -> Details:
+        return Details(device="CPU", threads=1, version="1")
+
+    def layers(self) -> dict[str, int]:
+        return {}
