@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact, Evidence, FileEntry, Simplification
     from dmformer.models.checkpoint import Checkpoint
+    from dmformer.models.dmformer import DMFormer
 
 
 def describe_export(
     checkpoint: Checkpoint,
     *,
-    parameters: int,
+    model: DMFormer,
     weights: Literal["checkpoint", "demonstration", "random"],
     seed: int | None,
     deploy_form: bool,
@@ -40,8 +41,8 @@ def describe_export(
             config=checkpoint.config.to_dict(),
             task="classification",
             classes=checkpoint.classes,
-            parameters=parameters,
-            macs=count_macs(checkpoint.config, size),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            macs=count_macs(model, size),
             weights=weights,
             deploy_form=deploy_form,
             seed=seed,

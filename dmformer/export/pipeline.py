@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib.util
 import shutil
 import tempfile
@@ -24,7 +25,6 @@ from dmformer.bundle.manifest import (
     ParityEvidence,
     Simplification,
     file_entry,
-    hash_file,
 )
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.writer import check_destination, staged
@@ -58,6 +58,8 @@ from dmformer.verify.reference import golden_pixels, make_golden, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
     from dmformer.bundle.golden import Golden
     from dmformer.models.dmformer import DMFormer
@@ -179,7 +181,7 @@ class _Export:
         self.stage = stage
         self.checks: list[Check] = []
         self.left_out: list[str] = []
-        self._answers: dict[tuple[str, ...], Answers] = {}
+        self._known: dict[Path, Answers] = {}  # by the ONNX file that was asked
 
     def run(self) -> ExportResult:
         traced, simplified = self.scratch / "traced.onnx", self.scratch / "simplified.onnx"
@@ -188,17 +190,16 @@ class _Export:
         with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
             model = self.checkpoint.model()
             with self.stage("PyTorch reference, trace to ONNX"):
-                referring = pool.submit(self._reference, self.checkpoint.model())
-                size = self.checkpoint.preprocessing.image_size
-                trace(self.checkpoint, deploy(model, size) if self.request.deploy_form else model, traced)
+                referring = pool.submit(self._reference, model)
+                trace(self.checkpoint, self._form(model), traced)
                 golden = referring.result()
             simplifying = pool.submit(simplifier.simplify, traced, simplified)
             with self.stage("verify the traced ONNX"):
-                answers = self._ask("onnxruntime", [traced], golden, layers=False)
+                answers = self._ask("onnxruntime", traced, golden, layers=False)
                 self.checks.extend(check_answers("traced", answers, golden))
             with self.stage("simplify and verify"):
                 simplifying.result()
-                onnx, simplification = self._choose(traced, simplified, golden)
+                onnx, simplification = self._choose(traced, answers, simplified, golden)
         calibration = self._calibrate(model)
         artifacts: list[Artifact] = []
         for precision in self._precisions():
@@ -218,21 +219,33 @@ class _Export:
         rows = map(registry.entry_of_format, self.request.formats)
         return [row for row in rows if precision in registry.adapter(row).precisions]
 
+    def _form(self, model: DMFormer) -> nn.Module:
+        """What is traced; a trace writes into its modules, so it never gets the network itself."""
+        if not self.request.deploy_form:
+            return self.checkpoint.model()
+        return deploy(model, self.checkpoint.preprocessing.image_size)
+
     def _reference(self, model: DMFormer) -> Golden:
         pixels = golden_pixels(self.checkpoint.preprocessing, self.request.images)
         return make_golden(model, self.checkpoint.preprocessing, pixels)
 
     def _ask(
-        self, runtime: str, files: Sequence[Path], golden: Golden, precision: str = "fp32", *, layers: bool = True
+        self, runtime: str, file: Path, golden: Golden, precision: str = "fp32", *, layers: bool = True
     ) -> Answers:
-        """A runtime's answers to the golden inputs; files of the same content are run once."""
-        key = (runtime, precision, str(layers), *(hash_file(path)[0] for path in files))
-        if key not in self._answers:
-            adapter = registry.available_adapter(registry.entry(runtime))
-            self._answers[key] = ask(adapter(files[0], precision=precision), golden, layers=layers)
-        return self._answers[key]
+        """A runtime's answers to the golden inputs."""
+        adapter = registry.available_adapter(registry.entry(runtime))
+        return ask(adapter(file, precision=precision), golden, layers=layers)
 
-    def _choose(self, traced: Path, simplified: Path, golden: Golden) -> tuple[Path, Simplification]:
+    def _known_answers(self, runtime: str, files: Sequence[Path]) -> Answers | None:
+        """What the runtime answered with a file of the same content."""
+        for asked, answers in self._known.items():
+            if answers.runtime == runtime and len(files) == 1 and filecmp.cmp(asked, files[0], shallow=False):
+                return answers
+        return None
+
+    def _choose(
+        self, traced: Path, traced_answers: Answers, simplified: Path, golden: Golden
+    ) -> tuple[Path, Simplification]:
         """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
         before = len(onnx_file.read(traced).graph.node)
         if not all(check.passed for check in self.checks):
@@ -241,8 +254,8 @@ class _Export:
         model = onnx_file.read(simplified)
         after = len(model.graph.node)
         onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | versions_metadata("onnxsim"))
-        answers = self._ask("onnxruntime", [simplified], golden)
-        traced_answers = self._ask("onnxruntime", [traced], golden, layers=False)
+        answers = self._ask("onnxruntime", simplified, golden)
+        self._known[simplified] = answers
         checks = [
             *check_answers("simplified against traced", answers, golden, expected=traced_answers),
             *check_answers("simplified", answers, golden),
@@ -313,15 +326,18 @@ class _Export:
         target.mkdir(parents=True)
         with self.stage(f"convert to {row.format} {precision}"):
             converted = converter(row)(ConversionSource(self.checkpoint, made.onnx, precision), target)
+            files = tuple(file_entry(self.folder, path) for path in converted.files)
         with self.stage(f"verify {row.format} {precision} in {row.name}"):
             adapter = registry.available_adapter(row)
-            answers = self._ask(row.name, converted.files, golden, precision)
+            answers = self._known_answers(row.name, converted.files) or self._ask(
+                row.name, converted.files[0], golden, precision
+            )
             checks = check_answers("runtime", answers, golden)
             checks.append(check_layers(answers, made.promised, adapter.cannot_compute(precision)))
         artifact = Artifact(
             format=row.format,
             precision=precision,
-            files=tuple(file_entry(self.folder, path) for path in converted.files),
+            files=files,
             built_with=converted.built_with,
             promised_share=made.promised,
             layers=answers.layers,
@@ -364,7 +380,7 @@ class _Export:
         )
         manifest = describe_export(
             self.checkpoint,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            model=model,
             weights=self.request.weights,
             seed=self.request.seed,
             deploy_form=self.request.deploy_form,
