@@ -60,6 +60,8 @@ def main() -> None:
     try:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
         code = app(args=arguments or ["--help"], prog_name="dmformer", standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # what Typer makes of Ctrl-C, without a word
+            code = _report(KeyboardInterrupt())
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every failure becomes one line
         if debug:

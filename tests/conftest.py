@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from dmformer.bundle.golden import Golden
     from dmformer.bundle.reader import Bundle
     from dmformer.export.pipeline import ExportResult
+    from dmformer.export.precision import Calibration
     from dmformer.export.speed import Timed
+    from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Stage
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -143,6 +146,42 @@ def reduced(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> Expor
             max_accuracy_drop=5,
             output=tmp_path_factory.mktemp("reduced") / "demo",
         )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports without onnxsim and without timing."""
+    from dmformer.export import pipeline
+
+    monkeypatch.setattr(pipeline, "Simplifier", NoSimplifier)
+    monkeypatch.setattr(pipeline, "compare_precisions", timed_as({}))
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Checkpoint:
+    from dmformer.assets import DEMONSTRATION_CHECKPOINT
+    from dmformer.models.checkpoint import load_checkpoint
+
+    return load_checkpoint(DEMONSTRATION_CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def golden(checkpoint: Checkpoint) -> Golden:
+    from tests.precisions import golden_of
+
+    return golden_of(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def calibration(checkpoint: Checkpoint, few_images: Path) -> Calibration:
+    from dmformer.data.labelled import image_set
+    from dmformer.export.precision import Calibration
+    from dmformer.verify.accuracy import score
+    from dmformer.verify.reference import torch_logits
+
+    images = image_set(few_images, checkpoint.preprocessing, checkpoint.classes, 10)
+    logits = torch_logits(checkpoint.model(), images, lambda: None)
+    return Calibration(images, logits, score(logits, images.labels, logits))
 
 
 @pytest.fixture

@@ -41,5 +41,5 @@ class FakeRuntime(Runtime):
     def details(self) -> Details:
         return Details(device="CPU", threads=1, version="1")
 
-    def layers(self) -> dict[str, int]:
+    def read_layers(self) -> dict[str, int]:
         return {}

@@ -182,6 +182,19 @@ def test_list_images_finds_every_kind_below_a_folder(tmp_path: Path) -> None:
     assert list_images(tmp_path) == sorted(tmp_path / name for name in names[:-1])
 
 
+def test_list_images_follows_links_and_not_in_circles(tmp_path: Path) -> None:
+    real, folder = tmp_path / "elsewhere", tmp_path / "linked"
+    real.mkdir()
+    folder.mkdir()
+    Image.new("L", (2, 2)).save(real / "1.png")
+    (folder / "b").symlink_to(real)
+    (folder / "a").symlink_to(real)
+    (real / "back").symlink_to(folder)
+    (folder / "c").symlink_to(folder)
+    found = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+    assert found == ["a/1.png", "b/1.png"]
+
+
 def test_list_images_wants_a_folder_with_images(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as failure:
         list_images(tmp_path / "none")

@@ -486,7 +486,7 @@ def test_runtimes_and_precisions_are_chosen(
     [
         ({"runtimes": ["tflite"]}, "unknown runtime 'tflite'"),
         ({"precisions": ["int8"]}, "nothing at int8"),
-        ({"runtimes": ["torch"], "precisions": ["fp16"]}, "nothing for runtime torch at fp16"),
+        ({"runtimes": ["torch"], "precisions": ["fp16"]}, "nothing at fp16"),
     ],
 )
 def test_what_the_bundle_has_not_is_refused_before_an_image_is_read(

@@ -88,8 +88,20 @@ def test_nothing_in_the_bundle_for_a_runtime(bundle: Path) -> None:
 def test_precisions(opened: Bundle) -> None:
     assert len(select(opened, [], ["fp32"])[0]) == len(EVERY)
     for runtimes in ([], ["ort"]):
-        with pytest.raises(UsageError, match=r"nothing.* at int8, fp16; it has .*onnx fp32"):
-            select(opened, runtimes, ["int8", "fp16"])
+        for precisions in (["int8", "fp16"], ["fp32", "INT8"]):
+            with pytest.raises(UsageError, match=r"nothing at int8; it has .*onnx fp32.*--precision int8"):
+                select(opened, runtimes, precisions)
+
+
+def test_a_precision_that_only_another_runtime_has(reduced_bundle: Path) -> None:
+    rewrite(
+        reduced_bundle,
+        lambda c: c.update(artifacts=[a for a in c["artifacts"] if a["files"][0]["path"][:6] != "onnx/i"]),
+    )
+    opened = open_bundle(reduced_bundle)
+    assert len(select(opened, [], ["int8"])[0]) == 1
+    with pytest.raises(UsageError, match=r"runtime onnxruntime at int8; .*--format onnx --precision int8"):
+        select(opened, ["ort"], ["int8"])
 
 
 def test_unknown_runtimes_are_wrong_usage(opened: Bundle) -> None:

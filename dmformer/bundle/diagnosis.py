@@ -33,7 +33,7 @@ class Finding(Struct, frozen=True, kw_only=True):
 
 
 class ArtifactFinding(Struct, frozen=True, kw_only=True):
-    """An artifact: whether it runs here, or why not."""
+    """An artifact: whether it runs here; the reason says why not, or in what else than its precision."""
 
     format: str
     precision: str
@@ -77,13 +77,16 @@ def _artifacts(bundle: Bundle, runtimes: list[Finding]) -> tuple[ArtifactFinding
     for artifact in bundle.manifest.artifacts:
         row = registry.reader_of(artifact.format)
         runtime = by_name[row.name] if row else None
+        runs = runtime is not None and runtime.available
         reason = runtime.reason if runtime else "this version of dmformer has no runtime for it"
+        if row and runs:
+            reason = registry.adapter(row).cannot_compute(artifact.precision)
         found.append(
             ArtifactFinding(
                 format=artifact.format,
                 precision=artifact.precision,
                 runtime=row.name if row else None,
-                runs=runtime is not None and runtime.available,
+                runs=runs,
                 reason=reason,
             )
         )

@@ -214,6 +214,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
         if len(self.inputs) != 1 or len(self.outputs) != 1:
             raise UsageError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs; expected one each")
         shape = self.outputs[0].shape
+        if len(shape) != 2 or not isinstance(shape[1], int):
+            raise UsageError(f"an output of shape {shape}; expected a batch and a number of classes")
         if self.model.classes and shape[-1:] != (len(self.model.classes),):
             raise UsageError(f"{len(self.model.classes)} class names for an output of shape {shape}")
         size = self.preprocessing.image_size
@@ -222,6 +224,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
         kinds = [(artifact.format, artifact.precision) for artifact in self.artifacts]
         if len(set(kinds)) < len(kinds):
             raise UsageError("the same format and precision twice among the artifacts")
+
+    @property
+    def output_count(self) -> int:
+        """How many numbers the network answers for an image."""
+        return int(self.outputs[0].shape[-1])
 
     def encode(self) -> bytes:
         """As indented JSON."""

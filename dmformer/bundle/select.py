@@ -24,6 +24,11 @@ class Choice:
     entry: registry.Entry
     bundle: Bundle
 
+    @property
+    def instead(self) -> str | None:
+        """Why the runtime computes the artifact in float32 on this machine; ``None`` where it has its precision."""
+        return registry.available_adapter(self.entry).cannot_compute(self.artifact.precision)
+
     def runtime(self, threads: int | None = None) -> Runtime:
         """The runtime, not yet open, over files whose hashes were checked.
 
@@ -47,6 +52,11 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
         UsageError: a name is unknown, or the bundle has nothing for it.
     """
     precisions = [precision.lower() for precision in precisions]
+    held = {artifact.precision for artifact in bundle.manifest.artifacts}
+    if missing := [precision for precision in precisions if precision not in held]:
+        raise UsageError(
+            f"the bundle has nothing at {missing[0]}; it has {_contents(bundle)}: export with --precision {missing[0]}"
+        )
     wanted = list(dict.fromkeys(registry.entry(name) for name in runtimes if name.lower() != "all"))
     chosen: list[Choice] = []
     skipped: list[str] = []
@@ -54,9 +64,10 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
         registry.available_adapter(row)
         found = _choices(bundle, row, precisions)
         if not found:
+            wanting = "".join(f" --precision {precision}" for precision in precisions)
             raise UsageError(
                 f"the bundle has nothing for runtime {row.name}{_at(precisions)}; it has {_contents(bundle)}: "
-                f"export with --format {row.format}"
+                f"export with --format {row.format}{wanting}"
             )
         chosen.extend(found)
     if not wanted or any(name.lower() == "all" for name in runtimes):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,9 +68,10 @@ def staged(destination: Path) -> Iterator[Path]:
     destination = destination.resolve()  # through a link, so that the link stays
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+        # Named before it is made: an interrupt that comes between the two leaves nothing either.
+        folder = destination.parent / f".{destination.name}-{secrets.token_hex(8)}"
         try:
-            folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the bundle from others
+            folder.mkdir()
             yield folder
             _put_in_place(folder, destination)
         finally:
@@ -79,12 +80,6 @@ def staged(destination: Path) -> Iterator[Path]:
         raise StageFailed(
             f"the bundle could not be written to {str(destination)!r}: {error.strerror or error}"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _put_in_place(folder: Path, destination: Path) -> None:

@@ -59,6 +59,8 @@ def _show(report: EvalReport, json_file: str | None) -> None:
         ]
         present.add_row(listing, cells)
     present.show(listing, json_file)
+    for note in report.notes:
+        present.say(f"note: {note}")
     for reason in report.skipped:
         present.say(f"not measured: {reason}")
     if not report.labelled:

@@ -49,7 +49,8 @@ def export(
         typer.Option(
             "--calibration",
             metavar="DIR",
-            help="Images like those the device will see, for int8; in folders named after their classes, or not.",
+            help="Images like those the device will see, for int8, 512 of them at most; in folders named after their "
+            "classes, or not.",
         ),
     ] = None,
     max_accuracy_drop: Annotated[
@@ -120,8 +121,11 @@ def export(
     _show_result(result)
     if not result.parity.passed:
         from dmformer.errors import CheckFailed
+        from dmformer.verify.parity import failure
 
-        raise CheckFailed(f"parity failed; the bundle was written to {output} all the same, as --force asked")
+        raise CheckFailed(
+            f"{failure(result.parity)}; the bundle was written to {output} all the same, as --force asked"
+        )
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -35,16 +35,19 @@ def _show(manifest: Manifest, root: str) -> None:
         "random": f"RANDOM, seed {model.seed}: never trained",
     }[model.weights]
     evidence = manifest.evidence.parity
+    measured = [manifest.evidence.accuracy] if manifest.evidence.accuracy is not None else []
     for name, value in (
         ("model", f"{model.arch}, {model.task}, {model.config['num_classes']} classes"),
         ("size", f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e9:.3g} GMACs an image"),
         ("weights", weights),
+        ("form", "deploy: everything linear folded" if model.deploy_form else "training: as PyTorch has it"),
         (
             "input",
             f"{pre.image_size}x{pre.image_size} {pre.channels}, {pre.interpolation}, crop {pre.crop_fraction:g}",
         ),
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
         ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),
+        *(("accuracy", f"measured on {accuracy.images} calibration images") for accuracy in measured),
         ("made by", f"dmformer {manifest.tool_version}"),
         *(("note", note) for note in model.notes),
     ):
@@ -63,9 +66,9 @@ def _show(manifest: Manifest, root: str) -> None:
             most = sorted(sensitivity.items(), key=lambda pair: -pair[1])[:_MOST_SENSITIVE]
             said = ", ".join(f"{block} {error:.1%}" for block, error in most)
             present.show(f"most sensitive to {precision} (error of the outputs over their spread): {said}")
-    kept = {block: reason for artifact in manifest.artifacts for block, reason in artifact.kept_in_fp32.items()}
-    for block, reason in kept.items():
-        present.show(f"{block} stays in fp32: {reason}")
+    for precision, kept in {item.precision: item.kept_in_fp32 for item in manifest.artifacts}.items():
+        for block, reason in kept.items():
+            present.show(f"{block} stays in fp32 at {precision}: {reason}")
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -37,6 +37,8 @@ def predict(
     with Predictor(choice, threads) as predictor:
         predictions = predictor.predict(images, top_k)
     present.say(f"{choice.entry.name} {choice.artifact.precision}")
+    if choice.instead is not None:
+        present.say(f"note: {choice.instead}")
     report = PredictReport(
         runtime=choice.entry.name, precision=choice.artifact.precision, predictions=tuple(predictions)
     )

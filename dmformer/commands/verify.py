@@ -34,6 +34,7 @@ def verify(
     Without --weights and --images the reference is in the bundle, and PyTorch is not needed.
     """
     from dmformer.verify.api import verify as run_verify
+    from dmformer.verify.parity import failure
 
     present.check_json_target(json_file)
     opened = present.bundle_named(bundle)
@@ -41,13 +42,8 @@ def verify(
         report = run_verify(opened, runtimes=runtime or [], weights=weights, images=images, stage=shown.stage)
     _show(report, json_file)
     present.write_json(report, json_file)
-    failed = [check for check in report.checks if not check.passed]
-    if failed:
-        first = failed[0]
-        raise CheckFailed(
-            f"parity failed in {len(failed)} of {len(report.checks)} checks; "
-            f"first: {first.stage} in {first.runtime} at batch {first.batch}: {first.reason}"
-        )
+    if not report.passed:
+        raise CheckFailed(failure(report))
 
 
 def _show(report: ParityReport, json_file: str | None) -> None:

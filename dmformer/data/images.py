@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +12,7 @@ import numpy as np
 from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -29,10 +30,19 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UsageError(f"no folder {str(folder)!r}; expected a folder of images")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in _files(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise UsageError(f"no image in {str(folder)!r}; expected files that end in {', '.join(SUFFIXES)}")
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything below a folder, through links to folders too: data sets are often linked together."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = Path(root).resolve()
+        above = {here, *here.parents}
+        folders[:] = [name for name in folders if (here / name).resolve() not in above]  # else in circles
+        yield from (Path(root, name) for name in names)
 
 
 def open_image(path: Path) -> Image:

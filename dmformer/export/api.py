@@ -86,7 +86,8 @@ def make_request(
         image_size: side of the input in pixels; otherwise the checkpoint's.
         images: folder of real images to compare on; noise fills up.
         calibration: folder of images like those that the device will see, in subfolders named after their classes
-            where accuracy is to be measured by labels.
+            where accuracy is to be measured by labels. Of more than 512, as many are taken evenly; ranges are measured
+            on 128 of those.
         max_accuracy_drop: accuracy that a reduced precision may lose against PyTorch on the calibration images, in
             percentage points: of top-1 with labels, of agreement without.
         options: fields of the model's configuration that override what the checkpoint says.
@@ -109,6 +110,11 @@ def make_request(
         seed,
     )
     chosen = _precisions(precisions, calibrated=source.calibration is not None)
+    if calibration is not None and chosen == ("fp32",):
+        raise UsageError(
+            "calibration images, and precision fp32 alone, which needs none; expected a reduced one as well: "
+            "--precision int8, fp16 or auto"
+        )
     check_calibrated(chosen, source.calibration)
     request = ExportRequest(
         checkpoint=source.checkpoint,

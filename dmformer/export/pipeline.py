@@ -52,6 +52,7 @@ from dmformer.verify.parity import (
     check_accuracy,
     check_answers,
     check_layers,
+    failure,
     report,
 )
 from dmformer.verify.reference import golden_pixels, make_golden, torch_logits
@@ -189,6 +190,7 @@ class _Export:
         # The process is left first: an exception does not wait for it.
         with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
             model = self.checkpoint.model()
+            calibration = self._calibrate(model)
             with self.stage("PyTorch reference, trace to ONNX"):
                 referring = pool.submit(self._reference, model)
                 trace(self.checkpoint, self._form(model), traced)
@@ -200,7 +202,6 @@ class _Export:
             with self.stage("simplify and verify"):
                 simplifying.result()
                 onnx, simplification = self._choose(traced, answers, simplified, golden)
-        calibration = self._calibrate(model)
         artifacts: list[Artifact] = []
         for precision in self._precisions():
             found = self._reduce(precision, onnx, golden, calibration)
@@ -365,11 +366,7 @@ class _Export:
         parity = report(self.checks, self.left_out)
         failed = [check for check in parity.checks if not check.passed]
         if failed and not self.request.force:
-            raise CheckFailed(
-                f"parity failed in {len(failed)} of {len(parity.checks)} checks, nothing was written; first: "
-                f"{failed[0].stage} in {failed[0].runtime} at batch {failed[0].batch}: {failed[0].reason}; "
-                "--force writes the bundle all the same"
-            )
+            raise CheckFailed(f"nothing was written: {failure(parity)}; --force writes the bundle all the same")
         golden.save(self.folder / GOLDEN)
         self._write_report(PARITY_REPORT, parity)
         evidence = Evidence(

@@ -118,12 +118,20 @@ class Runtime(ABC):
         del precision
         return None
 
-    @abstractmethod
     def layers(self) -> dict[str, int]:
         """In which precision each compute layer of the loaded model runs, counted, as the engine shows it.
 
         Legal while open; may take as long as loading. :mod:`dmformer.runtimes.layers` says what it is good for.
+
+        Raises:
+            StageFailed: the engine failed.
         """
+        with self._engine_errors("showing the layers of"):
+            return self.read_layers()
+
+    @abstractmethod
+    def read_layers(self) -> dict[str, int]:
+        """Called by :meth:`layers`."""
 
     @abstractmethod
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:

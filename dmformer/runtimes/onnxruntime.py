@@ -99,7 +99,7 @@ class OnnxRuntime(Runtime):
             )
         return None
 
-    def layers(self) -> dict[str, int]:
+    def read_layers(self) -> dict[str, int]:
         """From the profile of one inference, in which each executed kernel has its types."""
         with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
             options = self.options()

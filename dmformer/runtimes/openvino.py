@@ -96,7 +96,7 @@ class OpenVinoRuntime(Runtime):
             return None
         return "openvino has no float16 arithmetic on this processor, and computes in float32"
 
-    def layers(self) -> dict[str, int]:
+    def read_layers(self) -> dict[str, int]:
         """From the runtime model, in which each node after fusion has its type."""
         found: Counter[str] = Counter()
         for node in self._model.get_runtime_model().get_ops():

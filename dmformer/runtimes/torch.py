@@ -82,7 +82,7 @@ class TorchRuntime(Runtime):
             version=str(torch.__version__),
         )
 
-    def layers(self) -> dict[str, int]:
+    def read_layers(self) -> dict[str, int]:
         """From the type of each layer's weights; eager mode converts nothing."""
         found: Counter[str] = Counter()
         for module in self._model.modules():

@@ -69,6 +69,9 @@ def verify(
     with stage("preprocessing"):
         checks: list[Check] = [check_preprocessing(opened.manifest.preprocessing, golden)]
     reference = golden
+    reduced = sorted({choice.artifact.precision for choice in chosen} - {"fp32"})
+    if images is not None and reduced:
+        skipped = [*skipped, f"{', '.join(reduced)} on {images}: only the golden images have answers at them"]
     if weights is not None or images is not None:
         with stage("PyTorch reference"):
             checkpoint = reference_checkpoint(opened, Path(weights) if weights is not None else None)

@@ -37,7 +37,7 @@ class EvalReport(Struct, frozen=True, kw_only=True):
     """What ``eval`` found. Shares from 0 to 1.
 
     ``torch`` is PyTorch's own accuracy where its weights were at hand; ``skipped`` has a sentence for whatever was not
-    measured.
+    measured, ``notes`` one for each artifact that is computed in another precision than its own.
     """
 
     data: str
@@ -46,6 +46,7 @@ class EvalReport(Struct, frozen=True, kw_only=True):
     results: tuple[EvalResult, ...]
     torch: Accuracy | None = None
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -77,7 +78,7 @@ def evaluate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     manifest = opened.manifest
     chosen, skipped = select(opened, runtimes, precisions)
-    images = image_set(Path(data), manifest.preprocessing, manifest.model.classes, int(manifest.outputs[0].shape[-1]))
+    images = image_set(Path(data), manifest.preprocessing, manifest.model.classes, manifest.output_count)
     torch_logits, reason = _torch_logits(opened, images, Path(weights) if weights is not None else None, stage)
     results = []
     for choice in chosen:
@@ -98,6 +99,9 @@ def evaluate(
         labelled=images.labels is not None,
         results=tuple(results),
         torch=None if torch_logits is None else score(torch_logits, images.labels, torch_logits),
+        notes=tuple(
+            f"{choice.entry.name} {choice.artifact.precision}: {choice.instead}" for choice in chosen if choice.instead
+        ),
         skipped=(*skipped, *([f"agreement with PyTorch: {reason}"] if reason else [])),
     )
 

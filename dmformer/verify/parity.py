@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from dmformer.errors import DMFormerError, UnavailableError
+from dmformer.errors import DMFormerError, UnavailableError, UsageError
 from dmformer.runtimes.layers import describe, shortfall
 from dmformer.verify.accuracy import BATCH
 from dmformer.verify.compare import Comparison, Limit, compare, float32_limit, reduced_limit
@@ -45,7 +45,7 @@ class Check(Struct, frozen=True, kw_only=True):
 
 
 class ParityReport(Struct, frozen=True, kw_only=True):
-    """What ``verify`` found. ``skipped`` has a sentence for each artifact that no runtime here can run."""
+    """What ``verify`` or an export found. ``skipped`` has a sentence for whatever was not checked or was left out."""
 
     passed: bool
     checks: tuple[Check, ...]
@@ -56,6 +56,16 @@ def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport
     """Sum up; no check at all is no pass."""
     return ParityReport(
         passed=bool(checks) and all(check.passed for check in checks), checks=tuple(checks), skipped=tuple(skipped)
+    )
+
+
+def failure(found: ParityReport) -> str:
+    """How many checks of a report failed, and the first of them."""
+    failed = [check for check in found.checks if not check.passed]
+    first = failed[0]
+    return (
+        f"{len(failed)} of {len(found.checks)} checks failed; first: {first.stage} in {first.runtime} "
+        f"{first.precision} at batch {first.batch}: {first.reason}"
     )
 
 
@@ -78,13 +88,15 @@ class Answers:
         runtime: its name.
         precision: of the artifact.
         by_batch: for each batch size an array for each output, or why there is none.
-        layers: in which precision each compute layer ran, counted; empty where the runtime failed.
+        layers: in which precision each compute layer ran, counted; empty where they were not read.
+        unread: why they could not be read.
     """
 
     runtime: str
     precision: str
     by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError]
     layers: dict[str, int] = field(default_factory=dict)
+    unread: DMFormerError | None = None
 
 
 def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES, *, layers: bool = True) -> Answers:
@@ -101,18 +113,21 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
     Raises:
         UnavailableError: the runtime cannot run on this machine.
     """
-    answers = Answers(runtime.name, runtime.precision, {})
+    by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError] = {}
+    found: dict[str, int] = {}
+    unread = None
     try:
         with runtime:
             for batch in batch_sizes:
-                answers.by_batch[batch] = run_in_batches(runtime, golden.inputs, batch)
+                by_batch[batch] = run_in_batches(runtime, golden.inputs, batch)
             if layers:
-                answers.layers.update(runtime.layers())
+                found = runtime.layers()
     except UnavailableError:
         raise
     except DMFormerError as error:
-        answers.by_batch.update({batch: error for batch in batch_sizes if batch not in answers.by_batch})
-    return answers
+        unread = error
+        by_batch.update({batch: error for batch in batch_sizes if batch not in by_batch})
+    return Answers(runtime.name, runtime.precision, by_batch, found, unread)
 
 
 def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answers | None = None) -> list[Check]:
@@ -127,9 +142,12 @@ def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answer
     Raises:
         DMFormerError: what to compare with is an error itself.
         StageFailed: the golden outputs themselves are not finite, or differ too little to tell anything.
-        UsageError: there are no golden outputs at the precision.
     """
-    outputs = golden.expected(answers.precision)
+    try:
+        outputs = golden.expected(answers.precision)
+    except UsageError as error:
+        nothing = Comparison(False, reason=str(error))
+        return [as_check(stage, answers.runtime, answers.precision, batch, nothing, None) for batch in answers.by_batch]
     limits = (
         float32_limit(outputs, golden.outputs_float64)
         if answers.precision == "fp32"
@@ -158,7 +176,9 @@ def check_layers(answers: Answers, promised: float, cannot_compute: str | None) 
         cannot_compute: why the runtime has no arithmetic of the precision here; the check holds then, and says so.
     """
     missing = shortfall(answers.layers, answers.precision, promised)
-    if cannot_compute is not None and missing is not None:
+    if answers.unread is not None:
+        comparison = Comparison(False, reason=str(answers.unread))
+    elif cannot_compute is not None and missing is not None:
         comparison = Comparison(bool(answers.layers), reason=f"{cannot_compute} ({describe(answers.layers)})")
     else:
         comparison = Comparison(missing is None, reason=missing)
@@ -167,7 +187,9 @@ def check_layers(answers: Answers, promised: float, cannot_compute: str | None) 
 
 def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float, most: float) -> Check:
     """Whether the accuracy budget holds: ``lost`` and ``most`` in percentage points."""
-    reason = None if lost <= most else f"loses {lost:.2f} points on {accuracy.images} images; the budget is {most:g}"
+    reason = None
+    if lost > most:
+        reason = f"loses {lost:.2f} points on {accuracy.images} images; the budget (--max-accuracy-drop) is {most:g}"
     check = as_check("accuracy", runtime, precision, BATCH, Comparison(reason is None, reason=reason), None)
     return msgspec.structs.replace(check, top1_agreement=accuracy.agreement_with_torch)
 

@@ -1,0 +1,228 @@
+"""Reduced precisions are proven: layers in their type, answers as a literal execution has them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import dmformer
+from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.bundle.golden import Golden, load_golden
+from dmformer.errors import StageFailed, UsageError
+from dmformer.export.int8 import to_int8
+from dmformer.export.source import random_checkpoint
+from dmformer.runtimes.openvino import OpenVinoRuntime
+from dmformer.verify.parity import Answers, check_layers
+from tests.bundles import adopt, one_line, rewrite
+from tests.precisions import arrays, failed, simulated, source_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.precision import Calibration
+    from dmformer.models.checkpoint import Checkpoint
+
+
+def test_the_bundle_passes_with_a_row_for_each_precision(reduced: ExportResult) -> None:
+    found = dmformer.verify(reduced.output)
+    assert failed(found) == []
+    rows = [(check.runtime, check.precision) for check in found.checks if check.stage == "precision"]
+    assert rows == [(name, p) for name in ("onnxruntime", "openvino") for p in ("fp32", "fp16", "int8")]
+
+
+def test_a_runtime_that_keeps_less_than_promised_fails(reduced_bundle: Path) -> None:
+    rewrite(
+        reduced_bundle,
+        lambda c: [made.update(promised_share=0.99) for made in c["artifacts"] if made["precision"] == "int8"],
+    )
+    found = dmformer.verify(reduced_bundle, runtimes=["openvino"])
+    assert failed(found) == [("openvino", "int8", "precision")]
+    (reason,) = [check.reason for check in found.checks if not check.passed]
+    assert reason == "int8 in 54% of 57 compute layers (31 int8, 26 fp32); promised 99%"
+
+
+def test_float32_in_the_place_of_int8_fails(reduced_bundle: Path) -> None:
+    for name in ("model.xml", "model.bin"):
+        shutil.copy(reduced_bundle / "openvino/fp32" / name, reduced_bundle / "openvino/int8" / name)
+        adopt(reduced_bundle, f"openvino/int8/{name}")
+    assert failed(dmformer.verify(reduced_bundle, runtimes=["openvino"])) == [("openvino", "int8", "precision")]
+
+
+def test_a_runtime_without_the_arithmetic_passes_and_says_so(reduced: ExportResult) -> None:
+    found = dmformer.verify(reduced.output, runtimes=["onnxruntime"])
+    (row,) = [check for check in found.checks if (check.stage, check.precision) == ("precision", "int8")]
+    assert row.passed
+    assert "computes in float32 (57 fp32)" in (row.reason or "")
+
+
+def test_layers_that_cannot_be_read_are_no_proof(reduced: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: OpenVinoRuntime) -> dict[str, int]:
+        raise KeyError("runtimePrecision")
+
+    monkeypatch.setattr(OpenVinoRuntime, "read_layers", broken)
+    found = dmformer.verify(reduced.output, runtimes=["openvino"])
+    assert {(check.stage, check.reason) for check in found.checks if not check.passed} == {
+        ("precision", "openvino failed while showing the layers of model.xml: 'runtimePrecision'")
+    }
+
+
+def test_reduced_precisions_are_not_compared_on_other_images_and_that_is_said(reduced: ExportResult) -> None:
+    found = dmformer.verify(reduced.output, runtimes=["ort"], weights=DEMONSTRATION_CHECKPOINT, images=SAMPLE_IMAGES)
+    assert found.passed
+    assert found.skipped == (f"fp16, int8 on {SAMPLE_IMAGES}: only the golden images have answers at them",)
+
+
+@pytest.mark.parametrize(
+    ("layers", "promised", "excuse", "passed", "reason"),
+    [
+        ({"int8": 3, "fp32": 1}, 0.75, None, True, None),
+        ({"int8": 2, "fp32": 2}, 0.75, None, False, "int8 in 50% of 4 compute layers (2 int8, 2 fp32); promised 75%"),
+        ({"fp32": 4}, 0.75, "no int8 here", True, "no int8 here (4 fp32)"),
+        ({"int8": 4}, 0.75, "no int8 here", True, None),
+        ({}, 0.75, None, False, "the engine shows no compute layer"),
+        ({}, 0.0, "no int8 here", False, "no int8 here ()"),
+        ({"bf16": 4}, 1.0, None, False, "int8 in 0% of 4 compute layers (4 bf16); promised 100%"),
+    ],
+)
+def test_a_promise_holds_or_is_excused_or_fails(
+    layers: dict[str, int], promised: float, excuse: str | None, passed: bool, reason: str | None
+) -> None:
+    check = check_layers(Answers("engine", "int8", {}, layers), promised, excuse)
+    assert (check.passed, check.reason) == (passed, reason)
+
+
+def changed(bundle: Path, name: str, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
+    """Change initializers of an ONNX file of a bundle, whose hash then fits."""
+    model = onnx.load(bundle / name)
+    values = arrays(model.graph)
+    for tensor, array in change(values).items():
+        (found,) = [entry for entry in model.graph.initializer if entry.name == tensor]
+        found.CopyFrom(numpy_helper.from_array(array.astype(values[tensor].dtype), tensor))
+    onnx.save(model, bundle / name)
+    adopt(bundle, name)
+    return bundle
+
+
+FAULTS: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
+    "a weight's scale": lambda a: {
+        "stages.0.downsample.conv1.weight_scale": 1.25 * a["stages.0.downsample.conv1.weight_scale"]
+    },
+    "the input's scale": lambda a: {"image_scale": 0.5 * a["image_scale"]},
+    "a shifted zero point": lambda a: {"image_zero_point": a["image_zero_point"] + 20},
+    "two swapped classes": lambda a: {name: a[name][[1, 0, *range(2, 10)]] for name in ("head.weight", "head.bias")},
+    "quantised weights of zero": lambda a: {
+        "stages.2.downsample.conv.weight_quantized": 0 * a["stages.2.downsample.conv.weight_quantized"]
+    },
+    "a NaN scale": lambda a: {
+        "stages.3.downsample.conv.weight_scale": np.nan * a["stages.3.downsample.conv.weight_scale"]
+    },
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_an_int8_file_is_caught(reduced_bundle: Path, fault: str) -> None:
+    changed(reduced_bundle, "onnx/int8/model.onnx", FAULTS[fault])
+    assert failed(dmformer.verify(reduced_bundle, runtimes=["ort"])) == [("onnxruntime", "int8", "runtime")]
+
+
+@pytest.mark.parametrize("name", ["head.weight", "stages.0.downsample.conv1.weight", "stages.2.downsample.conv.weight"])
+def test_one_percent_in_an_fp16_file_is_caught(reduced_bundle: Path, name: str) -> None:
+    changed(reduced_bundle, "onnx/fp16/model.onnx", lambda a: {name: 1.01 * a[name]})
+    assert failed(dmformer.verify(reduced_bundle, runtimes=["ort"])) == [("onnxruntime", "fp16", "runtime")]
+
+
+def test_another_models_int8_file_is_caught(
+    reduced_bundle: Path, checkpoint: Checkpoint, golden: Golden, calibration: Calibration, tmp_path: Path
+) -> None:
+    options = {"num_classes": 10}
+    other = replace(random_checkpoint("dmformer_nano", options, 32, seed=3), preprocessing=checkpoint.preprocessing)
+    with simulated([0]):
+        made = to_int8(source_of(other, tmp_path / "s", golden.inputs, calibration))
+    shutil.copy(made.onnx, reduced_bundle / "onnx/int8/model.onnx")
+    adopt(reduced_bundle, "onnx/int8/model.onnx")
+    assert ("onnxruntime", "int8", "runtime") in failed(dmformer.verify(reduced_bundle, runtimes=["ort"]))
+
+
+def regolden(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the arrays of a bundle's golden file, whose hash then fits."""
+    path = bundle / "golden.npz"
+    with np.load(path) as archive:
+        content = {name: archive[name] for name in archive.files}
+    change(content)
+    np.savez_compressed(path, **content)
+    adopt(bundle, "golden.npz")
+
+
+def test_golden_outputs_that_are_no_numbers_are_refused(reduced_bundle: Path) -> None:
+    regolden(reduced_bundle, lambda content: content["outputs_int8/logits"].__setitem__((0, 3), np.nan))
+    with pytest.raises(StageFailed, match="at int8 output 'logits' is NaN or infinite"):
+        dmformer.verify(reduced_bundle, runtimes=["ort"])
+
+
+def test_golden_outputs_that_drown_the_signal_are_refused(reduced_bundle: Path) -> None:
+    regolden(
+        reduced_bundle, lambda content: content.update({"outputs_int8/logits": content["outputs_int8/logits"] * 3})
+    )
+    with pytest.raises(StageFailed, match="parity cannot be judged"):
+        dmformer.verify(reduced_bundle, runtimes=["ort"])
+
+
+def test_golden_outputs_of_another_precision_are_caught(reduced_bundle: Path) -> None:
+    """The limit is the error of the precision: with fp16's answers in its place, int8 must not pass."""
+    regolden(reduced_bundle, lambda c: c.update({"outputs_int8/logits": c["outputs_fp16/logits"]}))
+    assert failed(dmformer.verify(reduced_bundle, runtimes=["ort"])) == [("onnxruntime", "int8", "runtime")]
+
+
+def test_reduced_outputs_are_read_back(golden: Golden, tmp_path: Path) -> None:
+    logits = golden.outputs["logits"]
+    wanted = replace(golden, reduced={"fp16": {"logits": logits + 1}, "int8": {"logits": logits + 2}})
+    wanted.save(tmp_path / "a.npz")
+    wanted.save(tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    found = load_golden(tmp_path / "a.npz")
+    assert found.reduced.keys() == {"fp16", "int8"}
+    for precision in ("fp32", "fp16", "int8"):
+        np.testing.assert_array_equal(found.expected(precision)["logits"], wanted.expected(precision)["logits"])
+    assert found.outputs_float64.keys() == {"logits"}
+
+
+def test_a_precision_without_golden_outputs_is_one_clear_line(golden: Golden, reduced_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="no golden outputs at fp16; expected a bundle that was exported with it"):
+        golden.expected("fp16")
+    regolden(reduced_bundle, lambda content: content.pop("outputs_int8/logits"))
+    found = dmformer.verify(reduced_bundle, runtimes=["ort"])
+    assert failed(found) == [("onnxruntime", "int8", "runtime")]
+    assert all("no golden outputs at int8" in (check.reason or "") for check in found.checks if not check.passed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: a.update({"outputs_int8/logits": a["outputs/logits"][:2]}),
+            "array 'outputs_int8/logits' is float32",
+        ),
+        (lambda a: a.update({"outputs_int8/logits": a["outputs/logits"].astype(np.float16)}), "float16"),
+        (lambda a: a.update({"outputs_int8/logits": a["outputs/logits"][:, :0]}), r"\(5, 0\)"),
+        (lambda a: a.update({"outputs_int8/other": a.pop("outputs_int8/logits")}), "do not match"),
+        (lambda a: a.update({"outputs_int8/more": a["outputs/logits"]}), "do not match"),
+    ],
+)
+def test_damaged_reduced_outputs_are_refused(
+    reduced: ExportResult, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with np.load(reduced.output / "golden.npz") as archive:
+        content = {name: archive[name] for name in archive.files}
+    change(content)
+    np.savez(tmp_path / "golden.npz", **content)
+    with pytest.raises(UsageError, match=message) as error:
+        load_golden(tmp_path / "golden.npz")
+    one_line(error.value)
