@@ -127,7 +127,8 @@ def test_force_never_writes_a_bundle_without_artifacts(
 
 
 @pytest.mark.slow
-def test_a_whole_export_with_the_images_that_ship(tmp_path: Path) -> None:
+def test_a_whole_export_with_the_images_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.2)
     result = dmformer.export(formats=["all"], precisions=["fp32", "fp16", "int8"], output=tmp_path / "b")
     assert result.parity.passed
     assert len(result.manifest.artifacts) == 7

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
+def clone(tmp_path: Path, few_images: Path) -> Path:
     """A folder as the README supposes it: the repository's files, a checkpoint and a folder of photos."""
     folder = tmp_path / "clone"
     folder.mkdir()
     (folder / "dmformer").symlink_to(ROOT / "dmformer")
     (folder / "model.safetensors").symlink_to(DEMONSTRATION_CHECKPOINT)
     (folder / "photos").symlink_to(SAMPLE_IMAGES)
-    (folder / "labelled").symlink_to(CALIBRATION_IMAGES)
+    (folder / "labelled").symlink_to(few_images)
     return folder
 
 
