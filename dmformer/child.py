@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dmformer.errors import StageFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -19,11 +20,19 @@ class Child:
     """A process that runs a module, started at once; it waits for its work on standard input.
 
     A context manager: leaving it ends the process.
+
+    Args:
+        module: of this package, run as ``__main__``.
+        inherit: file descriptors that the process gets too, under the same numbers.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, inherit: Sequence[int] = ()) -> None:
         self._process = subprocess.Popen(
-            self.command(module), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            self.command(module),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=tuple(inherit),
         )
 
     @staticmethod

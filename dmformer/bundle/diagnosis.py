@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from dmformer.bundle.select import cannot_run
 from dmformer.machine import describe_machine
 from dmformer.runtimes import registry
 
@@ -20,6 +21,7 @@ _TOOLS = {
     "safetensors": "export",
     "scikit-learn": "train",
     "tensorrt-rtx": "tensorrt",
+    "cuda-bindings": "tensorrt",
 }
 
 
@@ -59,7 +61,7 @@ def diagnose(bundle: Bundle | None = None) -> Diagnosis:
         runtimes.append(
             Finding(name=row.name, available=status.available, version=status.version, reason=status.reason)
         )
-    artifacts = _artifacts(bundle, runtimes) if bundle is not None else ()
+    artifacts = _artifacts(bundle) if bundle is not None else ()
     tools = tuple(_tool(name, extra) for name, extra in _TOOLS.items())
     return Diagnosis(machine=describe_machine(), runtimes=tuple(runtimes), tools=tools, artifacts=artifacts)
 
@@ -71,23 +73,19 @@ def _tool(name: str, extra: str) -> Finding:
         return Finding(name=name, available=False, reason=f"not installed; run: pip install 'dmformer[{extra}]'")
 
 
-def _artifacts(bundle: Bundle, runtimes: list[Finding]) -> tuple[ArtifactFinding, ...]:
-    by_name = {finding.name: finding for finding in runtimes}
+def _artifacts(bundle: Bundle) -> tuple[ArtifactFinding, ...]:
     found = []
     for artifact in bundle.manifest.artifacts:
         row = registry.reader_of(artifact.format)
-        runtime = by_name[row.name] if row else None
-        runs = runtime is not None and runtime.available
-        reason = runtime.reason if runtime else "this version of dmformer has no runtime for it"
-        if row and runs:
-            reason = registry.adapter(row).cannot_compute(artifact.precision)
+        unfit = cannot_run(row, artifact) if row else "this version of dmformer has no runtime for it"
+        instead = registry.adapter(row).cannot_compute(artifact.precision) if row and unfit is None else None
         found.append(
             ArtifactFinding(
                 format=artifact.format,
                 precision=artifact.precision,
                 runtime=row.name if row else None,
-                runs=runs,
-                reason=reason,
+                runs=unfit is None,
+                reason=unfit or instead,
             )
         )
     return tuple(found)

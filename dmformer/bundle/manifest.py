@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
+from dmformer.runtimes.target import Target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,6 +87,7 @@ class Artifact(Struct, frozen=True, kw_only=True):
         accuracy: on the calibration images, where there were some.
         points_lost: of accuracy against PyTorch there, in percentage points.
         speed: where a reduced precision was asked for.
+        target: what a compiled artifact is tied to; ``null`` for files that any machine with the runtime can load.
     """
 
     format: str
@@ -99,6 +101,7 @@ class Artifact(Struct, frozen=True, kw_only=True):
     accuracy: Accuracy | None = None
     points_lost: float | None = None
     speed: Speed | None = None
+    target: Target | None = None
 
     @property
     def sha256(self) -> str:

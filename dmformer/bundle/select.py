@@ -34,11 +34,20 @@ class Choice:
 
         Raises:
             CheckFailed: a file is not what the manifest says.
-            UnavailableError: the runtime cannot run on this machine.
+            UnavailableError: the runtime, or this artifact, cannot run on this machine.
         """
         adapter = registry.available_adapter(self.entry)
+        if reason := adapter.cannot_load(self.artifact.target):
+            raise UnavailableError(f"{self.artifact.format} {self.artifact.precision}: {reason}")
         path = self.bundle.load_path(self.artifact)
-        return adapter(path, threads=threads, precision=self.artifact.precision)
+        return adapter(path, threads=threads, precision=self.artifact.precision, target=self.artifact.target)
+
+
+def cannot_run(row: registry.Entry, artifact: Artifact) -> str | None:
+    """Why an artifact cannot run on this machine; ``None`` where it can, as far as is known without loading it."""
+    adapter = registry.adapter(row)
+    status = adapter.probe()
+    return adapter.cannot_load(artifact.target) if status.available else status.reason
 
 
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:
@@ -72,12 +81,11 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
         chosen.extend(found)
     if not wanted or any(name.lower() == "all" for name in runtimes):
         for row in registry.ENTRIES:
-            found = [] if row in wanted else _choices(bundle, row, precisions)
-            status = registry.adapter(row).probe() if found else None
-            if status is not None and status.available:
-                chosen.extend(found)
-            elif status is not None:
-                skipped.append(f"{row.format}: {status.reason}")
+            for choice in [] if row in wanted else _choices(bundle, row, precisions):
+                if reason := cannot_run(row, choice.artifact):
+                    skipped.append(f"{row.format} {choice.artifact.precision}: {reason}")
+                else:
+                    chosen.append(choice)
         formats = sorted({artifact.format for artifact in bundle.manifest.artifacts})
         unknown = [name for name in formats if registry.reader_of(name) is None]
         skipped.extend(f"{name}: this version of dmformer has no runtime for it" for name in unknown)

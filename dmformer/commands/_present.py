@@ -31,7 +31,9 @@ BundleArgument = Annotated[
 ]
 RuntimeOption = Annotated[
     list[str] | None,
-    typer.Option("--runtime", metavar="NAME", help="torch, onnxruntime (ort) or openvino (ov). Repeatable."),
+    typer.Option(
+        "--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov) or tensorrt (trt). Repeatable."
+    ),
 ]
 PrecisionOption = Annotated[
     list[str] | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8; otherwise all. Repeatable.")

@@ -20,7 +20,11 @@ def bench(
     bundle: present.BundleArgument = None,
     runtime: Annotated[
         list[str] | None,
-        typer.Option("--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov) or all. Repeatable."),
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt) or all. Repeatable.",
+        ),
     ] = None,
     precision: present.PrecisionOption = None,
     batch: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmformer.commands import _engine as engine
 from dmformer.commands import _present as present
 from dmformer.errors import UsageError
 
@@ -25,7 +26,11 @@ def export(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", metavar="NAME", help="onnx, openvino (ov), torch or all. Repeatable; otherwise onnx."),
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="onnx, openvino (ov), tensorrt (trt), torch or all that can be made here. Repeatable; otherwise onnx.",
+        ),
     ] = None,
     precisions: Annotated[
         list[str] | None,
@@ -78,10 +83,16 @@ def export(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random weights that --arch alone exports.")
     ] = 0,
+    flavour: engine.FlavourOption = "auto",
+    target: engine.TargetOption = None,
+    min_batch: engine.MinBatchOption = 1,
+    opt_batch: engine.OptBatchOption = 1,
+    max_batch: engine.MaxBatchOption = 8,
+    workspace: engine.WorkspaceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write the bundle although a parity check failed.")] = False,
 ) -> None:
-    """Take a checkpoint to a verified bundle: ONNX, OpenVINO.
+    """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT.
 
     Without --weights and --arch, the trained demonstration checkpoint that ships with the package is exported.
     """
@@ -91,6 +102,7 @@ def export(
     from dmformer.bundle.locate import remember
     from dmformer.bundle.writer import check_destination
     from dmformer.export.api import make_request
+    from dmformer.export.formats import EngineOptions
     from dmformer.export.pipeline import check_possible
     from dmformer.export.pipeline import export as run_export
 
@@ -109,6 +121,7 @@ def export(
         seed=seed,
         deploy_form=deploy_form,
         force=force,
+        engine=EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace),
     )
     _say_source(request)
     if dry_run:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmformer.bundle.locate import DEFAULT_BUNDLE
-from dmformer.errors import UsageError
+from dmformer.errors import UnavailableError, UsageError
+from dmformer.export.formats import EngineOptions, check_convertible
 from dmformer.export.pipeline import ExportRequest, ExportResult
 from dmformer.export.pipeline import export as run_export
 from dmformer.export.precision import PRECISIONS, check_calibrated
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         seed: int
         deploy_form: bool
         force: bool
+        engine: EngineOptions | None
 
 
 AUTO = "auto"
@@ -73,6 +75,7 @@ def make_request(
     seed: int = 0,
     deploy_form: bool = True,
     force: bool = False,
+    engine: EngineOptions | None = None,
 ) -> ExportRequest:
     """Everything an export needs, read and checked; nothing is run.
 
@@ -94,6 +97,7 @@ def make_request(
         seed: of random weights.
         deploy_form: fold everything linear before tracing; the outputs stay the same.
         force: write the bundle although a check failed.
+        engine: how formats that are compiled are compiled.
 
     Raises:
         UsageError: an argument or a file cannot be used.
@@ -116,10 +120,12 @@ def make_request(
             "--precision int8, fp16 or auto"
         )
     check_calibrated(chosen, source.calibration)
+    engine = engine or EngineOptions()
+    chosen_formats, not_made = _formats(formats, chosen, engine)
     request = ExportRequest(
         checkpoint=source.checkpoint,
         weights=source.weights,
-        formats=_formats(formats, chosen),
+        formats=chosen_formats,
         output=Path(output),
         precisions=chosen,
         choose_fastest=_is_auto(precisions),
@@ -129,6 +135,8 @@ def make_request(
         images=source.images,
         deploy_form=deploy_form,
         force=force,
+        engine=engine,
+        not_made=not_made,
     )
     request.pairs()
     return request
@@ -154,11 +162,25 @@ def _is_auto(names: Sequence[str]) -> bool:
     return any(name.lower() == AUTO for name in names)
 
 
-def _formats(names: Sequence[str], precisions: Sequence[str]) -> tuple[str, ...]:
-    """Canonical names, each once, in the order given; ``all`` stands for those that take one of the precisions."""
-    taking = [row for row in registry.ENTRIES if set(registry.adapter(row).precisions) & set(precisions)]
+def _formats(
+    names: Sequence[str], precisions: Sequence[str], engine: EngineOptions
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Canonical names, each once, in the order given; ``all`` stands for those that can be made, and says of the rest.
+
+    Those that take none of the precisions are no part of ``all``.
+    """
     found: list[str] = []
+    left_out: list[str] = []
     for name in names:
-        rows = taking if name.lower() == "all" else [registry.entry_of_format(name)]
-        found.extend(row.format for row in rows)
-    return tuple(dict.fromkeys(found))
+        if name.lower() != "all":
+            found.append(registry.entry_of_format(name).format)
+            continue
+        for row in registry.ENTRIES:
+            if not set(registry.adapter(row).precisions) & set(precisions):
+                continue
+            try:
+                check_convertible(row, engine)
+                found.append(row.format)
+            except UnavailableError as error:
+                left_out.append(f"{row.format}: {error}")
+    return tuple(dict.fromkeys(found)), tuple(dict.fromkeys(left_out))

@@ -5,33 +5,95 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmformer.models.checkpoint import Checkpoint, save_checkpoint
+from dmformer.errors import UsageError
+from dmformer.progress import Stage, silent
+from dmformer.runtimes import registry
+from dmformer.runtimes.flavours import AUTO
+from dmformer.runtimes.target import Target, compute_capability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
     from dmformer.runtimes.registry import Entry
 
 
 @dataclass(frozen=True)
-class ConversionSource:
-    """What a converter may start from: the checkpoint, and the verified ONNX file at the wanted precision."""
+class EngineOptions:
+    """How an engine is compiled, for formats that are.
 
-    checkpoint: Checkpoint
+    Attributes:
+        flavour: ``auto``, ``tensorrt`` or ``rtx``.
+        targets: compute capabilities to build for ahead of time, like ``8.9``; empty means this machine's GPU.
+        min_batch: smallest batch that the engine takes.
+        opt_batch: the batch that it is tuned for.
+        max_batch: largest batch that it takes.
+        workspace_mb: most GPU memory that one layer may use besides its tensors, in MiB; ``None`` is no bound.
+    """
+
+    flavour: str = AUTO
+    targets: tuple[str, ...] = ()
+    min_batch: int = 1
+    opt_batch: int = 1
+    max_batch: int = 8
+    workspace_mb: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        flavour: str = AUTO,
+        targets: Sequence[str] = (),
+        min_batch: int = 1,
+        opt_batch: int = 1,
+        max_batch: int = 8,
+        workspace_mb: int | None = None,
+    ) -> EngineOptions:
+        """Options as a user gives them, checked: ``sm89`` is a target too.
+
+        Raises:
+            UsageError: a target is none, or the bounds are not in order.
+        """
+        if not 1 <= min_batch <= opt_batch <= max_batch:
+            raise UsageError(
+                f"batches {min_batch}, {opt_batch}, {max_batch} (least, tuned for, most); expected them in order, "
+                "from 1 up"
+            )
+        if workspace_mb is not None and workspace_mb < 1:
+            raise UsageError(f"workspace {workspace_mb} MiB; expected at least 1")
+        capabilities = tuple(dict.fromkeys(compute_capability(target) for target in targets))
+        return cls(flavour.lower(), capabilities, min_batch, opt_batch, max_batch, workspace_mb)
+
+
+@dataclass(frozen=True)
+class ConversionSource:
+    """What a converter may start from.
+
+    Attributes:
+        onnx: the verified ONNX file at the wanted precision.
+        precision: its name.
+        checkpoint: where it came from; ``None`` on a device, which has the ONNX file alone.
+        engine: for formats that are compiled.
+        stage: told about each step, by a converter that takes long.
+    """
+
     onnx: Path
     precision: str
+    checkpoint: Checkpoint | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    stage: Stage = silent
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Files that a converter wrote, the one to load first, and the packages that made them."""
+    """Files that a converter wrote, the one to load first, the packages that made them, and what they are tied to."""
 
     files: tuple[Path, ...]
     built_with: dict[str, str]
+    target: Target | None = None
 
 
 def converter(row: Entry) -> Callable[[ConversionSource, Path], Converted]:
@@ -39,6 +101,20 @@ def converter(row: Entry) -> Callable[[ConversionSource, Path], Converted]:
     module, _, name = row.converter.partition(":")
     found: Callable[[ConversionSource, Path], Converted] = getattr(importlib.import_module(module), name)
     return found
+
+
+def check_convertible(row: Entry, engine: EngineOptions) -> None:
+    """Make sure that a format can be made on this machine; nothing is made.
+
+    Raises:
+        UnavailableError: it cannot, or what was made could not be checked.
+    """
+    if row.buildable is None:
+        registry.available_adapter(row)  # what is made is verified in its runtime
+        return
+    module, _, name = row.buildable.partition(":")
+    check: Callable[[EngineOptions], None] = getattr(importlib.import_module(module), name)
+    check(engine)
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -55,6 +131,10 @@ def to_onnx(source: ConversionSource, folder: Path) -> Converted:
 
 def to_torch(source: ConversionSource, folder: Path) -> Converted:
     """The checkpoint as ``.safetensors``, for the reference runtime."""
+    from dmformer.models.checkpoint import save_checkpoint
+
+    if source.checkpoint is None:
+        raise UsageError("format torch is made from a checkpoint; expected: dmformer export --format torch")
     path = folder / "model.safetensors"
     save_checkpoint(path, source.checkpoint)
     return Converted((path,), versions("torch", "safetensors"))

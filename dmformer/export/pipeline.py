@@ -7,7 +7,7 @@ import importlib.util
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,12 +27,13 @@ from dmformer.bundle.manifest import (
     file_entry,
 )
 from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import check_destination, staged
 from dmformer.data.labelled import ImageSet
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import onnx_file
 from dmformer.export.describe import describe_export
-from dmformer.export.formats import ConversionSource, converter, versions
+from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, converter, versions
 from dmformer.export.literal import literal_answers
 from dmformer.export.precision import Calibration, Made, PrecisionSource, make
 from dmformer.export.simplify import Simplifier
@@ -63,7 +64,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dmformer.bundle.golden import Golden
+    from dmformer.bundle.manifest import Accuracy
     from dmformer.models.dmformer import DMFormer
+    from dmformer.runtimes.base import Runtime
 
 PARITY_REPORT = "reports/parity.json"
 BENCH_REPORT = "reports/bench.json"
@@ -88,6 +91,8 @@ class ExportRequest:
         images: real images for the golden set; noise fills it up.
         deploy_form: fold everything linear before tracing (:mod:`dmformer.models.deploy`).
         force: write the bundle although a parity check failed.
+        engine: how formats that are compiled are compiled.
+        not_made: a sentence for each format that ``all`` had to leave out.
     """
 
     checkpoint: Checkpoint
@@ -102,6 +107,8 @@ class ExportRequest:
     images: tuple[Path, ...] = ()
     deploy_form: bool = True
     force: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    not_made: tuple[str, ...] = ()
 
     @property
     def reduced(self) -> bool:
@@ -152,9 +159,11 @@ def check_possible(request: ExportRequest) -> None:
     require("onnx", extra="export", purpose="export to ONNX")
     if importlib.util.find_spec("onnxsim") is None:  # only its own process imports it
         raise UnavailableError("simplification needs 'onnxsim', not installed; run: pip install 'dmformer[export]'")
-    rows = [registry.entry("onnxruntime"), *(row for row, _ in request.pairs())]
-    for row in dict.fromkeys(rows):  # onnxruntime checks the ONNX stages of every export
-        registry.available_adapter(row)
+    registry.available_adapter(registry.entry("onnxruntime"))  # it checks the ONNX stages of every export
+    for row in dict.fromkeys(row for row, _ in request.pairs()):
+        check_convertible(row, request.engine)
+        if request.choose_fastest:  # needs timing, and so the runtime
+            registry.available_adapter(row)
 
 
 def export(request: ExportRequest, stage: Stage = silent) -> ExportResult:
@@ -181,7 +190,7 @@ class _Export:
         self.scratch = scratch
         self.stage = stage
         self.checks: list[Check] = []
-        self.left_out: list[str] = []
+        self.left_out: list[str] = list(request.not_made)
         self._known: dict[Path, Answers] = {}  # by the ONNX file that was asked
 
     def run(self) -> ExportResult:
@@ -197,7 +206,7 @@ class _Export:
                 golden = referring.result()
             simplifying = pool.submit(simplifier.simplify, traced, simplified)
             with self.stage("verify the traced ONNX"):
-                answers = self._ask("onnxruntime", traced, golden, layers=False)
+                answers = self._ask_onnxruntime(traced, golden, layers=False)
                 self.checks.extend(check_answers("traced", answers, golden))
             with self.stage("simplify and verify"):
                 simplifying.result()
@@ -230,12 +239,9 @@ class _Export:
         pixels = golden_pixels(self.checkpoint.preprocessing, self.request.images)
         return make_golden(model, self.checkpoint.preprocessing, pixels)
 
-    def _ask(
-        self, runtime: str, file: Path, golden: Golden, precision: str = "fp32", *, layers: bool = True
-    ) -> Answers:
-        """A runtime's answers to the golden inputs."""
-        adapter = registry.available_adapter(registry.entry(runtime))
-        return ask(adapter(file, precision=precision), golden, layers=layers)
+    def _ask_onnxruntime(self, file: Path, golden: Golden, *, layers: bool = True) -> Answers:
+        adapter = registry.available_adapter(registry.entry("onnxruntime"))
+        return ask(adapter(file), golden, layers=layers)
 
     def _known_answers(self, runtime: str, files: Sequence[Path]) -> Answers | None:
         """What the runtime answered with a file of the same content."""
@@ -255,7 +261,7 @@ class _Export:
         model = onnx_file.read(simplified)
         after = len(model.graph.node)
         onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | versions_metadata("onnxsim"))
-        answers = self._ask("onnxruntime", simplified, golden)
+        answers = self._ask_onnxruntime(simplified, golden)
         self._known[simplified] = answers
         checks = [
             *check_answers("simplified against traced", answers, golden, expected=traced_answers),
@@ -323,37 +329,62 @@ class _Export:
     def _convert(
         self, row: registry.Entry, precision: str, made: Made, golden: Golden, calibration: Calibration | None
     ) -> tuple[Artifact, list[Check]]:
+        """An artifact, and what its runtime answers with it; onnxruntime where that cannot run here."""
         target = self.folder / row.format / precision
         target.mkdir(parents=True)
         with self.stage(f"convert to {row.format} {precision}"):
-            converted = converter(row)(ConversionSource(self.checkpoint, made.onnx, precision), target)
+            source = ConversionSource(made.onnx, precision, self.checkpoint, self.request.engine, self.stage)
+            converted = converter(row)(source, target)
             files = tuple(file_entry(self.folder, path) for path in converted.files)
-        with self.stage(f"verify {row.format} {precision} in {row.name}"):
-            adapter = registry.available_adapter(row)
-            answers = self._known_answers(row.name, converted.files) or self._ask(
-                row.name, converted.files[0], golden, precision
-            )
-            checks = check_answers("runtime", answers, golden)
-            checks.append(check_layers(answers, made.promised, adapter.cannot_compute(precision)))
         artifact = Artifact(
             format=row.format,
             precision=precision,
             files=files,
             built_with=converted.built_with,
             promised_share=made.promised,
-            layers=answers.layers,
             kept_in_fp32=made.kept_in_fp32,
             sensitivity=made.sensitivity,
+            target=converted.target,
         )
+        if reason := cannot_run(row, artifact):
+            self.left_out.append(
+                f"{row.format} {precision}: built and not run, {reason}. Its ONNX file was compared in onnxruntime; "
+                "run dmformer verify on the device"
+            )
+            stand_in = registry.entry("onnxruntime")
+            return artifact, self._judge(stand_in, precision, (made.onnx,), golden, calibration)[0]
+        checks, answers, accuracy, lost = self._judge(row, precision, converted.files, golden, calibration, artifact)
+        checks.append(check_layers(answers, made.promised, registry.adapter(row).cannot_compute(precision)))
+        return msgspec.structs.replace(artifact, layers=answers.layers, accuracy=accuracy, points_lost=lost), checks
+
+    def _judge(
+        self,
+        row: registry.Entry,
+        precision: str,
+        files: Sequence[Path],
+        golden: Golden,
+        calibration: Calibration | None,
+        artifact: Artifact | None = None,
+    ) -> tuple[list[Check], Answers, Accuracy | None, float | None]:
+        """Parity of files in a runtime, and accuracy on the calibration images where there are some."""
+        adapter = registry.available_adapter(row)
+        tied = artifact.target if artifact else None
+
+        def runtime() -> Runtime:
+            return adapter(files[0], precision=precision, target=tied)
+
+        with self.stage(f"verify {artifact.format if artifact else 'the ONNX at'} {precision} in {row.name}"):
+            answers = self._known_answers(row.name, files) or ask(runtime(), golden)
+            checks = check_answers("runtime" if artifact else "onnx", answers, golden)
         if calibration is None or not answers.layers:
-            return artifact, checks
+            return checks, answers, None, None
         images = calibration.images
-        with self.stage(f"accuracy of {row.format} {precision} in {row.name}", parts(images)) as advance:
-            logits = logits_of(adapter(converted.files[0], precision=precision), images, advance)
+        with self.stage(f"accuracy of {precision} in {row.name}", parts(images)) as advance:
+            logits = logits_of(runtime(), images, advance)
         accuracy = score(logits, images.labels, calibration.logits)
         lost = points_lost(accuracy, calibration.accuracy, logits.shape[1])
         checks.append(check_accuracy(row.name, precision, accuracy, lost, self.request.max_points_lost))
-        return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), checks
+        return checks, answers, accuracy, lost
 
     def _finish(
         self,
@@ -387,10 +418,15 @@ class _Export:
             evidence=evidence,
         )
         (self.folder / MANIFEST).write_bytes(manifest.encode())
-        if self.request.reduced and not failed:  # what failed its checks is not timed, and may not even load
+        # What failed its checks is not timed, and may not even load.
+        if self.request.reduced and not failed and self._runnable(artifacts):
             manifest = self._compare_speed(manifest)
             (self.folder / MANIFEST).write_bytes(manifest.encode())
         return ExportResult(self.request.output, manifest, parity)
+
+    def _runnable(self, artifacts: Sequence[Artifact]) -> bool:
+        """Whether anything that was made can be timed on this machine."""
+        return any(cannot_run(registry.entry_of_format(artifact.format), artifact) is None for artifact in artifacts)
 
     def _accuracy_evidence(self, calibration: Calibration | None) -> AccuracyEvidence | None:
         if calibration is None:

@@ -41,11 +41,13 @@ def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
         if result.status == "failed":
             raise StageFailed(f"timing {result.runtime} {result.precision}: {result.reason}")
     by_hash = {(result.artifact_sha256, result.precision): result for result in report.results}
-    found = [(artifact, by_hash[artifact.sha256, artifact.precision]) for artifact in bundle.manifest.artifacts]
-    baselines = {artifact.format: result for artifact, result in found if artifact.precision == "fp32"}
+    found = [(artifact, by_hash.get((artifact.sha256, artifact.precision))) for artifact in bundle.manifest.artifacts]
+    baselines = {artifact.format: result for artifact, result in found if result and artifact.precision == "fp32"}
     return Timed(
         tuple(
             msgspec.structs.replace(artifact, speed=_speed(result, baselines[artifact.format], report))
+            if result  # an engine for another machine's GPU is not timed here
+            else artifact
             for artifact, result in found
         ),
         report,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from dmformer.runtimes.target import Target
+
     Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -69,16 +71,20 @@ class Runtime(ABC):
         threads: threads for one inference; ``None`` means all the cores that this process may use.
         precision: what the artifact was made for; the runtime refuses to run it in another, and entering refuses one
             that is not among its ``precisions``.
+        target: what a compiled artifact is tied to.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
 
-    def __init__(self, path: Path, *, threads: int | None = None, precision: str = "fp32") -> None:
+    def __init__(
+        self, path: Path, *, threads: int | None = None, precision: str = "fp32", target: Target | None = None
+    ) -> None:
         check_threads(threads)
         self.path = path
         self.threads = threads if threads is not None else usable_cores()
         self.precision = precision
+        self.target = target
         self._open = False
 
     @classmethod
@@ -116,6 +122,25 @@ class Runtime(ABC):
         ``None`` where it has. Such an artifact is computed in float32: slower, not wrong, and to be said aloud.
         """
         del precision
+        return None
+
+    @classmethod
+    def cannot_load(cls, target: Target | None) -> str | None:
+        """Why an artifact with this target cannot run on this machine; ``None`` where it can, as far as is known.
+
+        Takes less than a second and loads nothing.
+        """
+        del target
+        return None
+
+    @property
+    def batches(self) -> tuple[int, int | None]:
+        """Smallest and largest batch that the artifact takes; ``None`` is no bound."""
+        return (1, None) if self.target is None else (self.target.min_batch, self.target.max_batch)
+
+    @property
+    def device_ns(self) -> int | None:
+        """Nanoseconds that the last inference took on the device alone, without transfers; ``None`` on a CPU."""
         return None
 
     def layers(self) -> dict[str, int]:

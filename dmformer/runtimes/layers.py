@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Names of types, as engines write them, in ours; any other stays as it is.
 _PRECISIONS = {
     **dict.fromkeys(("float", "float32", "f32"), "fp32"),
-    **dict.fromkeys(("float16", "f16"), "fp16"),
+    **dict.fromkeys(("float16", "f16", "half"), "fp16"),
     **dict.fromkeys(("int8", "uint8", "i8", "u8"), "int8"),
 }
 _COMPUTING = ("conv", "gemm", "matmul", "fullyconnected")

@@ -23,6 +23,8 @@ class Entry:
         format: canonical name of the format.
         converter: ``module:function`` that makes the format (``dmformer.export.formats`` has the signature).
         extra: the extra of this distribution that installs the engine.
+        buildable: ``module:function`` that makes sure that the converter works here, where it does so on machines
+            that cannot run what it makes; otherwise the converter needs the runtime.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Entry:
     format: str
     converter: str
     extra: str
+    buildable: str | None = None
 
 
 ENTRIES = (
@@ -57,6 +60,15 @@ ENTRIES = (
         format="openvino",
         converter="dmformer.export.openvino:to_openvino",
         extra="openvino",
+    ),
+    Entry(
+        name="tensorrt",
+        aliases=("trt",),
+        adapter="dmformer.runtimes.tensorrt:TensorRtRuntime",
+        format="tensorrt",
+        converter="dmformer.export.tensorrt:to_tensorrt",
+        extra="tensorrt",
+        buildable="dmformer.export.tensorrt:check_buildable",
     ),
 )
 

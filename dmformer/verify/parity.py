@@ -107,12 +107,14 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
     Args:
         runtime: not open yet.
         golden: what to ask.
-        batch_sizes: rows in each call.
+        batch_sizes: rows in each call; those that the artifact does not take are brought within its bounds.
         layers: read back in which precision each layer ran.
 
     Raises:
         UnavailableError: the runtime cannot run on this machine.
     """
+    least, most = runtime.batches
+    batch_sizes = sorted({min(max(batch, least), most or batch) for batch in batch_sizes})
     by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError] = {}
     found: dict[str, int] = {}
     unread = None

@@ -1,0 +1,141 @@
+"""ONNX -> TensorRT engine. Imports neither torch nor onnx: a device builds from the ONNX file of its bundle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dmformer.bundle.manifest import hash_file
+from dmformer.child import Child
+from dmformer.errors import StageFailed, UnavailableError
+from dmformer.export.formats import Converted
+from dmformer.export.tensorrt_build import KINDS, Answer, Order
+from dmformer.runtimes import flavours
+from dmformer.runtimes.cuda import find_gpu
+from dmformer.runtimes.plan import contradiction
+from dmformer.runtimes.target import Target, this_platform
+
+if TYPE_CHECKING:
+    from dmformer.export.formats import ConversionSource, EngineOptions
+    from dmformer.progress import Advance, Stage
+
+PLAN = "model.plan"
+TIMING_CACHE = "timing.cache"
+_LIMIT_S = 3600.0  # on a small device a build that times its kernels takes many minutes
+
+
+def check_buildable(options: EngineOptions) -> None:
+    """Make sure that an engine can be built on this machine; nothing is built.
+
+    Raises:
+        UnavailableError: the flavour is not installed, or it needs a GPU or a target.
+        UsageError: no such flavour.
+    """
+    flavour, _ = flavours.load(_flavour(options))
+    if options.targets:
+        return
+    try:
+        find_gpu()
+    except UnavailableError as error:
+        ahead = "name the GPU to build for, for instance --target sm89"
+        if flavour.name != "rtx":
+            ahead = "build on the device itself (dmformer build), or use --flavour rtx with --target sm89"
+        raise UnavailableError(f"{flavour.said} builds for the GPU of its machine: {error}; {ahead}") from error
+
+
+def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
+    """Write ``model.plan``, and beside it the timing cache where the flavour has one.
+
+    The batch may be anything within the bounds of ``source.engine``; the precision is that of the ONNX file.
+
+    Raises:
+        StageFailed: parser or builder refused, crashed or took too long.
+        UnavailableError: the flavour is not installed, or cannot build what was asked on this machine.
+        UsageError: no such flavour.
+    """
+    options = source.engine
+    check_buildable(options)
+    plan, cache = folder / PLAN, folder / TIMING_CACHE
+    with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
+        answer = _built(source, options, plan, cache, Path(scratch) / "answer.json")
+    if answer.error is not None:
+        raise KINDS[answer.kind](answer.error)
+    assert answer.flavour is not None
+    assert answer.version is not None
+    target = Target(
+        flavour=answer.flavour,
+        version=answer.version,
+        compute_capabilities=answer.compute_capabilities,
+        platform=this_platform(),
+        gpu=answer.gpu,
+        min_batch=options.min_batch,
+        opt_batch=options.opt_batch,
+        max_batch=options.max_batch,
+        workspace_mb=options.workspace_mb,
+        build_s=round(answer.build_s, 3),
+        onnx_sha256=hash_file(source.onnx)[0],
+    )
+    if wrong := contradiction(plan, target):
+        raise StageFailed(f"the engine that was built is not what was asked for: {wrong}")
+    package = "tensorrt" if target.flavour == "tensorrt" else "tensorrt-rtx"
+    files = (plan, cache) if cache.exists() else (plan,)
+    return Converted(files, {package: target.version}, target)
+
+
+def _flavour(options: EngineOptions) -> str:
+    """Only TensorRT-RTX builds for other machines' GPUs."""
+    return "rtx" if options.targets and options.flavour == flavours.AUTO else options.flavour
+
+
+def _built(source: ConversionSource, options: EngineOptions, plan: Path, cache: Path, answer: Path) -> Answer:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, encoding="utf-8", errors="replace") as progress:
+        try:
+            child = Child("dmformer.export.tensorrt_build", inherit=(writing,))
+        finally:
+            os.close(writing)
+        order = Order(
+            onnx=str(source.onnx.absolute()),
+            plan=str(plan.absolute()),
+            timing_cache=str(cache.absolute()),
+            answer=str(answer),
+            flavour=_flavour(options),
+            targets=options.targets,
+            min_batch=options.min_batch,
+            opt_batch=options.opt_batch,
+            max_batch=options.max_batch,
+            workspace_mb=options.workspace_mb,
+            progress=writing,
+        )
+        watcher = threading.Thread(target=_watch, args=(progress, source.stage, source.precision), daemon=True)
+        with child:
+            watcher.start()
+            try:
+                child.work(msgspec.json.encode(order), _LIMIT_S)
+            except StageFailed as error:
+                raise StageFailed(f"building a TensorRT engine at {source.precision}: {error}") from error
+        watcher.join()  # the pipe ends with the process
+    return msgspec.json.decode(answer.read_bytes(), type=Answer)
+
+
+def _watch(lines: object, stage: Stage, precision: str) -> None:
+    """Turn the lines of a build into stages, one for each outermost phase."""
+    with ExitStack() as phases:
+        advance: Advance | None = None
+        for line in lines:  # type: ignore[attr-defined]
+            kind, _, rest = line.rstrip("\n").partition(" ")
+            if kind == "start":
+                steps, _, name = rest.partition(" ")
+                phases.close()
+                advance = phases.enter_context(stage(f"tensorrt {precision}: {name.lower()}", int(steps) or None))
+            elif kind == "step" and advance is not None:
+                advance()
+            elif kind == "end":
+                phases.close()
+                advance = None

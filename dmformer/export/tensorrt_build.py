@@ -1,0 +1,209 @@
+"""The process that builds an engine: an order in by standard input, files and a line for each step out.
+
+Parser and builder are native code that may crash or run out of memory, so nothing else runs beside them. One path
+serves TensorRT 10, 11 and TensorRT-RTX: the network is strongly typed, precision is what the ONNX file says.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import msgspec
+
+from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError
+from dmformer.runtimes import flavours
+from dmformer.runtimes.cuda import find_gpu
+from dmformer.runtimes.flavours import Flavour, Log
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What to build. Paths are absolute; ``progress`` is a file descriptor that this process inherits."""
+
+    onnx: str
+    plan: str
+    timing_cache: str
+    answer: str
+    flavour: str
+    targets: tuple[str, ...]
+    min_batch: int
+    opt_batch: int
+    max_batch: int
+    workspace_mb: int | None
+    progress: int
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What was built, or the line that says why nothing was, and the kind of failure."""
+
+    flavour: Literal["tensorrt", "rtx"] | None = None
+    version: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    gpu: str | None = None
+    build_s: float = 0.0
+    error: str | None = None
+    kind: Literal["stage", "unavailable", "usage"] = "stage"
+
+
+KINDS: dict[str, type[DMFormerError]] = {"stage": StageFailed, "unavailable": UnavailableError, "usage": UsageError}
+
+
+def build(order: Order, progress: TextIO) -> Answer:
+    """Parse the ONNX file, build the engine, write the plan.
+
+    Raises:
+        StageFailed: the parser or the builder refused.
+        UnavailableError: the flavour, a target or a GPU is not there.
+    """
+    flavour, engine = flavours.load(order.flavour)
+    log = Log(engine)
+    builder = engine.Builder(log.logger)
+    network = builder.create_network(strongly_typed(engine))
+    parser = engine.OnnxParser(network, log.logger)
+    if not parser.parse(Path(order.onnx).read_bytes()):
+        raise StageFailed("; ".join(complaints(parser)) or f"the ONNX file was not parsed: {log.last}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = engine.ProfilingVerbosity.DETAILED
+    if order.workspace_mb is not None:
+        config.set_memory_pool_limit(engine.MemoryPoolType.WORKSPACE, order.workspace_mb << 20)
+    config.progress_monitor = monitor(engine, progress)
+    add_profile(builder, config, network, order)
+    capabilities, gpu = aim(engine, config, flavour, order.targets)
+    cache = use_timing_cache(config, Path(order.timing_cache)) if flavour.name == "tensorrt" else None
+    begun = time.perf_counter()
+    plan = builder.build_serialized_network(network, config)
+    taken = time.perf_counter() - begun
+    if plan is None:
+        raise StageFailed(f"{flavour.said} built nothing: {explained(log.last)}")
+    Path(order.plan).write_bytes(memoryview(plan))
+    if cache is not None:
+        Path(order.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return Answer(
+        flavour="rtx" if flavour.name == "rtx" else "tensorrt",
+        version=engine.__version__,
+        compute_capabilities=capabilities,
+        gpu=gpu,
+        build_s=taken,
+    )
+
+
+def strongly_typed(engine: Any) -> int:
+    """Flags of a strongly typed network: TensorRT 10 needs the flag; 11 and TensorRT-RTX know no other network."""
+    flags = getattr(engine, "NetworkDefinitionCreationFlag", None)
+    flag = getattr(flags, "STRONGLY_TYPED", None)
+    return 0 if flag is None or engine.__name__ != "tensorrt" else 1 << int(flag)
+
+
+def complaints(parser: Any) -> list[str]:
+    """The parser's errors, each with the ONNX node and the torch module that it came from."""
+    found = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        node = error.node_name()
+        module, _, _ = node.rpartition("/")
+        where = f"ONNX node {node!r} ({error.node_operator()}) of torch module {module!r}: " if node else ""
+        found.append(f"{where}{' '.join(error.desc().split())}")
+    return found
+
+
+def explained(message: str) -> str:
+    """A builder's error, with what to do where that is known."""
+    if "Turing" in message or "SM75" in message:
+        return f"{message}; leave --target sm75 out, or build it at fp16"
+    if "memory" in message.lower():
+        return f"{message}; bound it with --workspace, or free memory"
+    return message
+
+
+def add_profile(builder: Any, config: Any, network: Any, order: Order) -> None:
+    """One optimisation profile: the batch is dynamic within its bounds."""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        row = tuple(tensor.shape)[1:]
+        profile.set_shape(
+            tensor.name, *((batch, *row) for batch in (order.min_batch, order.opt_batch, order.max_batch))
+        )
+    config.add_optimization_profile(profile)
+
+
+def aim(engine: Any, config: Any, flavour: Flavour, targets: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
+    """Set the GPUs to build for: those named ahead of time, or the one of this machine."""
+    if not targets:
+        gpu = find_gpu()
+        return (gpu.compute_capability,), gpu.name
+    if flavour.name != "rtx":
+        raise UnavailableError(
+            f"{flavour.said} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
+        )
+    known = {
+        f"{name[2:-1]}.{name[-1]}": getattr(engine.ComputeCapability, name)
+        for name in dir(engine.ComputeCapability)
+        if name.startswith("SM")
+    }
+    for target in targets:
+        if target not in known:
+            able = ", ".join(sorted(known, key=lambda name: tuple(map(int, name.split(".")))))
+            raise UnavailableError(
+                f"{flavour.said} {engine.__version__} builds nothing for compute capability {target}; it can for "
+                f"{able}; for others build on the device itself with TensorRT: dmformer build"
+            )
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        config.set_compute_capability(known[target], index)
+    return targets, None
+
+
+def use_timing_cache(config: Any, path: Path) -> Any:
+    """The timing cache of an earlier build, or an empty one."""
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def monitor(engine: Any, progress: TextIO) -> Any:
+    """Writes ``start NUMBER NAME``, ``step`` and ``end`` for the outermost phases of a build."""
+
+    class Monitor(engine.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            engine.IProgressMonitor.__init__(self)
+            self.outermost: str | None = None
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost = name
+                say(f"start {steps} {name}")
+
+        def step_complete(self, name: str, _step: int) -> bool:
+            if name == self.outermost:
+                say("step")
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            if name == self.outermost:
+                say("end")
+
+    def say(line: str) -> None:
+        progress.write(line + "\n")
+        progress.flush()
+
+    return Monitor()
+
+
+def main() -> None:
+    """Read the order, build, write the answer."""
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
+    with os.fdopen(order.progress, "w", encoding="utf-8") as progress:
+        try:
+            answer = build(order, progress)
+        except DMFormerError as error:
+            kind = next(name for name, kind in KINDS.items() if isinstance(error, kind))
+            answer = msgspec.convert({"error": str(error), "kind": kind}, Answer)
+    Path(order.answer).write_bytes(msgspec.json.encode(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The flavours of TensorRT: one family of API under two module names."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from dmformer.errors import UnavailableError, UsageError, first_line
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One flavour.
+
+    Attributes:
+        name: as users and manifests have it.
+        module: what is imported.
+        said: how it is called in messages.
+        install: what to do where it is missing.
+    """
+
+    name: str
+    module: str
+    said: str
+    install: str
+
+
+# In the order of preference of a machine that has a GPU: TensorRT proper measures the kernels that it chooses.
+FLAVOURS = (
+    Flavour(
+        "tensorrt",
+        "tensorrt",
+        "TensorRT",
+        "install NVIDIA's package (on a Jetson, JetPack has it), or use --flavour rtx",
+    ),
+    Flavour("rtx", "tensorrt_rtx", "TensorRT-RTX", "run: pip install 'dmformer[tensorrt]'"),
+)
+
+
+def load(name: str) -> tuple[Flavour, Any]:
+    """A flavour and its module; ``auto`` is the first that loads.
+
+    Raises:
+        UnavailableError: it, or for ``auto`` every one, does not load here.
+        UsageError: no such flavour.
+    """
+    wanted = [flavour for flavour in FLAVOURS if name in (flavour.name, AUTO)]
+    if not wanted:
+        raise UsageError(f"flavour {name!r}; expected {AUTO}, {' or '.join(flavour.name for flavour in FLAVOURS)}")
+    reasons = []
+    for flavour in wanted:
+        try:
+            return flavour, importlib.import_module(flavour.module)
+        except Exception as error:  # noqa: BLE001 - a stub or half an installation fails in ways of its own
+            missing = isinstance(error, ModuleNotFoundError)
+            why = "is not installed" if missing else f"does not load here ({first_line(error)})"
+            reasons.append(f"{flavour.said} {why}: {flavour.install}")
+    raise UnavailableError("; ".join(reasons))
+
+
+class Log:
+    """What an engine says of warnings and errors, kept to be told when something fails.
+
+    Args:
+        engine: the flavour's module, whose ``ILogger`` has to be the base of a logger.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.errors: list[str] = []
+        errors, severe = self.errors, (engine.ILogger.ERROR, engine.ILogger.INTERNAL_ERROR)
+
+        class Logger(engine.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                engine.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in severe:
+                    errors.append(" ".join(message.split()))
+
+        self.logger = Logger()
+
+    @property
+    def last(self) -> str:
+        """The last error, or that there was none."""
+        return self.errors[-1] if self.errors else "it gave no reason"

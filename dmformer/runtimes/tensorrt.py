@@ -1,0 +1,243 @@
+"""TensorRT 10, 11 and TensorRT-RTX on an NVIDIA GPU, by ``cuda-bindings``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from dmformer.errors import StageFailed, UnavailableError, UsageError
+from dmformer.runtimes import flavours
+from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.cuda import Buffer, Session, find_gpu
+from dmformer.runtimes.layers import is_compute, precision_of
+from dmformer.runtimes.plan import contradiction
+from dmformer.runtimes.target import this_platform
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dmformer.runtimes.base import Arrays
+    from dmformer.runtimes.target import Target
+
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+
+@dataclass
+class _Captured:
+    """A CUDA graph of one inference, for one shape."""
+
+    shape: tuple[int, ...]
+    graph: Any
+
+
+class TensorRtRuntime(Runtime):
+    """Runs a plan on the first GPU, in one stream; fixed shapes are replayed as a CUDA graph.
+
+    ``threads`` has no meaning on a GPU; it is kept, so that reports of all runtimes look alike.
+    """
+
+    name = "tensorrt"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    _open_things: ExitStack | None = None
+    _engine: Any = None
+    _context: Any = None
+    _captured: _Captured | None = None
+    _device_ns: int | None = None
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Whether a flavour is installed and there is a GPU."""
+        try:
+            _, engine = flavours.load(flavours.AUTO)
+        except UnavailableError as error:
+            return Availability(False, reason=str(error))
+        try:
+            find_gpu()
+        except UnavailableError as error:
+            return Availability(False, engine.__version__, str(error))
+        return Availability(True, engine.__version__)
+
+    @classmethod
+    def cannot_load(cls, target: Target | None) -> str | None:
+        """Which field of the target differs from this machine; the engine itself is not touched."""
+        if target is None:
+            return "the manifest does not say what the engine was built for; export or build it again"
+        try:
+            flavour, engine = flavours.load(target.flavour)
+            gpu = find_gpu()
+        except UnavailableError as error:
+            return str(error)
+        if engine.__version__ != target.version:
+            return f"built with {flavour.said} {target.version}; here is {engine.__version__}: {_again(target)}"
+        if this_platform() != target.platform:
+            return f"built for {target.platform}; this is {this_platform()}: {_again(target)}"
+        if gpu.compute_capability not in target.compute_capabilities:
+            built = ", ".join(target.compute_capabilities)
+            return f"built for SM {built}; this GPU ({gpu.name}) is SM {gpu.compute_capability}: {_again(target)}"
+        return None
+
+    def load(self) -> None:
+        """Check what the plan is tied to, deserialise it, and allocate for its largest batch."""
+        if (reason := self.cannot_load(self.target)) is not None:
+            raise UnavailableError(f"{self.path.name}: {reason}")
+        assert self.target is not None
+        if (wrong := contradiction(self.path, self.target)) is not None:
+            raise StageFailed(f"{self.path.name}: {wrong}; expected the plan that the manifest describes")
+        _, engine = flavours.load(self.target.flavour)
+        self._trt = engine
+        self._gpu = find_gpu()
+        self._open_things = ExitStack()
+        self._cuda = self._open_things.enter_context(Session())
+        self._log = flavours.Log(engine)
+        self._runtime = engine.Runtime(self._log.logger)
+        self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
+        if self._engine is None:
+            raise StageFailed(f"the engine was not loaded: {self._log.last}")
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise StageFailed(f"no execution context: {self._log.last}")
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        specs = {name: self._spec(name) for name in names}
+        reading = engine.TensorIOMode.INPUT
+        self._inputs = tuple(specs[name] for name in names if self._engine.get_tensor_mode(name) == reading)
+        self._outputs = tuple(specs[name] for name in names if self._engine.get_tensor_mode(name) != reading)
+        self._buffers = {name: Buffer(self._cuda, self._most_bytes(spec)) for name, spec in specs.items()}
+        for name, buffer in self._buffers.items():
+            if not self._context.set_tensor_address(name, buffer.device):
+                raise StageFailed(f"the engine refused the address of {name!r}: {self._log.last}")
+        self._before, self._after = self._cuda.event(), self._cuda.event()
+
+    def close(self) -> None:
+        """Free graph, context, engine and runtime in this order, then all memory."""
+        try:
+            self._drop_graph()
+        finally:
+            self._context = None
+            self._engine = None
+            self._runtime = None
+            self._device_ns = None
+            if self._open_things is not None:
+                self._open_things.close()
+                self._open_things = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The engine's inputs."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The engine's outputs."""
+        return self._outputs
+
+    @property
+    def details(self) -> Details:
+        """The GPU and the engine's version."""
+        device = f"{self._gpu.name} (SM {self._gpu.compute_capability})"
+        return Details(device=device, threads=self.threads, version=self._trt.__version__)
+
+    @property
+    def device_ns(self) -> int | None:
+        """From events around the last inference, transfers left out."""
+        return self._device_ns
+
+    def read_layers(self) -> dict[str, int]:
+        """From the inspector, by the ONNX layers that each kernel came from."""
+        inspector = self._engine.create_engine_inspector()
+        told = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return layers_told(told)
+
+    def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Copy in, run, copy out; the second inference of a shape records the CUDA graph that later ones replay."""
+        ((name, array),) = inputs.items()
+        assert self.target is not None
+        least, most = self.target.min_batch, self.target.max_batch
+        if not least <= len(array) <= most:
+            raise UsageError(f"batch {len(array)}; the engine was built for {least} to {most}")
+        fresh = self._captured is None or self._captured.shape != array.shape
+        if fresh:
+            self._drop_graph()
+            if not self._context.set_input_shape(name, array.shape):
+                raise StageFailed(f"the engine refused shape {array.shape}: {self._log.last}")
+            self._captured = _Captured(array.shape, None)
+        np.copyto(self._buffers[name].view(array.shape, array.dtype), array)
+        self._cuda.copy_in(self._buffers[name], array.nbytes)
+        assert self._captured is not None
+        if not fresh and self._captured.graph is None:
+            self._captured.graph = self._record()
+        self._cuda.record(self._before)
+        if self._captured.graph is None:
+            self._execute()
+        else:
+            self._cuda.call("cudaGraphLaunch", self._captured.graph, self._cuda.stream)
+        self._cuda.record(self._after)
+        shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self._outputs}
+        for spec in self._outputs:
+            size = math.prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize
+            self._cuda.copy_out(self._buffers[spec.name], size)
+        self._cuda.wait()
+        self._device_ns = self._cuda.between(self._before, self._after)
+        return {
+            spec.name: self._buffers[spec.name].view(shapes[spec.name], spec.dtype).copy() for spec in self._outputs
+        }
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise StageFailed(f"the engine did not run: {self._log.last}")
+
+    def _record(self) -> Any:
+        """A CUDA graph of one inference at the shape that is set."""
+        mode = self._cuda.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._cuda.call("cudaStreamBeginCapture", self._cuda.stream, mode)
+        try:
+            self._execute()
+        finally:
+            graph = self._cuda.call("cudaStreamEndCapture", self._cuda.stream)
+        try:
+            return self._cuda.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._cuda.call("cudaGraphDestroy", graph)
+
+    def _drop_graph(self) -> None:
+        captured, self._captured = self._captured, None
+        if captured is not None and captured.graph is not None:
+            self._cuda.call("cudaGraphExecDestroy", captured.graph)
+
+    def _spec(self, name: str) -> TensorSpec:
+        dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))).name
+        return TensorSpec(name, dtype, symbolic(tuple(self._engine.get_tensor_shape(name))))
+
+    def _most_bytes(self, spec: TensorSpec) -> int:
+        """Of a tensor at the largest batch."""
+        assert self.target is not None
+        sizes = (size if isinstance(size, int) else self.target.max_batch for size in spec.shape)
+        return math.prod(sizes) * np.dtype(spec.dtype).itemsize
+
+
+def layers_told(told: str) -> dict[str, int]:
+    """Compute layers by precision, from the inspector's JSON.
+
+    A kernel counts once for each convolution or matrix product of the ONNX file that it came from, in the type of its
+    first input.
+    """
+    found: Counter[str] = Counter()
+    for layer in json.loads(told).get("Layers", []):
+        if not isinstance(layer, dict) or not layer.get("Inputs"):
+            continue
+        first = layer["Inputs"][0]
+        type_name = str(first.get("Datatype") or first.get("Format/Datatype", "")).split()
+        for node in _ONNX_LAYER.findall(layer.get("Metadata", "")):
+            if is_compute(node.rpartition("/")[2]) and type_name:
+                found[precision_of(type_name[0])] += 1
+    return dict(found)
+
+
+def _again(target: Target) -> str:
+    return "build it here: dmformer build" if target.flavour == "tensorrt" else "build or export it for this machine"
