@@ -47,7 +47,7 @@ def clean(count: int) -> dict[str, list[float]]:
                 traced = Path(folder) / "traced.onnx"
                 trace(checkpoint, model, traced)
                 row = registry.entry(engine)
-                files = converter(row)(ConversionSource(checkpoint, traced, "fp32"), Path(folder)).files
+                files = converter(row)(ConversionSource(traced, "fp32", checkpoint), Path(folder)).files
                 for check in check_answers("runtime", ask(registry.available_adapter(row)(files[0]), golden), golden):
                     ratios.append(NOISE_FACTOR * (check.max_abs or np.inf) / (check.limit or 1.0))
     return found

@@ -64,7 +64,7 @@ def checks_of(subject: Subject, model: DMFormer, folder: Path, engines: Sequence
     for row in map(registry.entry, engines):
         target = folder / row.name
         target.mkdir()
-        files = converter(row)(ConversionSource(subject.checkpoint, traced, "fp32"), target).files
+        files = converter(row)(ConversionSource(traced, "fp32", subject.checkpoint), target).files
         checks.extend(
             check_answers("runtime", ask(registry.available_adapter(row)(files[0]), subject.golden), subject.golden)
         )

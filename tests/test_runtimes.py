@@ -14,6 +14,7 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError
 from dmformer.runtimes import registry
 from dmformer.runtimes.base import TensorSpec, symbolic
+from tests import gpu_double
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 
 every_runtime = pytest.mark.parametrize("row", registry.ENTRIES, ids=lambda row: row.name)
 # Where the engine does not go by the name of its row.
-ENGINES = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+ENGINES = {
+    "torch": ("torch",),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt_rtx"),
+}
 
 
 def usable(row: registry.Entry) -> type[Runtime]:
@@ -53,13 +59,18 @@ def opened(exported: ExportResult) -> Bundle:
 
 
 @pytest.fixture
-def make(row: registry.Entry, opened: Bundle) -> Make:
+def make(row: registry.Entry, opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes runtimes, not yet open, over the row's artifact."""
+    target = None
+    if row.name == "tensorrt":  # a double stands for the GPU; the tests marked gpu have the real one
+        gpu_double.install(monkeypatch)
+        path, target = gpu_double.plan_of(opened.load_path(artifact_of(opened, registry.entry("ort"))), tmp_path)
+    else:
+        path = opened.load_path(artifact_of(opened, row))
     kind = usable(row)
-    path = opened.load_path(artifact_of(opened, row))
 
     def made(**options: Any) -> Runtime:
-        return kind(path, **options)
+        return kind(path, target=target, **options)
 
     return made
 
@@ -283,7 +294,9 @@ def test_no_threads_is_wrong_usage(make: Make, threads: int) -> None:
 def test_details_are_read_back(make: Make) -> None:
     with make() as runtime:
         details = runtime.details
-        assert "cpu" in details.device.lower()
+        assert ("NVIDIA Double (SM 8.9)" if runtime.name == "tensorrt" else "cpu") in (
+            details.device if runtime.name == "tensorrt" else details.device.lower()
+        )
         assert details.version == type(runtime).probe().version
 
 
@@ -317,7 +330,8 @@ def test_precisions_begin_with_float32_and_repeat_none(row: registry.Entry) -> N
 
 @every_runtime
 def test_a_missing_engine_is_a_reason_with_the_command(row: registry.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, ENGINES[row.name], None)
+    for engine in ENGINES[row.name]:
+        monkeypatch.setitem(sys.modules, engine, None)
     status = registry.adapter(row).probe()
     assert not status.available
     assert status.reason is not None
@@ -330,7 +344,8 @@ def test_a_missing_engine_says_what_can_run(row: registry.Entry, monkeypatch: py
     others = [
         other.name for other in registry.ENTRIES if other is not row and registry.adapter(other).probe().available
     ]
-    monkeypatch.setitem(sys.modules, ENGINES[row.name], None)
+    for engine in ENGINES[row.name]:
+        monkeypatch.setitem(sys.modules, engine, None)
     with pytest.raises(UnavailableError, match=f"runtime {row.name} cannot run") as caught:
         registry.available_adapter(row)
     assert caught.value.exit_code == 3
@@ -340,7 +355,7 @@ def test_a_missing_engine_says_what_can_run(row: registry.Entry, monkeypatch: py
 
 @every_runtime
 def test_no_engine_at_all(row: registry.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    for engine in ENGINES.values():
+    for engine in (engine for engines in ENGINES.values() for engine in engines):
         monkeypatch.setitem(sys.modules, engine, None)
     with pytest.raises(UnavailableError) as caught:
         registry.available_adapter(row)
@@ -356,7 +371,8 @@ class Hollow:
 
 @every_runtime
 def test_a_half_installed_engine_is_a_reason(row: registry.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, ENGINES[row.name], Hollow())
+    for engine in ENGINES[row.name]:
+        monkeypatch.setitem(sys.modules, engine, Hollow())
     status = registry.adapter(row).probe()
     assert not status.available
     assert status.reason

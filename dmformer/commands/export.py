@@ -178,6 +178,8 @@ def _show_plan(request: ExportRequest) -> None:
     present.say(f"would write to {request.output}:")
     for path in planned_artifacts(request):
         present.show(path)
+    for reason in request.not_made:
+        present.say(f"not: {reason}")
 
 
 def _show_result(result: ExportResult) -> None:
@@ -191,7 +193,7 @@ def _show_result(result: ExportResult) -> None:
     if manifest.evidence.latency is not None:
         present.show(present.artifact_findings(manifest.artifacts))
     for reason in result.parity.skipped:
-        present.show(f"left out: {reason}")
+        present.show(f"not done: {reason}")
     evidence = manifest.evidence.parity
     worst = max((check.max_abs or 0.0) / check.limit for check in result.parity.checks if check.limit)
     present.show(

@@ -226,8 +226,14 @@ class _Export:
         return list(dict.fromkeys(("fp32", *self.request.precisions)))
 
     def _rows(self, precision: str) -> list[registry.Entry]:
+        """Formats to make at a precision: those asked for, and at float32 those that others are timed against here."""
         rows = map(registry.entry_of_format, self.request.formats)
-        return [row for row in rows if precision in registry.adapter(row).precisions]
+        return [
+            row
+            for row in rows
+            if precision in registry.adapter(row).precisions
+            and (precision in self.request.precisions or registry.adapter(row).probe().available)
+        ]
 
     def _form(self, model: DMFormer) -> nn.Module:
         """What is traced; a trace writes into its modules, so it never gets the network itself."""

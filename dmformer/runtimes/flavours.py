@@ -53,7 +53,9 @@ def load(name: str) -> tuple[Flavour, Any]:
     reasons = []
     for flavour in wanted:
         try:
-            return flavour, importlib.import_module(flavour.module)
+            module = importlib.import_module(flavour.module)
+            if module.__version__ and module.Runtime:  # NVIDIA's stub on PyPI has neither
+                return flavour, module
         except Exception as error:  # noqa: BLE001 - a stub or half an installation fails in ways of its own
             missing = isinstance(error, ModuleNotFoundError)
             why = "is not installed" if missing else f"does not load here ({first_line(error)})"

@@ -1,0 +1,339 @@
+"""Engines built for real by TensorRT-RTX, without a GPU: what is in them, and what is refused with which words."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import onnx
+import pytest
+
+import dmformer
+from dmformer.bundle.manifest import hash_file
+from dmformer.errors import StageFailed, UnavailableError, UsageError
+from dmformer.export.formats import ConversionSource, EngineOptions
+from dmformer.export.tensorrt import to_tensorrt
+from dmformer.runtimes import plan
+from dmformer.runtimes.cuda import find_gpu
+from dmformer.runtimes.target import compute_capability, this_platform
+from tests import gpu_double
+from tests.bundles import one_line
+from pathlib import Path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dmformer.export.formats import Converted
+    from dmformer.export.pipeline import ExportResult
+    from tests.conftest import Run
+
+rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+AHEAD = EngineOptions.of("rtx", ["sm86", "sm89"])
+
+
+def build(onnx_file: Path, folder: Path, options: EngineOptions = AHEAD, **more: Any) -> Converted:
+    folder.mkdir(exist_ok=True)
+    return to_tensorrt(ConversionSource(onnx_file, "fp32", engine=options, **more), folder)
+
+
+@pytest.fixture
+def fp32(exported: ExportResult) -> Path:
+    return exported.output / "onnx/fp32/model.onnx"
+
+
+def without_gpu() -> bool:
+    try:
+        find_gpu()
+    except UnavailableError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_every_precision_builds_and_the_plan_is_what_the_manifest_says(
+    reduced: ExportResult, tmp_path: Path, precision: str
+) -> None:
+    source = reduced.output / f"onnx/{precision}/model.onnx"
+    made = build(source, tmp_path)
+    assert [path.name for path in made.files] == ["model.plan"]
+    assert made.built_with == {"tensorrt-rtx": rtx.__version__}
+    target = made.target
+    assert target is not None
+    assert (target.flavour, target.version, target.gpu) == ("rtx", rtx.__version__, None)
+    assert (target.min_batch, target.opt_batch, target.max_batch) == (1, 1, 8)
+    assert target.platform == this_platform()
+    assert target.onnx_sha256 == hash_file(source)[0]
+    assert target.build_s > 0
+    header = plan.read_header(made.files[0])
+    assert header is not None
+    assert header.bytes == made.files[0].stat().st_size
+    assert header.compute_capabilities == target.compute_capabilities == ("8.6", "8.9")
+    assert plan.contradiction(made.files[0], target) is None
+
+
+@pytest.mark.slow
+def test_dmformer_s_builds_and_its_weights_have_their_precision(small: dict[str, Path], tmp_path: Path) -> None:
+    sizes = {}
+    for precision, source in small.items():
+        made = build(source, tmp_path / precision, EngineOptions.of("rtx", ["sm89"], 1, 4, 8, 512))
+        assert made.target is not None
+        assert plan.contradiction(made.files[0], made.target) is None
+        assert (made.target.opt_batch, made.target.workspace_mb) == (4, 512)
+        sizes[precision] = made.files[0].stat().st_size
+    assert sizes["fp16"] < 0.65 * sizes["fp32"], sizes
+    assert sizes["int8"] < sizes["fp16"], sizes
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> dict[str, Path]:
+    """DMFormer-S with lively weights at 224 pixels, at every precision, as an export makes it."""
+    from dmformer.data.labelled import image_set
+    from dmformer.export.precision import Calibration, PrecisionSource, make
+    from dmformer.export.source import random_checkpoint
+    from dmformer.export.torch_onnx import trace
+    from dmformer.models.deploy import deploy
+    from dmformer.progress import silent
+    from dmformer.verify.accuracy import score
+    from dmformer.verify.reference import torch_logits
+
+    folder = tmp_path_factory.mktemp("dmformer_s")
+    checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, 224, seed=1)
+    model = checkpoint.model()
+    trace(checkpoint, deploy(model, 224), folder / "traced.onnx")
+    images = image_set(few_images, checkpoint.preprocessing, [], 10).spread(10)
+    logits = torch_logits(model, images, lambda: None)
+    source = PrecisionSource(
+        onnx=folder / "traced.onnx",
+        inputs=next(images.batches(2)),
+        calibration=Calibration(images, logits, score(logits, images.labels, logits)),
+        max_points_lost=100.0,
+        scratch=folder,
+        stage=silent,
+    )
+    return {precision: make(precision, source).onnx for precision in ("fp32", "fp16", "int8")}
+
+
+def test_options_reach_the_builder(fp32: Path, tmp_path: Path) -> None:
+    small = build(fp32, tmp_path / "a", EngineOptions.of("auto", ["8.9"], 2, 3, 4, 64)).target
+    assert small is not None
+    assert (small.min_batch, small.opt_batch, small.max_batch, small.workspace_mb) == (2, 3, 4, 64)
+    assert small.compute_capabilities == ("8.9",)
+    assert small.flavour == "rtx"  # auto, with a target
+
+
+def test_progress_is_told_by_the_builder(fp32: Path, tmp_path: Path) -> None:
+    from contextlib import contextmanager
+
+    told: list[tuple[str, int | None]] = []
+    steps: list[str] = []
+
+    @contextmanager
+    def stage(name: str, parts: int | None = None) -> Any:
+        told.append((name, parts))
+        yield lambda: steps.append(name)
+
+    build(fp32, tmp_path, stage=stage)
+    ((name, parts),) = told
+    assert name == "tensorrt fp32: building engine"
+    assert parts is not None
+    assert 0 < len(steps) <= parts
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["sm90", "10.0", "sm_87", "sm110"])
+def test_a_gpu_that_cannot_be_built_for_is_3_and_says_which_can(fp32: Path, tmp_path: Path, target: str) -> None:
+    with pytest.raises(UnavailableError, match=r"it can for 7\.5, 8\.0, 8\.6, 8\.9.*dmformer build") as caught:
+        build(fp32, tmp_path, EngineOptions.of("rtx", ["sm89", target]))
+    assert one_line(caught.value)
+    assert compute_capability(target) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_turing_has_no_float32_gemm(fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match=r"head/Gemm.*leave --target sm75 out, or build it at fp16"):
+        build(fp32, tmp_path, EngineOptions.of("rtx", ["sm75"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
+def test_no_gpu_and_no_target(fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"no NVIDIA GPU.*--target sm89"):
+        build(fp32, tmp_path, EngineOptions.of("rtx"))
+
+
+def test_a_flavour_that_is_not_there(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UnavailableError, match=r"TensorRT is not installed: .*--flavour rtx"):
+        build(fp32, tmp_path, EngineOptions.of("tensorrt"))
+    with pytest.raises(UsageError, match="flavour 'lean'; expected auto, tensorrt or rtx"):
+        build(fp32, tmp_path, EngineOptions.of("lean"))
+
+
+def test_tensorrt_proper_builds_for_its_own_gpu_only(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmformer.export.tensorrt_build import aim
+    from dmformer.runtimes.flavours import FLAVOURS
+
+    gpu_double.install(monkeypatch, name="Orin", capability=(8, 7))
+    assert aim(None, None, FLAVOURS[0], ()) == (("8.7",), "Orin")
+    with pytest.raises(UnavailableError, match="for the GPU of its machine only"):
+        aim(None, None, FLAVOURS[0], ("8.9",))
+
+
+def test_a_complaint_names_the_node_and_the_module(fp32: Path, tmp_path: Path) -> None:
+    model = onnx.load(fp32)
+    node = next(node for node in model.graph.node if node.name.startswith("stages.1.") and node.op_type == "Relu")
+    node.op_type = "Frobnicate"
+    onnx.save(model, tmp_path / "bad.onnx")
+    with pytest.raises(StageFailed) as caught:
+        build(tmp_path / "bad.onnx", tmp_path / "out")
+    module = node.name.rpartition("/")[0]
+    assert f"ONNX node '{node.name}' (Frobnicate) of torch module '{module}'" in one_line(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x08" * 400])
+def test_a_file_that_is_no_onnx(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(content)
+    with pytest.raises(StageFailed) as caught:
+        build(tmp_path / "bad.onnx", tmp_path / "out")
+    assert one_line(caught.value)
+
+
+def test_a_builder_that_crashes_is_an_error_of_its_stage(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmformer.child import Child
+
+    crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
+    monkeypatch.setattr(Child, "command", staticmethod(lambda _module: [sys.executable, "-c", crash]))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(StageFailed, match=r"building a TensorRT engine at fp32: the process was ended by signal 11"):
+        build(fp32, tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_batch": 0}, "batches 0, 1, 8"),
+        ({"min_batch": 4, "opt_batch": 2}, "batches 4, 2, 8"),
+        ({"opt_batch": 9}, "batches 1, 9, 8"),
+        ({"workspace_mb": 0}, "workspace 0 MiB"),
+        ({"targets": ["rtx4090"]}, "target 'rtx4090'; expected a compute capability"),
+        ({"targets": ["sm8"]}, "target 'sm8'"),
+        ({"targets": [""]}, "target ''"),
+    ],
+)
+def test_options_that_cannot_be_meant(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        EngineOptions.of(**arguments)
+    assert one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("sm89", "8.9"), ("SM_120", "12.0"), ("8.6", "8.6"), ("75", "7.5"), (" sm121 ", "12.1")]
+)
+def test_compute_capabilities_are_read_as_they_are_written(name: str, expected: str) -> None:
+    assert compute_capability(name) == expected
+
+
+# --- the header -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"compute_capabilities": ("8.6",)}, "the manifest says 8.6"),
+        ({"version": "1.6.0.1"}, "the manifest says 1.6.0.1"),
+        ({"flavour": "tensorrt"}, "the manifest says tensorrt"),
+    ],
+)
+def test_a_plan_that_contradicts_the_manifest(fp32: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    made = build(fp32, tmp_path)
+    assert made.target is not None
+    wrong = msgspec.structs.replace(made.target, **change)
+    assert said in (plan.contradiction(made.files[0], wrong) or "")
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: data[:30]])
+def test_a_plan_that_was_damaged(fp32: Path, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    made = build(fp32, tmp_path)
+    assert made.target is not None
+    made.files[0].write_bytes(spoil(made.files[0].read_bytes()))
+    assert plan.contradiction(made.files[0], made.target)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
+def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(cli: Callable[..., Run], tmp_path: Path) -> None:
+    run = cli("export", "--format", "trt", "--target", "sm89", "--precision", "fp16", "--output", "b")
+    assert run.code == 0, run.err
+    said = " ".join(run.out.split())
+    assert "tensorrt fp16: built and not run, no NVIDIA GPU" in said
+    assert "compared in onnxruntime" in said
+    manifest = msgspec.json.decode((tmp_path / "b/manifest.json").read_bytes())
+    (artifact,) = manifest["artifacts"]
+    assert artifact["target"]["compute_capabilities"] == ["8.9"]
+    assert artifact["speed"] is artifact["accuracy"] is None
+    parity = msgspec.json.decode((tmp_path / "b/reports/parity.json").read_bytes())
+    assert ("onnx", "onnxruntime", "fp16") in {
+        (check["stage"], check["runtime"], check["precision"]) for check in parity["checks"]
+    }
+    run = cli("inspect", "b")
+    assert "SM 8.9, batch 1 to 8" in " ".join(run.out.split())
+    run = cli("doctor", "b")
+    assert run.code == 0
+    for command in (["bench", "b", "--runtime", "trt"], ["verify", "b"], ["bench", "b"]):
+        run = cli(*command)
+        assert run.code == 3, command
+        assert "no NVIDIA GPU" in run.error_line
+    assert "what can run here: torch, onnxruntime, openvino" in cli("bench", "b", "--runtime", "trt").error_line
+
+
+@pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--format", "trt"], 3, "--target sm89"),
+        (["--format", "trt", "--target", "sm90"], 3, "8.9"),
+        (["--format", "trt", "--target", "sm89", "--flavour", "tensorrt"], 3, "--flavour rtx"),
+        (["--format", "trt", "--target", "sm89", "--precision", "auto"], 3, "cannot run on this machine"),
+        (["--format", "trt", "--target", "gtx"], 2, "target 'gtx'"),
+        (["--format", "trt", "--target", "sm89", "--min-batch", "3"], 2, "in order"),
+        (["--format", "trt", "--target", "sm89", "--flavour", "lean"], 2, "flavour 'lean'"),
+    ],
+)
+def test_what_cannot_be_built_writes_nothing(
+    cli: Callable[..., Run], tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    run = cli("export", *arguments, "--output", "b")
+    assert run.code == code, run.err
+    assert message in run.error_line
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
+def test_all_leaves_out_what_cannot_be_made_and_says_so(cli: Callable[..., Run]) -> None:
+    run = cli("export", "--format", "all", "--output", "b", "--dry-run")
+    assert run.code == 0
+    assert "openvino/fp32/" in run.out
+    assert "tensorrt/fp32/" not in run.out
+    assert "tensorrt: TensorRT-RTX builds for the GPU of its machine: no NVIDIA GPU" in " ".join(run.err.split())
+    run = cli("export", "--format", "all", "--target", "sm89", "--output", "b", "--dry-run")
+    assert "tensorrt/fp32/" in run.out
+
+
+def test_from_python(tmp_path: Path) -> None:
+    result = dmformer.export(formats=["onnx", "trt"], engine=EngineOptions.of(targets=["sm89"]), output=tmp_path / "b")
+    assert [artifact.format for artifact in result.manifest.artifacts] == ["onnx", "tensorrt"]
+    assert result.parity.passed
