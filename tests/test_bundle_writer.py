@@ -113,7 +113,7 @@ def test_an_error_in_the_block_leaves_things_as_they_were(
 ) -> None:
     if there:
         write(tmp_path / "b", "old")
-    with pytest.raises(raised), writer.staged(tmp_path / "b") as folder:  # noqa: PT012
+    with pytest.raises(raised), writer.staged(tmp_path / "b") as folder:
         fill(folder, "new")
         raise raised
     assert [path.name for path in tmp_path.iterdir()] == (["b"] if there else [])

@@ -21,7 +21,6 @@ from dmformer.runtimes.cuda import find_gpu
 from dmformer.runtimes.target import compute_capability, this_platform
 from tests import gpu_double
 from tests.bundles import one_line
-from pathlib import Path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +89,7 @@ def test_dmformer_s_builds_and_its_weights_have_their_precision(small: dict[str,
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> dict[str, Path]:
-    """DMFormer-S with lively weights at 224 pixels, at every precision, as an export makes it."""
+    """DMFormer-S with lively weights, at 64 pixels to save time, at every precision, as an export makes it."""
     from dmformer.data.labelled import image_set
     from dmformer.export.precision import Calibration, PrecisionSource, make
     from dmformer.export.source import random_checkpoint
@@ -101,9 +100,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> dict[st
     from dmformer.verify.reference import torch_logits
 
     folder = tmp_path_factory.mktemp("dmformer_s")
-    checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, 224, seed=1)
+    checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, 64, seed=1)
     model = checkpoint.model()
-    trace(checkpoint, deploy(model, 224), folder / "traced.onnx")
+    trace(checkpoint, deploy(model, 64), folder / "traced.onnx")
     images = image_set(few_images, checkpoint.preprocessing, [], 10).spread(10)
     logits = torch_logits(model, images, lambda: None)
     source = PrecisionSource(

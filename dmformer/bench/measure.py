@@ -48,6 +48,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
         first_inference_ms: the first call, which may allocate and compile.
         stable: whether the warm-up settled.
         latencies_ns: each timed call, in order.
+        device_ns: each timed call on the device alone, without transfers; empty on a CPU.
         layers: compute layers by the precision in which they run; empty where that was not read back.
         peak_rss_mb: largest resident memory of the whole process, Python included, in MiB.
     """
@@ -61,6 +62,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
     latencies_ns: list[int]
     peak_rss_mb: float
     layers: dict[str, int] = {}
+    device_ns: list[int] = []
 
 
 def measure(
@@ -104,9 +106,12 @@ def measure(
         first_ns = call()
         stable = _warm_up(call)
         latencies: list[int] = []
+        on_device: list[int] = []
         begun = time.perf_counter()
         while len(latencies) < least_calls or time.perf_counter() - begun < duration_s:
             latencies.append(call())
+            if (taken := runtime.device_ns) is not None:
+                on_device.append(taken)
         return Measurement(
             device=used.device,
             threads=used.threads,
@@ -117,6 +122,7 @@ def measure(
             latencies_ns=latencies,
             peak_rss_mb=_peak_rss_mb(),
             layers=layers,
+            device_ns=on_device,
         )
 
 

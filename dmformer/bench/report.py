@@ -31,7 +31,8 @@ class Result(Struct, frozen=True, kw_only=True):
     """One configuration. Where ``status`` is ``failed``, ``reason`` says why and the figures are ``null``.
 
     ``layers`` has the compute layers by the precision in which they ran, ``samples_ns`` the raw latencies, a list for
-    each process. ``attainable_ms`` and ``share_of_limit`` are ``null`` in this version, which does not measure the
+    each process. ``device_latency_ms`` is the time on a GPU alone, from events: without transfers and without the host.
+    ``attainable_ms`` and ``share_of_limit`` are ``null`` in this version, which does not measure the
     machine's limits.
     """
 
@@ -45,6 +46,7 @@ class Result(Struct, frozen=True, kw_only=True):
     device: str | None = None
     engine_version: str | None = None
     latency_ms: Latency | None = None
+    device_latency_ms: Latency | None = None
     samples: int = 0
     throughput_ips: float | None = None
     load_ms: float | None = None
@@ -91,6 +93,7 @@ def latency(samples_ns: Sequence[int]) -> Latency:
 def summarise(result: Result, rounds: Sequence[Measurement]) -> Result:
     """Fill a configuration's figures in from its rounds; load and first inference are medians over the rounds."""
     pooled = [sample for measured in rounds for sample in measured.latencies_ns]
+    on_device = [sample for measured in rounds for sample in measured.device_ns]
     stable = all(measured.stable for measured in rounds)
     reason = None if stable else "the warm-up did not settle within 3 %: the machine is busy or its clock changes"
     return msgspec.structs.replace(
@@ -100,6 +103,7 @@ def summarise(result: Result, rounds: Sequence[Measurement]) -> Result:
         device=rounds[0].device,
         engine_version=rounds[0].version,
         latency_ms=latency(pooled),
+        device_latency_ms=latency(on_device) if on_device else None,
         samples=len(pooled),
         throughput_ips=result.batch * len(pooled) / (sum(pooled) / 1e9),
         load_ms=float(np.median([measured.load_ms for measured in rounds])),

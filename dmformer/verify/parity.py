@@ -90,6 +90,7 @@ class Answers:
         by_batch: for each batch size an array for each output, or why there is none.
         layers: in which precision each compute layer ran, counted; empty where they were not read.
         unread: why they could not be read.
+        apart: how far identical rows of one batch were from each other; ``None`` where that was not asked.
     """
 
     runtime: str
@@ -97,6 +98,7 @@ class Answers:
     by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError]
     layers: dict[str, int] = field(default_factory=dict)
     unread: DMFormerError | None = None
+    apart: float | None = None
 
 
 def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES, *, layers: bool = True) -> Answers:
@@ -117,11 +119,12 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
     batch_sizes = sorted({min(max(batch, least), most or batch) for batch in batch_sizes})
     by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError] = {}
     found: dict[str, int] = {}
-    unread = None
+    unread, apart = None, None
     try:
         with runtime:
             for batch in batch_sizes:
                 by_batch[batch] = run_in_batches(runtime, golden.inputs, batch)
+            apart = _rows_apart(runtime, golden.inputs[:1], batch_sizes[-1])
             if layers:
                 found = runtime.layers()
     except UnavailableError:
@@ -129,7 +132,7 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
     except DMFormerError as error:
         unread = error
         by_batch.update({batch: error for batch in batch_sizes if batch not in by_batch})
-    return Answers(runtime.name, runtime.precision, by_batch, found, unread)
+    return Answers(runtime.name, runtime.precision, by_batch, found, unread, apart)
 
 
 def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answers | None = None) -> list[Check]:
@@ -166,7 +169,25 @@ def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answer
         else:
             comparison, limit = _compare_outputs(answer, wanted, limits)
         checks.append(as_check(stage, answers.runtime, answers.precision, batch, comparison, limit))
+    if answers.apart is not None and expected is None:
+        checks.append(_check_rows(answers, loosest))
     return checks
+
+
+def _rows_apart(runtime: Runtime, row: NDArray[np.float32], batch: int) -> float:
+    """The largest difference between the answers to one row that stands ``batch`` times in a batch."""
+    repeated = {runtime.inputs[0].name: np.repeat(row, batch, axis=0)}
+    return max(float(np.abs(answer - answer[:1]).max()) for answer in runtime.run(repeated).values())
+
+
+def _check_rows(answers: Answers, limit: Limit) -> Check:
+    """Identical rows of a batch must get the same answers, but for rounding: an engine may split a batch unevenly."""
+    apart = answers.apart
+    assert apart is not None
+    passed = apart <= limit.max_abs  # not so where it is NaN
+    reason = None if passed else f"identical rows of a batch get answers that are {apart:.3g} apart"
+    comparison = Comparison(passed, max_abs=apart if np.isfinite(apart) else None, reason=reason)
+    return as_check("rows", answers.runtime, answers.precision, max(answers.by_batch), comparison, limit)
 
 
 def check_layers(answers: Answers, promised: float, cannot_compute: str | None) -> Check:

@@ -1,0 +1,396 @@
+"""The protocol of the TensorRT runtime, against a double of the GPU (``tests/gpu_double.py``); no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from dmformer.bench.measure import measure
+from dmformer.bundle.golden import load_golden
+from dmformer.bundle.manifest import hash_file
+from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.select import select
+from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError
+from dmformer.export.tensorrt_build import complaints, explained, strongly_typed
+from dmformer.runtimes import cuda
+from dmformer.runtimes.base import TensorSpec
+from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_told
+from dmformer.verify.api import verify
+from tests import gpu_double
+from tests.bundles import one_line
+from tests.gpu_double import Code, Device
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from dmformer.export.pipeline import ExportResult
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return gpu_double.install(monkeypatch)
+
+
+@pytest.fixture
+def onnx_file(exported: ExportResult) -> Path:
+    return exported.output / "onnx/fp32/model.onnx"
+
+
+@pytest.fixture
+def rows(exported: ExportResult) -> NDArray[np.float32]:
+    return load_golden(exported.output / "golden.npz").inputs
+
+
+def runtime_of(onnx_file: Path, folder: Path, **fields: Any) -> TensorRtRuntime:
+    path, target = gpu_double.plan_of(onnx_file, folder, **fields)
+    return TensorRtRuntime(path, target=target)
+
+
+@pytest.fixture
+def runtime(device: Device, onnx_file: Path, tmp_path: Path) -> TensorRtRuntime:
+    assert device.count
+    return runtime_of(onnx_file, tmp_path)
+
+
+def answer(runtime: TensorRtRuntime, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return runtime.run({runtime.inputs[0].name: rows})["logits"]
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_specs_have_an_open_batch(runtime: TensorRtRuntime) -> None:
+    with runtime:
+        assert runtime.inputs == (TensorSpec("image", "float32", ("batch", 3, 32, 32)),)
+        assert runtime.outputs == (TensorSpec("logits", "float32", ("batch", 10)),)
+        assert runtime.batches == (1, 8)
+
+
+def test_a_fixed_shape_is_replayed_as_a_graph(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]
+) -> None:
+    with runtime:
+        answers = [answer(runtime, rows[:2]) for _ in range(4)]
+        assert device.calls.count("execute_async_v3") == 2  # once plainly, once recorded
+        assert device.calls.count("cudaGraphLaunch") == 3
+        fresh = answer(runtime, rows[2:4])  # the same shape with other values
+        assert device.calls.count("execute_async_v3") == 2
+    for again in answers[1:]:
+        np.testing.assert_array_equal(again, answers[0])
+    assert not np.array_equal(fresh, answers[0])
+
+
+def test_another_shape_gets_a_graph_of_its_own(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]
+) -> None:
+    with runtime:
+        wide = [answer(runtime, rows[:3]) for _ in range(3)]
+        narrow = [answer(runtime, rows[:1]) for _ in range(3)]
+        again = answer(runtime, rows[:3])
+    assert device.calls.count("cudaGraphInstantiate") == device.calls.count("cudaGraphExecDestroy") == 2
+    np.testing.assert_array_equal(again, wide[0])
+    np.testing.assert_allclose(narrow[2], wide[2][:1], atol=1e-4)
+
+
+def test_the_device_is_timed_without_transfers(runtime: TensorRtRuntime, rows: NDArray[np.float32]) -> None:
+    with runtime:
+        assert runtime.device_ns is None
+        answer(runtime, rows[:1])
+        assert runtime.device_ns == 250_000  # the double's clock moves by a quarter of a millisecond
+    assert runtime.device_ns is None
+
+
+def test_a_measurement_has_times_of_the_device(runtime: TensorRtRuntime, rows: NDArray[np.float32]) -> None:
+    found = measure(runtime, rows, batch=1, duration_s=0.01, least_calls=8)
+    assert found.device_ns == [250_000] * len(found.latencies_ns)
+
+
+def test_calls_come_in_the_order_of_the_protocol(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]
+) -> None:
+    with runtime:
+        device.calls.clear()
+        answer(runtime, rows[:1])
+        assert [call for call in device.calls if call != "cudaEventElapsedTime"] == [
+            "cudaMemcpyAsync",
+            "cudaEventRecord",
+            "execute_async_v3",
+            "cudaEventRecord",
+            "cudaMemcpyAsync",
+            "cudaStreamSynchronize",
+        ]
+
+
+@pytest.mark.parametrize(("bounds", "batch"), [((1, 1, 4), 5), ((2, 2, 4), 1), ((2, 3, 4), 5)])
+def test_a_batch_out_of_bounds(
+    device: Device, onnx_file: Path, tmp_path: Path, rows: NDArray[np.float32], bounds: Any, batch: int
+) -> None:
+    least, opt, most = bounds
+    with (
+        runtime_of(onnx_file, tmp_path, min_batch=least, opt_batch=opt, max_batch=most) as runtime,
+        pytest.raises(UsageError, match=f"batch {batch}; the engine was built for {least} to {most}"),
+    ):
+        answer(runtime, rows[:batch])
+
+
+# --- freeing ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_is_freed(runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]) -> None:
+    with runtime:
+        for batch in (1, 1, 1, 2, 2):
+            answer(runtime, rows[:batch])
+        kinds = sorted(device.alive.values())
+        assert kinds == ["device", "device", "event", "event", "graph exec", "host", "host", "stream"]
+    assert device.alive == {}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cudaStreamCreate",
+        "cudaMalloc",
+        "cudaMallocHost",
+        "cudaEventCreate",
+        "cudaMemcpyAsync",
+        "cudaEventRecord",
+        "cudaStreamSynchronize",
+        "cudaEventElapsedTime",
+        "cudaStreamBeginCapture",
+        "cudaStreamEndCapture",
+        "cudaGraphInstantiate",
+        "cudaGraphLaunch",
+    ],
+)
+def test_all_is_freed_after_a_failure_anywhere(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32], call: str
+) -> None:
+    device.failing[call] = Code.cudaErrorMemoryAllocation
+    with pytest.raises(StageFailed, match=f"CUDA: {call} failed with cudaErrorMemoryAllocation") as caught, runtime:
+        for _ in range(3):
+            answer(runtime, rows[:1])
+    assert one_line(caught.value)
+    assert device.alive == {}
+    del device.failing[call]
+    device.capturing = None
+    with runtime:  # and it can be opened again
+        answer(runtime, rows[:1])
+    assert device.alive == {}
+
+
+def test_all_is_freed_after_an_interrupt(runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]) -> None:
+    with pytest.raises(KeyboardInterrupt), runtime:
+        answer(runtime, rows[:1])
+        raise KeyboardInterrupt
+    assert device.alive == {}
+
+
+def test_an_engine_that_does_not_run(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with runtime:
+        answer(runtime, rows[:1])
+        monkeypatch.setattr(gpu_double.Engine, "refuses", True)
+        with pytest.raises(StageFailed, match="the engine did not run"):
+            answer(runtime, rows[:2])
+    assert device.alive == {}
+
+
+def test_a_buffer_is_never_read_past_its_end(device: Device) -> None:
+    with cuda.Session() as session:
+        buffer = cuda.Buffer(session, 16)
+        assert buffer.view((2, 2), np.float32).shape == (2, 2)
+        with pytest.raises(StageFailed, match="does not fit into a buffer of 16 bytes"):
+            buffer.view((5,), np.float32)
+        with pytest.raises(StageFailed, match="cudaErrorIllegalAddress"):
+            session.copy_in(buffer, 17)
+    assert device.alive == {}
+
+
+# --- what an engine is tied to ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"version": "10.3.0.26"}, r"built with TensorRT 10\.3\.0\.26; here is 10\.9\.0\.34: .*dmformer build"),
+        ({"platform": "linux-riscv64"}, "built for linux-riscv64; this is "),
+        (
+            {"compute_capabilities": ("7.5", "8.6")},
+            r"built for SM 7\.5, 8\.6; this GPU \(NVIDIA Double\) is SM 8\.9",
+        ),
+    ],
+)
+def test_a_difference_is_named_before_anything_is_loaded(
+    device: Device, onnx_file: Path, tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    runtime = runtime_of(onnx_file, tmp_path, **fields)
+    with pytest.raises(UnavailableError, match=said) as caught, runtime:
+        pass
+    assert caught.value.exit_code == 3
+    assert one_line(caught.value)
+    assert device.loaded == 0
+    assert device.alive == {}
+
+
+def test_without_a_target_nothing_is_loaded(device: Device, onnx_file: Path, tmp_path: Path) -> None:
+    path, _ = gpu_double.plan_of(onnx_file, tmp_path)
+    with pytest.raises(UnavailableError, match="does not say what the engine was built for"), TensorRtRuntime(path):
+        pass
+    assert device.loaded == 0
+
+
+def test_a_plan_of_another_flavour_is_not_loaded(device: Device, onnx_file: Path, tmp_path: Path) -> None:
+    runtime = runtime_of(onnx_file, tmp_path)
+    runtime.path.write_bytes(b"vtrt" + bytes(60))
+    with pytest.raises(StageFailed, match="expected the plan that the manifest describes"), runtime:
+        pass
+    assert device.loaded == 0
+
+
+def test_a_plan_that_the_engine_refuses(device: Device, onnx_file: Path, tmp_path: Path) -> None:
+    runtime = runtime_of(onnx_file, tmp_path)
+    runtime.path.write_bytes(gpu_double.MAGIC + b"damaged")
+    with (
+        pytest.raises(StageFailed, match=r"the engine was not loaded: .*version tag does not match") as caught,
+        runtime,
+    ):
+        pass
+    assert one_line(caught.value)
+    assert device.alive == {}
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_double.install(monkeypatch, count=0)
+    status = TensorRtRuntime.probe()
+    assert not status.available
+    assert status.version == gpu_double.VERSION
+    assert "no NVIDIA GPU" in (status.reason or "")
+
+
+# --- a bundle ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_engine(bundle: Path, onnx_file: Path) -> Path:
+    """The demonstration bundle with an engine of the double in the place of its IR."""
+    content = json.loads((bundle / "manifest.json").read_bytes())
+    folder = bundle / "tensorrt/fp32"
+    folder.mkdir(parents=True)
+    path, target = gpu_double.plan_of(onnx_file, folder)
+    sha256, size = hash_file(path)
+    content["artifacts"].append(
+        {
+            "format": "tensorrt",
+            "precision": "fp32",
+            "files": [{"path": "tensorrt/fp32/model.plan", "bytes": size, "sha256": sha256}],
+            "built_with": {"tensorrt": target.version},
+            "target": msgspec.to_builtins(target),
+        }
+    )
+    (bundle / "manifest.json").write_text(json.dumps(content))
+    return bundle
+
+
+@pytest.mark.usefixtures("device")
+def test_a_bundle_is_verified_on_the_gpu(with_engine: Path) -> None:
+    found = verify(with_engine, runtimes=["trt"])
+    assert found.passed, found
+    assert {check.runtime for check in found.checks} == {"numpy", "tensorrt"}
+    assert {check.stage for check in found.checks} == {"preprocessing", "runtime", "rows", "precision"}
+
+
+def test_where_the_gpu_is_another_one_the_engine_is_left_out_and_why_is_said(
+    with_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_double.install(monkeypatch, capability=(7, 5), name="Tesla T4")
+    opened = open_bundle(with_engine)
+    chosen, skipped = select(opened, [])
+    assert "tensorrt" not in [choice.entry.name for choice in chosen]
+    (reason,) = skipped
+    assert "this GPU (Tesla T4) is SM 7.5" in reason
+    (choice,), _ = select(opened, ["trt"])
+    with pytest.raises(UnavailableError, match=r"SM 8\.9; this GPU"):
+        choice.runtime()
+
+
+# --- one path for three flavours --------------------------------------------------------------------------------------
+
+
+class Typed10:
+    """TensorRT 10: a network is strongly typed by a flag, whose number is the module's business."""
+
+    __name__ = "tensorrt"
+
+    class NetworkDefinitionCreationFlag:
+        STRONGLY_TYPED = 1
+
+
+class Typed11:
+    """TensorRT 11: every network is, and the flag is gone."""
+
+    __name__ = "tensorrt"
+
+    class NetworkDefinitionCreationFlag:
+        pass
+
+
+class TypedRtx(Typed10):
+    """TensorRT-RTX: every network is; the flag is still there."""
+
+    __name__ = "tensorrt_rtx"
+
+
+@pytest.mark.parametrize(("engine", "flags"), [(Typed10(), 2), (Typed11(), 0), (TypedRtx(), 0)])
+def test_networks_are_strongly_typed_in_every_flavour(engine: Any, flags: int) -> None:
+    assert strongly_typed(engine) == flags
+
+
+def test_complaints_without_a_node() -> None:
+    class Error:
+        def node_name(self) -> str:
+            return ""
+
+        def node_operator(self) -> str:
+            return ""
+
+        def desc(self) -> str:
+            return "Failed to parse\n the model."
+
+    class Parser:
+        num_errors = 1
+
+        def get_error(self, _index: int) -> Error:
+            return Error()
+
+    assert complaints(Parser()) == ["Failed to parse the model."]
+
+
+def test_what_to_do_is_said_where_it_is_known() -> None:
+    assert "--workspace" in explained("Requested amount of GPU memory could not be allocated")
+    assert explained("something else") == "something else"
+
+
+def test_layers_are_read_from_the_inspector_of_every_flavour() -> None:
+    layers: list[Any] = [
+        {"Inputs": [{"Datatype": "Half"}], "Metadata": "[ONNX Layer: x/Conv]\x1f[ONNX Layer: y/Add]"},
+        {"Inputs": [{"Format/Datatype": "Int8"}], "Metadata": "[ONNX Layer: head/Gemm]"},
+        {"Inputs": [{"Format/Datatype": "Half NHWC8"}], "Metadata": "[ONNX Layer: a/Conv][ONNX Layer: b/Conv]"},
+        {"Inputs": [{"Datatype": "Float"}], "Metadata": "[ONNX Layer: x/Relu]"},
+        {"Inputs": [], "Metadata": "[ONNX Layer: z/Conv]"},
+        "a layer without details",
+    ]
+    assert layers_told(json.dumps({"Layers": layers})) == {"fp16": 3, "int8": 1}
+    assert layers_told("{}") == {}
+
+
+def test_errors_of_cuda_are_ours(device: Device) -> None:
+    device.failing["cudaGetDeviceProperties"] = Code.cudaErrorNoDevice
+    with pytest.raises(DMFormerError, match="cudaGetDeviceProperties failed with cudaErrorNoDevice"):
+        cuda.find_gpu()
