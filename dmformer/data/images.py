@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +11,7 @@ from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -36,13 +35,16 @@ def list_images(folder: Path) -> list[Path]:
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Everything below a folder, through links to folders too: data sets are often linked together."""
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root).resolve()
-        above = {here, *here.parents}
-        folders[:] = [name for name in folders if (here / name).resolve() not in above]  # else in circles
-        yield from (Path(root, name) for name in names)
+    here = folder.resolve()
+    if here in above:  # a link back
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, above | {here})
+        else:
+            yield path
 
 
 def open_image(path: Path) -> Image:
