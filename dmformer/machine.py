@@ -51,6 +51,37 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def gpu_state() -> dict[str, Any] | None:
+    """Clocks, temperature, power and what holds the clocks back of the first NVIDIA GPU, as JSON types.
+
+    ``None`` where there is no GPU, or no ``nvidia-ml-py`` to ask it.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # noqa: BLE001 - no package, no driver, no GPU
+        return None
+    try:
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        held = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+        prefix = "nvmlClocksEventReason"
+        reasons = {name.removeprefix(prefix): getattr(pynvml, name) for name in dir(pynvml) if name.startswith(prefix)}
+        return {
+            "name": pynvml.nvmlDeviceGetName(gpu),
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+            "power_w": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            "throttle": sorted(name for name, bit in reasons.items() if isinstance(bit, int) and held & bit),
+        }
+    except pynvml.NVMLError as error:  # boards like Jetson answer some of these questions only
+        return {"error": str(error)}
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def cpu_model() -> str:
     """The processor's name, as the system has it."""
     try:

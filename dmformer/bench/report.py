@@ -63,13 +63,15 @@ class BenchReport(Struct, frozen=True, kw_only=True):
 
     The first configuration is run twice in each round. ``noise_floor`` is the distance of the ratio of its two medians
     from 1, the median over rounds: smaller differences between configurations are ties. ``limits`` is ``null`` in this
-    version. ``skipped`` has a sentence for each artifact that no runtime here can run.
+    version. ``gpu`` has the state of the GPU before and after, where one was timed. ``skipped`` has a sentence for each
+    artifact that no runtime here can run.
     """
 
     environment: dict[str, Any]
     results: tuple[Result, ...]
     limits: dict[str, float] | None = None
     noise_floor: float | None = None
+    gpu: tuple[dict[str, Any], ...] = ()
     skipped: tuple[str, ...] = ()
 
 

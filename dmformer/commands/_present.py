@@ -222,6 +222,15 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
     return listing
 
 
+def tied_to(artifact: Artifact) -> str:
+    """What a compiled artifact is tied to, in words; nothing for one that any machine can load."""
+    tied = artifact.target
+    if tied is None:
+        return ""
+    capabilities = ", ".join(tied.compute_capabilities)
+    return f"{tied.platform}, SM {capabilities}, batch {tied.min_batch} to {tied.max_batch}"
+
+
 def percent(share: float | None) -> str:
     """A share from 0 to 1 in percent; a dash for what is not known."""
     return "-" if share is None else f"{share:.2%}"

@@ -76,7 +76,7 @@ def _show(report: BenchReport, arch: str, rounds: int, json_file: str | None) ->
         "status",
     ]
     threads = report.results[0].threads
-    title = f"Latency of {arch}, compute only, {threads} threads, {rounds} processes a row"
+    title = f"Latency of {arch}, preprocessing left out, {threads} threads, {rounds} processes a row"
     listing = present.table(title, columns, numeric=columns[1:9])
     for row in sorted(report.results, key=lambda row: (row.batch, row.latency_ms.mean if row.latency_ms else 0.0)):
         timed = row.latency_ms
@@ -95,6 +95,17 @@ def _show(report: BenchReport, arch: str, rounds: int, json_file: str | None) ->
         ]
         present.add_row(listing, cells)
     present.show(listing, json_file)
+    for row in report.results:
+        if row.device_latency_ms is not None:
+            alone = row.device_latency_ms
+            present.show(
+                f"{row.runtime} {row.precision} batch {row.batch}, on the GPU alone (events, no transfers): "
+                f"p50 {present.three_digits(alone.p50)} ms, p90 {present.three_digits(alone.p90)} ms",
+                json_file,
+            )
+    for when, state in zip(("before", "after"), report.gpu, strict=False):
+        said = ", ".join(f"{name} {value}" for name, value in state.items())
+        present.show(f"GPU {when}: {said}", json_file)
     if report.noise_floor is not None:
         present.show(
             f"noise floor {report.noise_floor:.1%}: {report.results[0].runtime} {report.results[0].precision} against "

@@ -56,9 +56,8 @@ def _show(manifest: Manifest, root: str) -> None:
     listing = present.table("Artifacts", ["format", "precision", "size", "file", "built with"], numeric=["size"])
     for artifact in manifest.artifacts:
         built = ", ".join(f"{name} {version}" for name, version in artifact.built_with.items())
-        if (tied := artifact.target) is not None:
-            capabilities = ", ".join(tied.compute_capabilities)
-            built += f" for {tied.platform}, SM {capabilities}, batch {tied.min_batch} to {tied.max_batch}"
+        if tied := present.tied_to(artifact):
+            built += f" for {tied}"
         size = present.megabytes(artifact.bytes)
         present.add_row(listing, [artifact.format, artifact.precision, size, artifact.files[0].path, built])
     present.show(listing)

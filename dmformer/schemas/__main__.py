@@ -11,6 +11,7 @@ from dmformer.bench.report import BenchReport
 from dmformer.bundle.diagnosis import Diagnosis
 from dmformer.bundle.manifest import Manifest
 from dmformer.bundle.predictor import PredictReport
+from dmformer.export.build import BuildReport
 from dmformer.verify.evaluate import EvalReport
 from dmformer.verify.parity import ParityReport
 
@@ -21,6 +22,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "eval": EvalReport,
     "predict": PredictReport,
     "doctor": Diagnosis,
+    "build": BuildReport,
 }
 
 

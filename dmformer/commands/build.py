@@ -1,0 +1,54 @@
+"""``dmformer build``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmformer.commands import _engine as engine
+from dmformer.commands import _present as present
+
+if TYPE_CHECKING:
+    from dmformer.export.build import BuildReport
+
+
+def build(
+    format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="tensorrt (trt) or openvino (ov).")],
+    bundle: present.BundleArgument = None,
+    precision: present.PrecisionOption = None,
+    flavour: engine.FlavourOption = "auto",
+    target: engine.TargetOption = None,
+    min_batch: engine.MinBatchOption = 1,
+    opt_batch: engine.OptBatchOption = 1,
+    max_batch: engine.MaxBatchOption = 8,
+    workspace: engine.WorkspaceOption = None,
+    json_file: present.JsonOption = None,
+) -> None:
+    """Build an engine on this machine from the ONNX files of a bundle, verify it, and put it into the bundle.
+
+    Needs neither PyTorch nor onnx: it is what a device does.
+    """
+    from dmformer.export.build import build as run_build
+    from dmformer.export.formats import EngineOptions
+
+    present.check_json_target(json_file)
+    options = EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace)
+    opened = present.bundle_named(bundle)
+    with present.stages() as shown:
+        found = run_build(opened, format_name, precisions=precision or [], engine=options, stage=shown.stage)
+    _show(found, json_file)
+    present.write_json(found, json_file)
+
+
+def _show(found: BuildReport, json_file: str | None) -> None:
+    listing = present.table("Built", ["file", "precision", "size", "SHA-256", "for"], numeric=["size"])
+    for artifact in found.artifacts:
+        for file in artifact.files:
+            cells = [file.path, artifact.precision, present.megabytes(file.bytes), file.sha256[:12] + "…"]
+            present.add_row(listing, [*cells, present.tied_to(artifact) or "any machine"])
+    present.show(listing, json_file)
+    for reason in found.parity.skipped:
+        present.show(f"not done: {reason}", json_file)
+    if found.parity.checks:
+        present.show(f"Parity with PyTorch's stored answers: all {len(found.parity.checks)} checks held.", json_file)

@@ -1,0 +1,96 @@
+"""On a machine with a GPU: build, verify and time with whatever flavour of TensorRT is installed (pytest -m gpu)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import dmformer
+from dmformer.errors import UnavailableError
+from dmformer.export.formats import EngineOptions
+from dmformer.machine import gpu_state
+from dmformer.runtimes import cuda
+from dmformer.runtimes.tensorrt import TensorRtRuntime
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def gpu() -> cuda.Gpu:
+    try:
+        return cuda.find_gpu()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def engine(gpu: cuda.Gpu) -> EngineOptions:
+    """TensorRT proper where it is installed, otherwise TensorRT-RTX."""
+    status = TensorRtRuntime.probe()
+    if not status.available:
+        pytest.skip(f"{gpu.name}: {status.reason}")
+    return EngineOptions.of(max_batch=5)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_memory_streams_and_events() -> None:
+    with cuda.Session() as session:
+        source, target = cuda.Buffer(session, 1 << 20), cuda.Buffer(session, 1 << 20)
+        values = np.random.default_rng(0).standard_normal(1 << 18, np.float32)
+        np.copyto(source.view(values.shape, np.float32), values)
+        before, after = session.event(), session.event()
+        session.record(before)
+        session.copy_in(source, values.nbytes)
+        kind = session.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        session.call("cudaMemcpyAsync", target.device, source.device, values.nbytes, kind, session.stream)
+        session.copy_out(target, values.nbytes)
+        session.record(after)
+        session.wait()
+        np.testing.assert_array_equal(target.view(values.shape, np.float32), values)
+        assert session.between(before, after) > 0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_all_memory_comes_back() -> None:
+    def free() -> int:
+        with cuda.Session() as session:
+            return int(session.call("cudaMemGetInfo")[0])
+
+    free()  # makes the context
+    before = free()
+    for _ in range(20):
+        with cuda.Session() as session:
+            cuda.Buffer(session, 64 << 20)
+    assert free() >= before - (8 << 20)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_state_is_known() -> None:
+    state = gpu_state()
+    assert state is not None
+    assert state.get("temperature_c", 1) > 0
+
+
+@pytest.mark.slow
+def test_build_verify_bench(engine: EngineOptions, few_images: Path, tmp_path: Path) -> None:
+    result = dmformer.export(
+        formats=["onnx", "trt"],
+        precisions=["fp32", "fp16", "int8"],
+        calibration=few_images,
+        max_accuracy_drop=5,
+        engine=engine,
+        output=tmp_path / "b",
+    )
+    assert result.parity.passed
+    engines = [item for item in result.manifest.artifacts if item.format == "tensorrt"]
+    assert [item.precision for item in engines] == ["fp32", "fp16", "int8"]
+    assert all(item.speed is not None and item.layers for item in engines)
+    assert dmformer.verify(tmp_path / "b", runtimes=["trt"]).passed
+    report = dmformer.bench(tmp_path / "b", runtimes=["trt"], batches=[1, 4], duration_s=1)
+    assert all(row.device_latency_ms is not None for row in report.results)
+    assert len(report.gpu) == 2
