@@ -101,6 +101,16 @@ class Device:
         (self.queues[stream] if self.capturing is None else self.capturing).append(work)
 
 
+class Stream:
+    """CUDA's handle of a stream: no number, but it has one, which is what TensorRT takes."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __int__(self) -> int:
+        return self.number
+
+
 class Refused(Exception):
     """A call of the double was wrong."""
 
@@ -164,29 +174,29 @@ class _Calls:
         device.free(address, "host")
 
     @staticmethod
-    def cudaStreamCreate(device: Device) -> int:  # noqa: N802
-        stream = device.handle("stream")
-        device.queues[stream] = []
+    def cudaStreamCreate(device: Device) -> Stream:  # noqa: N802
+        stream = Stream(device.handle("stream"))
+        device.queues[stream.number] = []
         return stream
 
     @staticmethod
-    def cudaStreamDestroy(device: Device, stream: int) -> None:  # noqa: N802
-        device.free(stream, "stream")
+    def cudaStreamDestroy(device: Device, stream: Stream) -> None:  # noqa: N802
+        device.free(stream.number, "stream")
 
     @staticmethod
-    def cudaStreamSynchronize(device: Device, stream: int) -> None:  # noqa: N802
-        work, device.queues[stream] = device.queues[stream], []
+    def cudaStreamSynchronize(device: Device, stream: Stream) -> None:  # noqa: N802
+        work, device.queues[stream.number] = device.queues[stream.number], []
         for step in work:
             step()
 
     @staticmethod
     def cudaMemcpyAsync(  # noqa: N802
-        device: Device, destination: int, source: int, size: int, kind: MemcpyKind, stream: int
+        device: Device, destination: int, source: int, size: int, kind: MemcpyKind, stream: Stream
     ) -> None:
         into, out_of = ("device", "host") if kind is MemcpyKind.cudaMemcpyHostToDevice else ("host", "device")
         device.block(destination, into, size)
         device.block(source, out_of, size)
-        device.enqueue(stream, lambda: ctypes.memmove(destination, source, size) and None)
+        device.enqueue(stream.number, lambda: ctypes.memmove(destination, source, size) and None)
 
     @staticmethod
     def cudaEventCreate(device: Device) -> int:  # noqa: N802
@@ -197,25 +207,25 @@ class _Calls:
         device.free(event, "event")
 
     @staticmethod
-    def cudaEventRecord(device: Device, event: int, stream: int) -> None:  # noqa: N802
+    def cudaEventRecord(device: Device, event: int, stream: Stream) -> None:  # noqa: N802
         def mark() -> None:
             device.clock += 0.25
             device.events[event] = device.clock
 
-        device.enqueue(stream, mark)
+        device.enqueue(stream.number, mark)
 
     @staticmethod
     def cudaEventElapsedTime(device: Device, first: int, second: int) -> float:  # noqa: N802
         return device.events[second] - device.events[first]
 
     @staticmethod
-    def cudaStreamBeginCapture(device: Device, _stream: int, mode: CaptureMode) -> None:  # noqa: N802
+    def cudaStreamBeginCapture(device: Device, _stream: Stream, mode: CaptureMode) -> None:  # noqa: N802
         if device.capturing is not None or not isinstance(mode, CaptureMode):
             raise Refused(Code.cudaErrorInvalidValue)
         device.capturing = []
 
     @staticmethod
-    def cudaStreamEndCapture(device: Device, _stream: int) -> int:  # noqa: N802
+    def cudaStreamEndCapture(device: Device, _stream: Stream) -> int:  # noqa: N802
         if device.capturing is None:
             raise Refused(Code.cudaErrorStreamCaptureInvalidated)
         graph = device.handle("graph")
@@ -237,11 +247,11 @@ class _Calls:
         device.free(graph, "graph exec")
 
     @staticmethod
-    def cudaGraphLaunch(device: Device, graph: int, stream: int) -> None:  # noqa: N802
+    def cudaGraphLaunch(device: Device, graph: int, stream: Stream) -> None:  # noqa: N802
         if device.alive.get(graph) != "graph exec":
             raise Refused(Code.cudaErrorInvalidValue)
         for step in device.graphs[graph]:
-            device.enqueue(stream, step)
+            device.enqueue(stream.number, step)
 
 
 class ILogger:
@@ -275,6 +285,8 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         device = self.engine.device
         device.calls.append("execute_async_v3")
+        if type(stream) is not int:
+            raise TypeError("execute_async_v3(): incompatible function arguments")
         if self.shape is None or set(self.addresses) != set(self.engine.names) or self.engine.refuses:
             return False
         shape, (entry, *outputs) = self.shape, self.engine.names

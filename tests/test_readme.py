@@ -47,7 +47,7 @@ def clone(tmp_path: Path, few_images: Path) -> Path:
 @pytest.mark.slow
 def test_the_commands_and_the_python_run(clone: Path, cli: Callable[..., Run]) -> None:
     typed = [line for line in commands() if line[0] == "dmformer"]
-    assert {line[1] for line in typed} == {"export", "verify", "bench", "predict", "inspect", "doctor", "eval"}
+    assert {line[1] for line in typed} == {"export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval"}
     for line in typed:
         done = cli(*line[1:], cwd=clone)
         assert done.code == 0, (line, done.err)

@@ -189,7 +189,7 @@ class TensorRtRuntime(Runtime):
         }
 
     def _execute(self) -> None:
-        if not self._context.execute_async_v3(self._cuda.stream):
+        if not self._context.execute_async_v3(int(self._cuda.stream)):
             raise StageFailed(f"the engine did not run: {self._log.last}")
 
     def _record(self) -> Any:
