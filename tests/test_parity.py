@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -15,7 +15,7 @@ from torch import nn
 
 import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
-from dmformer.bundle.golden import Golden
+from dmformer.bundle.golden import Golden, load_golden
 from dmformer.data.images import list_images
 from dmformer.errors import StageFailed
 from dmformer.export.formats import ConversionSource, converter
@@ -24,6 +24,7 @@ from dmformer.export.torch_onnx import trace
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.dmformer import DMFormer, Gate
 from dmformer.runtimes import registry
+from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.compare import Limit, compare, float32_limit
 from dmformer.verify.parity import Check, ask, check_answers, check_preprocessing, report
 from dmformer.verify.reference import golden_pixels, make_golden
@@ -31,6 +32,8 @@ from dmformer.verify.reference import golden_pixels, make_golden
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from dmformer.export.pipeline import ExportResult
 
 
 ENGINES = ("onnxruntime", "openvino")
@@ -265,3 +268,22 @@ def test_clean_exports_raise_no_alarm(seed: int, tmp_path: Path) -> None:
     golden = make_golden(model, checkpoint.preprocessing, golden_pixels(checkpoint.preprocessing, []))
     checks = checks_of(Subject(checkpoint, golden), model, tmp_path, ENGINES)
     assert report(checks).passed, checks
+
+
+@pytest.mark.parametrize("drift", [1e-3, float("nan")])
+def test_identical_rows_that_are_answered_differently_are_caught(exported: ExportResult, drift: float) -> None:
+    class Uneven(OnnxRuntime):
+        """Right but for a batch of five equal rows, of which it spoils the last."""
+
+        def infer(self, inputs: Any) -> Any:
+            answers = super().infer(inputs)
+            (rows,) = inputs.values()
+            if len(rows) == 5 and (rows == rows[:1]).all():
+                answers["logits"][-1] += drift
+            return answers
+
+    golden = load_golden(exported.output / "golden.npz")
+    answers = ask(Uneven(exported.output / "onnx/fp32/model.onnx"), golden)
+    (failed,) = [check for check in check_answers("runtime", answers, golden) if not check.passed]
+    assert (failed.stage, failed.batch) == ("rows", 5)
+    assert "identical rows of a batch get answers that are" in (failed.reason or "")
