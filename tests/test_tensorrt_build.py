@@ -13,6 +13,7 @@ import pytest
 
 import dmformer
 from dmformer.bundle.manifest import hash_file
+from dmformer.bundle.reader import open_bundle
 from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.export.formats import ConversionSource, EngineOptions
 from dmformer.export.tensorrt import to_tensorrt
@@ -336,3 +337,34 @@ def test_from_python(tmp_path: Path) -> None:
     result = dmformer.export(formats=["onnx", "trt"], engine=EngineOptions.of(targets=["sm89"]), output=tmp_path / "b")
     assert [artifact.format for artifact in result.manifest.artifacts] == ["onnx", "tensorrt"]
     assert result.parity.passed
+
+
+def test_an_engine_that_cannot_be_built_takes_nothing_down_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmformer.child import Child
+
+    real = Child.command
+    crash = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"]
+    monkeypatch.setattr(
+        Child, "command", staticmethod(lambda module: crash if module.endswith("tensorrt_build") else real(module))
+    )
+    engine = EngineOptions.of(targets=["sm89"])
+    result = dmformer.export(formats=["trt", "onnx"], engine=engine, output=tmp_path / "b")
+    assert [artifact.format for artifact in result.manifest.artifacts] == ["onnx"]
+    (reason,) = result.broken
+    assert "the process was ended by signal 11" in reason
+    assert reason in result.parity.skipped
+    assert not (tmp_path / "b/tensorrt").exists() or list((tmp_path / "b/tensorrt").iterdir()) == []
+    open_bundle(tmp_path / "b").check_all()
+    with pytest.raises(StageFailed, match="signal 11"):
+        dmformer.export(formats=["trt"], engine=engine, output=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_command_says_so_and_ends_with_1(cli: Callable[..., Run], tmp_path: Path) -> None:
+    run = cli("export", "--format", "onnx", "--format", "trt", "--target", "sm75", "--output", "b")
+    assert run.code == 1
+    assert "head/Gemm" in run.error_line
+    assert "the rest was written to b" in run.error_line
+    assert (tmp_path / "b/onnx/fp32/model.onnx").is_file()

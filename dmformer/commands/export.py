@@ -10,7 +10,7 @@ import typer
 
 from dmformer.commands import _engine as engine
 from dmformer.commands import _present as present
-from dmformer.errors import UsageError
+from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
     from dmformer.export.pipeline import ExportRequest, ExportResult
@@ -132,6 +132,8 @@ def export(
         result = run_export(request, shown.stage)
     remember(output)
     _show_result(result)
+    if result.broken:
+        raise StageFailed(f"{'; '.join(result.broken)}; the rest was written to {output}")
     if not result.parity.passed:
         from dmformer.errors import CheckFailed
         from dmformer.verify.parity import failure

@@ -135,11 +135,12 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written, and what was found on the way."""
+    """What was written, and what was found on the way; ``broken`` has the engines that could not be built, and why."""
 
     output: Path
     manifest: Manifest
     parity: ParityReport
+    broken: tuple[str, ...] = ()
 
 
 def planned_artifacts(request: ExportRequest) -> list[str]:
@@ -171,7 +172,7 @@ def export(request: ExportRequest, stage: Stage = silent) -> ExportResult:
 
     Raises:
         CheckFailed: a check failed; nothing was written, unless ``request.force``.
-        StageFailed: a stage broke; nothing was written.
+        StageFailed: a stage broke, or the only engine that was asked for; nothing was written.
         UnavailableError: a package that a format needs is not installed.
         UsageError: the output folder or an image cannot be used.
     """
@@ -191,6 +192,7 @@ class _Export:
         self.stage = stage
         self.checks: list[Check] = []
         self.left_out: list[str] = list(request.not_made)
+        self.broken: list[str] = []
         self._known: dict[Path, Answers] = {}  # by the ONNX file that was asked
 
     def run(self) -> ExportResult:
@@ -218,8 +220,21 @@ class _Export:
                 continue
             made, golden = found
             for row in self._rows(precision):
-                artifacts += self._take(*self._convert(row, precision, made, golden, calibration))
+                try:
+                    artifacts += self._take(*self._convert(row, precision, made, golden, calibration))
+                except StageFailed as error:
+                    if row.buildable is None:
+                        raise
+                    self._give_up(row, precision, error)
+        if not artifacts:
+            raise StageFailed("; ".join(self.broken))
         return self._finish(model, golden, artifacts, simplification, calibration)
+
+    def _give_up(self, row: registry.Entry, precision: str, error: StageFailed) -> None:
+        """An engine that cannot be built takes nothing else down with it."""
+        shutil.rmtree(self.folder / row.format / precision)
+        self.broken.append(f"{row.format} {precision}: {error}")
+        self.left_out.append(self.broken[-1])
 
     def _precisions(self) -> list[str]:
         """Those asked for, and float32 to compare the others with."""
@@ -428,7 +443,7 @@ class _Export:
         if self.request.reduced and not failed and self._runnable(artifacts):
             manifest = self._compare_speed(manifest)
             (self.folder / MANIFEST).write_bytes(manifest.encode())
-        return ExportResult(self.request.output, manifest, parity)
+        return ExportResult(self.request.output, manifest, parity, tuple(self.broken))
 
     def _runnable(self, artifacts: Sequence[Artifact]) -> bool:
         """Whether anything that was made can be timed on this machine."""

@@ -15,7 +15,7 @@ from dmformer.bundle.manifest import hash_file
 from dmformer.child import Child
 from dmformer.errors import StageFailed, UnavailableError
 from dmformer.export.formats import Converted
-from dmformer.export.tensorrt_build import KINDS, Answer, Order
+from dmformer.export.tensorrt_build import KINDS, Answer, Order, known_targets
 from dmformer.runtimes import flavours
 from dmformer.runtimes.cuda import find_gpu
 from dmformer.runtimes.plan import contradiction
@@ -34,12 +34,17 @@ def check_buildable(options: EngineOptions) -> None:
     """Make sure that an engine can be built on this machine; nothing is built.
 
     Raises:
-        UnavailableError: the flavour is not installed, or it needs a GPU or a target.
+        UnavailableError: the flavour is not installed, it needs a GPU or a target, or has no such target.
         UsageError: no such flavour.
     """
-    flavour, _ = flavours.load(_flavour(options))
-    if options.targets:
+    flavour, engine = flavours.load(_flavour(options))
+    if options.targets and flavour.name == "rtx":
+        known_targets(engine, flavour, options.targets)
         return
+    if options.targets:
+        raise UnavailableError(
+            f"{flavour.said} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
+        )
     try:
         find_gpu()
     except UnavailableError as error:

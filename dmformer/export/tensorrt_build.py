@@ -139,22 +139,32 @@ def aim(engine: Any, config: Any, flavour: Flavour, targets: tuple[str, ...]) ->
         raise UnavailableError(
             f"{flavour.said} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
         )
+    known = known_targets(engine, flavour, targets)
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        config.set_compute_capability(known[target], index)
+    return targets, None
+
+
+def known_targets(engine: Any, flavour: Flavour, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """The compute capabilities that can be built for ahead of time: the engine's value by name.
+
+    Raises:
+        UnavailableError: one that is wanted is not among them.
+    """
     known = {
         f"{name[2:-1]}.{name[-1]}": getattr(engine.ComputeCapability, name)
         for name in dir(engine.ComputeCapability)
         if name.startswith("SM")
     }
-    for target in targets:
+    for target in wanted:
         if target not in known:
             able = ", ".join(sorted(known, key=lambda name: tuple(map(int, name.split(".")))))
             raise UnavailableError(
                 f"{flavour.said} {engine.__version__} builds nothing for compute capability {target}; it can for "
                 f"{able}; for others build on the device itself with TensorRT: dmformer build"
             )
-    config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        config.set_compute_capability(known[target], index)
-    return targets, None
+    return known
 
 
 def use_timing_cache(config: Any, path: Path) -> Any:
