@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -73,7 +74,7 @@ class Child:
             raise StageFailed(f"the process did not end within {timeout_s:.0f} s") from error
         code = self._process.returncode
         if code < 0:
-            raise StageFailed(f"the process was ended by signal {-code}")
+            raise StageFailed(f"the process was ended by signal {-code} ({signal.Signals(-code).name})")
         if code > 0:
             lines = said.decode(errors="replace").strip().splitlines() or ["no message"]
             raise StageFailed(f"the process failed: {lines[-1]}")

@@ -6,10 +6,13 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmformer import __version__
 from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino")
 
@@ -54,7 +57,7 @@ def describe_machine() -> dict[str, Any]:
 def gpu_state() -> dict[str, Any] | None:
     """Clocks, temperature, power and what holds the clocks back of the first NVIDIA GPU, as JSON types.
 
-    ``None`` where there is no GPU, or no ``nvidia-ml-py`` to ask it.
+    ``None`` where there is no GPU, or no ``nvidia-ml-py`` to ask it, and for each figure that the GPU does not give.
     """
     try:
         import pynvml
@@ -62,24 +65,36 @@ def gpu_state() -> dict[str, Any] | None:
         pynvml.nvmlInit()
     except Exception:  # noqa: BLE001 - no package, no driver, no GPU
         return None
+
+    def held_back(gpu: Any) -> list[str]:
+        held, prefix = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu), "nvmlClocksEventReason"
+        named = {name.removeprefix(prefix): getattr(pynvml, name) for name in dir(pynvml) if name.startswith(prefix)}
+        # Each reason is one bit; "All" is no reason, and an older name of a bit comes second.
+        bits = {bit: name for name, bit in sorted(named.items(), reverse=True) if bit and bit & (bit - 1) == 0}
+        return sorted(name for bit, name in bits.items() if held & bit)
+
+    questions: dict[str, Callable[[Any], Any]] = {
+        "name": pynvml.nvmlDeviceGetName,
+        "driver": lambda _: pynvml.nvmlSystemGetDriverVersion(),
+        "sm_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+        "temperature_c": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "power_w": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+        "throttle": held_back,
+    }
+    found: dict[str, Any] = {}
     try:
         gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
-        held = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
-        prefix = "nvmlClocksEventReason"
-        reasons = {name.removeprefix(prefix): getattr(pynvml, name) for name in dir(pynvml) if name.startswith(prefix)}
-        return {
-            "name": pynvml.nvmlDeviceGetName(gpu),
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            "throttle": sorted(name for name, bit in reasons.items() if isinstance(bit, int) and held & bit),
-        }
-    except pynvml.NVMLError as error:  # boards like Jetson answer some of these questions only
-        return {"error": str(error)}
+        for name, ask in questions.items():
+            try:
+                found[name] = ask(gpu)
+            except pynvml.NVMLError:  # boards and laptops answer some of these only
+                found[name] = None
+    except pynvml.NVMLError:
+        return None
     finally:
         pynvml.nvmlShutdown()
+    return found
 
 
 def cpu_model() -> str:

@@ -61,6 +61,7 @@ class Device:
     calls: list[str] = field(default_factory=list)
     failing: dict[str, Code] = field(default_factory=dict)
     count: int = 1
+    driver: int = 13000
     name: str = "NVIDIA Double"
     capability: tuple[int, int] = (8, 9)
     loaded: int = 0
@@ -153,6 +154,14 @@ class _Calls:
         return device.count
 
     @staticmethod
+    def cudaDriverGetVersion(device: Device) -> int:  # noqa: N802
+        return device.driver
+
+    @staticmethod
+    def cudaRuntimeGetVersion(_device: Device) -> int:  # noqa: N802
+        return 13000
+
+    @staticmethod
     def cudaGetDeviceProperties(device: Device, _number: int) -> Any:  # noqa: N802
         major, minor = device.capability
         return SimpleNamespace(name=device.name.encode(), major=major, minor=minor)
@@ -181,6 +190,8 @@ class _Calls:
 
     @staticmethod
     def cudaStreamDestroy(device: Device, stream: Stream) -> None:  # noqa: N802
+        if device.queues[stream.number] and "cudaStreamSynchronize" not in device.failing:
+            raise Refused(Code.cudaErrorInvalidValue)  # work is under way
         device.free(stream.number, "stream")
 
     @staticmethod

@@ -73,7 +73,7 @@ def test_all_memory_comes_back() -> None:
 def test_the_state_is_known() -> None:
     state = gpu_state()
     assert state is not None
-    assert state.get("temperature_c", 1) > 0
+    assert state["temperature_c"] > 0
 
 
 @pytest.mark.slow
@@ -93,4 +93,4 @@ def test_build_verify_bench(engine: EngineOptions, few_images: Path, tmp_path: P
     assert dmformer.verify(tmp_path / "b", runtimes=["trt"]).passed
     report = dmformer.bench(tmp_path / "b", runtimes=["trt"], batches=[1, 4], duration_s=1)
     assert all(row.device_latency_ms is not None for row in report.results)
-    assert len(report.gpu) == 2
+    assert all(row.gpu for row in report.results)

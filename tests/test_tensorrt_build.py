@@ -15,10 +15,12 @@ import dmformer
 from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import StageFailed, UnavailableError, UsageError
+from dmformer.export import tensorrt
 from dmformer.export.formats import ConversionSource, EngineOptions
-from dmformer.export.tensorrt import to_tensorrt
+from dmformer.export.tensorrt import check_buildable, to_tensorrt
+from dmformer.export.tensorrt_build import use_timing_cache
 from dmformer.runtimes import plan
-from dmformer.runtimes.cuda import find_gpu
+from dmformer.runtimes.cuda import Gpu, find_gpu
 from dmformer.runtimes.target import compute_capability, this_platform
 from tests import gpu_double
 from tests.bundles import one_line
@@ -178,13 +180,38 @@ def test_a_flavour_that_is_not_there(fp32: Path, tmp_path: Path, monkeypatch: py
 def test_tensorrt_proper_builds_for_its_own_gpu_only(
     fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmformer.export.tensorrt_build import aim
-    from dmformer.runtimes.flavours import FLAVOURS
-
     gpu_double.install(monkeypatch, name="Orin", capability=(8, 7))
-    assert aim(None, None, FLAVOURS[0], ()) == (("8.7",), "Orin")
+    check_buildable(EngineOptions.of("tensorrt"))
     with pytest.raises(UnavailableError, match="for the GPU of its machine only"):
-        aim(None, None, FLAVOURS[0], ("8.9",))
+        build(fp32, tmp_path, EngineOptions.of("tensorrt", ["sm89"]))
+
+
+def test_rtx_builds_for_the_gpu_of_the_machine_and_no_other(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("GeForce Double", "8.9"))
+    target = build(fp32, tmp_path, EngineOptions.of("rtx")).target
+    assert target is not None
+    assert (target.compute_capabilities, target.gpu) == (("8.9",), "GeForce Double")
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("H100", "9.0"))
+    with pytest.raises(UnavailableError, match=r"builds nothing for compute capability 9\.0"):
+        build(fp32, tmp_path, EngineOptions.of("rtx"))
+
+
+@pytest.mark.parametrize("refuses", ["create", "set"])
+def test_a_timing_cache_of_another_gpu_is_replaced(tmp_path: Path, refuses: str) -> None:
+    class Config:
+        def create_timing_cache(self, content: bytes) -> bytes | None:
+            return None if content == b"stale" and refuses == "create" else content + b"."
+
+        def set_timing_cache(self, cache: bytes, *, ignore_mismatch: bool) -> bool:
+            return not ignore_mismatch and not cache.startswith(b"stale")
+
+    path = tmp_path / "timing.cache"
+    path.write_bytes(b"stale")
+    assert use_timing_cache(Config(), path) == b"."
+    path.write_bytes(b"good")
+    assert use_timing_cache(Config(), path) == b"good."
 
 
 def test_a_complaint_names_the_node_and_the_module(fp32: Path, tmp_path: Path) -> None:
@@ -226,6 +253,8 @@ def test_a_builder_that_crashes_is_an_error_of_its_stage(
         ({"min_batch": 0}, "batches 0, 1, 8"),
         ({"min_batch": 4, "opt_batch": 2}, "batches 4, 2, 8"),
         ({"opt_batch": 9}, "batches 1, 9, 8"),
+        ({"max_batch": 99999999999999}, "1 to 4096"),
+        ({"workspace_mb": 99999999999999999999}, "expected 1 to 1048576"),
         ({"workspace_mb": 0}, "workspace 0 MiB"),
         ({"targets": ["rtx4090"]}, "target 'rtx4090'; expected a compute capability"),
         ({"targets": ["sm8"]}, "target 'sm8'"),
@@ -309,6 +338,7 @@ def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(cli: Call
         (["--format", "trt", "--target", "sm89", "--flavour", "tensorrt"], 3, "--flavour rtx"),
         (["--format", "trt", "--target", "sm89", "--precision", "auto"], 3, "cannot run on this machine"),
         (["--format", "trt", "--target", "gtx"], 2, "target 'gtx'"),
+        (["--format", "onnx", "--target", "sm89"], 2, "--format trt as well"),
         (["--format", "trt", "--target", "sm89", "--min-batch", "3"], 2, "in order"),
         (["--format", "trt", "--target", "sm89", "--flavour", "lean"], 2, "flavour 'lean'"),
     ],

@@ -9,19 +9,21 @@ import msgspec
 import numpy as np
 import pytest
 
+from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bench.measure import measure
 from dmformer.bundle.golden import load_golden
 from dmformer.bundle.manifest import hash_file
+from dmformer.bundle.predictor import choose, load
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import select
-from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError
+from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.export.tensorrt_build import complaints, explained, strongly_typed
 from dmformer.runtimes import cuda
 from dmformer.runtimes.base import TensorSpec
 from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_told
 from dmformer.verify.api import verify
 from tests import gpu_double
-from tests.bundles import one_line
+from tests.bundles import one_line, rewrite
 from tests.gpu_double import Code, Device
 
 if TYPE_CHECKING:
@@ -277,13 +279,12 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- a bundle ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def with_engine(bundle: Path, onnx_file: Path) -> Path:
-    """The demonstration bundle with an engine of the double in the place of its IR."""
+def put_engine(bundle: Path, onnx_file: Path, **fields: int) -> None:
+    """Add an engine of the double to a bundle."""
     content = json.loads((bundle / "manifest.json").read_bytes())
     folder = bundle / "tensorrt/fp32"
     folder.mkdir(parents=True)
-    path, target = gpu_double.plan_of(onnx_file, folder)
+    path, target = gpu_double.plan_of(onnx_file, folder, **fields)
     sha256, size = hash_file(path)
     content["artifacts"].append(
         {
@@ -295,6 +296,12 @@ def with_engine(bundle: Path, onnx_file: Path) -> Path:
         }
     )
     (bundle / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def with_engine(bundle: Path, onnx_file: Path) -> Path:
+    """The demonstration bundle, with an engine of the double beside the others."""
+    put_engine(bundle, onnx_file)
     return bundle
 
 
@@ -315,9 +322,23 @@ def test_where_the_gpu_is_another_one_the_engine_is_left_out_and_why_is_said(
     assert "tensorrt" not in [choice.entry.name for choice in chosen]
     (reason,) = skipped
     assert "this GPU (Tesla T4) is SM 7.5" in reason
-    (choice,), _ = select(opened, ["trt"])
     with pytest.raises(UnavailableError, match=r"SM 8\.9; this GPU"):
-        choice.runtime()
+        select(opened, ["trt"])
+    first = {"artifacts": lambda found: found.sort(key=lambda item: item["format"] != "tensorrt")}
+    rewrite(with_engine, lambda content: [change(content[name]) for name, change in first.items()])
+    assert choose(open_bundle(with_engine), None, None).entry.name == "torch"
+
+
+def test_a_predictor_keeps_to_the_batches_of_its_engine(
+    bundle: Path, onnx_file: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device.count
+    put_engine(bundle, onnx_file, min_batch=2, opt_batch=2, max_batch=4)
+    images = sorted(SAMPLE_IMAGES.glob("*.png"))
+    with load(bundle, runtime="trt") as predictor:
+        for count in (1, 5, 10):
+            found = predictor.predict(images[:count], top_k=1)
+            assert [item.classes[0].name for item in found] == [path.stem for path in images[:count]]
 
 
 # --- one path for three flavours --------------------------------------------------------------------------------------
@@ -390,7 +411,58 @@ def test_layers_are_read_from_the_inspector_of_every_flavour() -> None:
     assert layers_told("{}") == {}
 
 
-def test_errors_of_cuda_are_ours(device: Device) -> None:
+def test_a_gpu_that_does_not_answer_is_none(device: Device) -> None:
     device.failing["cudaGetDeviceProperties"] = Code.cudaErrorNoDevice
-    with pytest.raises(DMFormerError, match="cudaGetDeviceProperties failed with cudaErrorNoDevice"):
+    with pytest.raises(UnavailableError, match="cudaGetDeviceProperties failed with cudaErrorNoDevice"):
         cuda.find_gpu()
+    assert "does not answer" in (TensorRtRuntime.probe().reason or "")
+
+
+def test_bindings_that_are_newer_than_the_driver_say_so(device: Device) -> None:
+    device.count, device.driver = 0, 12060
+    with pytest.raises(
+        UnavailableError, match=r"driver is for CUDA 12, and cuda-bindings for 13; .*'cuda-bindings<13'"
+    ):
+        cuda.find_gpu()
+
+
+def test_raw_control_characters_of_the_inspector() -> None:
+    told = '{"Layers": [{"Inputs": [{"Datatype": "Half"}], "Metadata": "[ONNX Layer: x/Conv]\x1e[ONNX Layer: y/Add]"}]}'
+    assert layers_told(told) == {"fp16": 1}
+
+
+def test_what_failed_first_is_told(runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]) -> None:
+    """After an illegal address every call of CUDA fails, those that free included."""
+    with pytest.raises(StageFailed, match="CUDA: cudaStreamSynchronize failed with cudaErrorIllegalAddress"), runtime:
+        answer(runtime, rows[:1])
+        for call in ("cudaStreamSynchronize", "cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaEventDestroy"):
+            device.failing[call] = Code.cudaErrorIllegalAddress
+        answer(runtime, rows[:1])
+
+
+def test_a_capture_that_fails_leaves_no_graph(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with runtime:
+        answer(runtime, rows[:1])
+        monkeypatch.setattr(gpu_double.Engine, "refuses", True)
+        for ends in (False, True):
+            if ends:
+                device.failing["cudaStreamEndCapture"] = Code.cudaErrorStreamCaptureInvalidated
+            with pytest.raises(StageFailed, match="the engine did not run"):
+                answer(runtime, rows[:1])
+            device.capturing = None
+        assert "graph" not in device.alive.values()
+    assert device.alive == {}
+
+
+def test_a_shape_that_has_not_run_is_not_recorded(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]
+) -> None:
+    with runtime:
+        device.failing["cudaStreamSynchronize"] = Code.cudaErrorMemoryAllocation
+        with pytest.raises(StageFailed):
+            answer(runtime, rows[:1])
+        device.failing.clear()
+        answer(runtime, rows[:1])
+        assert "cudaStreamBeginCapture" not in device.calls

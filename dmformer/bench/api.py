@@ -18,7 +18,7 @@ from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.child import Child
 from dmformer.errors import StageFailed, UsageError
-from dmformer.machine import check_threads, describe_machine, gpu_state, usable_cores
+from dmformer.machine import check_threads, describe_machine, usable_cores
 from dmformer.progress import silent
 
 if TYPE_CHECKING:
@@ -84,8 +84,6 @@ def bench(
         for batch in dict.fromkeys(batches)
     ]
     before = describe_machine()
-    on_gpu = any(choice.artifact.target is not None for choice in chosen)
-    states = [gpu_state()] if on_gpu else []
     runs = [*planned, planned[0]]  # the first one twice, for the noise floor
     answers: list[list[Answer]] = [[] for _ in runs]
     for number in range(1, ROUNDS + 1):
@@ -93,13 +91,11 @@ def bench(
             with stage(f"{run.runtime} {run.precision} batch {run.batch}, round {number} of {ROUNDS}"):
                 if not found or found[-1].measurement:  # a configuration that failed is not tried again
                     found.append(_run(opened, run, duration_s, first=not found))
-    states += [gpu_state()] if on_gpu else []
     *results, again = (_result(run, found) for run, found in zip(runs, answers, strict=True))
     return BenchReport(
         environment=before,
         results=tuple(results),
         noise_floor=_noise_floor(results[0], again),
-        gpu=tuple(state for state in states if state is not None),
         skipped=tuple(skipped),
     )
 

@@ -11,12 +11,13 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec import Struct
 
 from dmformer.errors import StageFailed
+from dmformer.machine import gpu_state
 from dmformer.runtimes.layers import shortfall
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
         first_inference_ms: the first call, which may allocate and compile.
         stable: whether the warm-up settled.
         latencies_ns: each timed call, in order.
+        gpu: its state right after the timed calls; ``None`` on a CPU, or where it cannot be asked.
         device_ns: each timed call on the device alone, without transfers; empty on a CPU.
         layers: compute layers by the precision in which they run; empty where that was not read back.
         peak_rss_mb: largest resident memory of the whole process, Python included, in MiB.
@@ -63,6 +65,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
     peak_rss_mb: float
     layers: dict[str, int] = {}
     device_ns: list[int] = []
+    gpu: dict[str, Any] | None = None
 
 
 def measure(
@@ -123,6 +126,7 @@ def measure(
             peak_rss_mb=_peak_rss_mb(),
             layers=layers,
             device_ns=on_device,
+            gpu=gpu_state() if on_device else None,
         )
 
 

@@ -32,6 +32,7 @@ class Result(Struct, frozen=True, kw_only=True):
 
     ``layers`` has the compute layers by the precision in which they ran, ``samples_ns`` the raw latencies, a list for
     each process. ``device_latency_ms`` is the time on a GPU alone, from events: without transfers and without the host.
+    ``gpu`` has clocks, temperature and what held the clocks back, read right after the calls of each process.
     ``attainable_ms`` and ``share_of_limit`` are ``null`` in this version, which does not measure the
     machine's limits.
     """
@@ -56,6 +57,7 @@ class Result(Struct, frozen=True, kw_only=True):
     attainable_ms: float | None = None
     share_of_limit: float | None = None
     samples_ns: tuple[tuple[int, ...], ...] = ()
+    gpu: tuple[dict[str, Any], ...] = ()
 
 
 class BenchReport(Struct, frozen=True, kw_only=True):
@@ -63,15 +65,13 @@ class BenchReport(Struct, frozen=True, kw_only=True):
 
     The first configuration is run twice in each round. ``noise_floor`` is the distance of the ratio of its two medians
     from 1, the median over rounds: smaller differences between configurations are ties. ``limits`` is ``null`` in this
-    version. ``gpu`` has the state of the GPU before and after, where one was timed. ``skipped`` has a sentence for each
-    artifact that no runtime here can run.
+    version. ``skipped`` has a sentence for each artifact that no runtime here can run.
     """
 
     environment: dict[str, Any]
     results: tuple[Result, ...]
     limits: dict[str, float] | None = None
     noise_floor: float | None = None
-    gpu: tuple[dict[str, Any], ...] = ()
     skipped: tuple[str, ...] = ()
 
 
@@ -112,6 +112,7 @@ def summarise(result: Result, rounds: Sequence[Measurement]) -> Result:
         first_inference_ms=float(np.median([measured.first_inference_ms for measured in rounds])),
         layers=rounds[0].layers,
         peak_rss_mb=max(measured.peak_rss_mb for measured in rounds),
+        gpu=tuple(measured.gpu for measured in rounds if measured.gpu is not None),
         samples_ns=tuple(tuple(measured.latencies_ns) for measured in rounds),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import Choice, select
+from dmformer.bundle.select import Choice, cannot_run, select
 from dmformer.data.images import load_pixels
 from dmformer.errors import StageFailed
 from dmformer.runtimes import registry
@@ -78,7 +78,7 @@ class Predictor:
         for start in range(0, len(paths), _BATCH):
             batch = paths[start : start + _BATCH]
             inputs = preprocessing.normalize(load_pixels(batch, preprocessing))
-            logits = self.runtime.run({self.manifest.inputs[0].name: inputs})[output.name]
+            logits = self.runtime.run_rows({self.manifest.inputs[0].name: inputs})[output.name]
             predictions += [self._top(path, row, top_k) for path, row in zip(batch, logits, strict=True)]
         return predictions
 
@@ -124,7 +124,7 @@ def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice
         for artifact in bundle.manifest.artifacts:
             row = registry.reader_of(artifact.format)
             fits = row is not None and precision in (None, artifact.precision)
-            if row is not None and fits and registry.adapter(row).probe().available:
+            if row is not None and fits and cannot_run(row, artifact) is None:
                 return Choice(artifact, row, bundle)
     chosen, _ = select(bundle, [runtime] if runtime else [], precisions)
     return chosen[0]

@@ -78,14 +78,16 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
                 f"the bundle has nothing for runtime {row.name}{_at(precisions)}; it has {_contents(bundle)}: "
                 f"export with --format {row.format}{wanting}"
             )
-        chosen.extend(found)
+        fit, reasons = _divide(found)
+        if not fit:
+            raise UnavailableError("; ".join(reasons))
+        chosen.extend(fit)
+        skipped.extend(reasons)
     if not wanted or any(name.lower() == "all" for name in runtimes):
         for row in registry.ENTRIES:
-            for choice in [] if row in wanted else _choices(bundle, row, precisions):
-                if reason := cannot_run(row, choice.artifact):
-                    skipped.append(f"{row.format} {choice.artifact.precision}: {reason}")
-                else:
-                    chosen.append(choice)
+            fit, reasons = _divide([] if row in wanted else _choices(bundle, row, precisions))
+            chosen.extend(fit)
+            skipped.extend(reasons)
         formats = sorted({artifact.format for artifact in bundle.manifest.artifacts})
         unknown = [name for name in formats if registry.reader_of(name) is None]
         skipped.extend(f"{name}: this version of dmformer has no runtime for it" for name in unknown)
@@ -94,6 +96,17 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
     if not chosen:
         raise UsageError(f"the bundle has nothing{_at(precisions)}; it has {_contents(bundle)}")
     return chosen, skipped
+
+
+def _divide(choices: Sequence[Choice]) -> tuple[list[Choice], list[str]]:
+    """Those that can run on this machine, and a sentence for each of the others."""
+    fit, reasons = [], []
+    for choice in choices:
+        if reason := cannot_run(choice.entry, choice.artifact):
+            reasons.append(f"{choice.artifact.format} {choice.artifact.precision}: {reason}")
+        else:
+            fit.append(choice)
+    return fit, reasons
 
 
 def _choices(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> list[Choice]:

@@ -103,9 +103,9 @@ def _show(report: BenchReport, arch: str, rounds: int, json_file: str | None) ->
                 f"p50 {present.three_digits(alone.p50)} ms, p90 {present.three_digits(alone.p90)} ms",
                 json_file,
             )
-    for when, state in zip(("before", "after"), report.gpu, strict=False):
-        said = ", ".join(f"{name} {value}" for name, value in state.items())
-        present.show(f"GPU {when}: {said}", json_file)
+            for state in row.gpu[-1:]:
+                said = ", ".join(f"{name} {value}" for name, value in state.items() if value is not None)
+                present.show(f"after it: {said}", json_file)
     if report.noise_floor is not None:
         present.show(
             f"noise floor {report.noise_floor:.1%}: {report.results[0].runtime} {report.results[0].precision} against "

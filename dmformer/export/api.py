@@ -121,6 +121,9 @@ def make_request(
         )
     check_calibrated(chosen, source.calibration)
     engine = engine or EngineOptions()
+    rows = [registry.entry_of_format(name) for name in formats if name.lower() != "all"]
+    if engine != EngineOptions() and len(rows) == len(formats) and not any(row.buildable for row in rows):
+        raise UsageError("options of an engine, and no format that is compiled; expected --format trt as well")
     chosen_formats, not_made = _formats(formats, chosen, engine)
     request = ExportRequest(
         checkpoint=source.checkpoint,

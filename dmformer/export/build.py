@@ -15,7 +15,7 @@ from dmformer.bundle.manifest import MANIFEST, Artifact, file_entry
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
-from dmformer.errors import CheckFailed, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, converter
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
@@ -65,10 +65,14 @@ def build(
     row, options = registry.entry_of_format(format_name), engine or EngineOptions()
     if row.format in (_SOURCE, "torch"):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
+    if row.buildable is None and options != EngineOptions():
+        raise UsageError(f"format {row.format} is not compiled for a target; expected no options of an engine")
     sources = _sources(opened, row, [precision.lower() for precision in precisions])
     check_convertible(row, options)
     with stage("integrity"):
-        opened.check_all()
+        for entry in opened.entries():
+            if not entry.path.startswith(f"{row.format}/"):  # what is replaced may be damaged
+                opened.check(entry)
     golden = opened.golden()
     with staged(opened.root) as folder:
         shutil.copytree(opened.root, folder, dirs_exist_ok=True)
@@ -87,6 +91,8 @@ def build(
         parity = report(checks, not_run)
         if checks and not parity.passed:
             raise CheckFailed(f"nothing was changed: {failure(parity)}")
+        if open_bundle(opened.root).manifest != opened.manifest:
+            raise StageFailed(f"{opened.root} changed while this was built, and was left alone; run it again")
         _adopt(opened, folder, built, BuildReport(artifacts=tuple(built), parity=parity), row.format)
     return BuildReport(artifacts=tuple(built), parity=parity)
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from dmformer.runtimes.registry import Entry
 
 
+_MOST_BATCH = 4096
+_MOST_WORKSPACE_MB = 1 << 20
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine is compiled, for formats that are.
@@ -57,13 +61,13 @@ class EngineOptions:
         Raises:
             UsageError: a target is none, or the bounds are not in order.
         """
-        if not 1 <= min_batch <= opt_batch <= max_batch:
+        if not 1 <= min_batch <= opt_batch <= max_batch <= _MOST_BATCH:
             raise UsageError(
                 f"batches {min_batch}, {opt_batch}, {max_batch} (least, tuned for, most); expected them in order, "
-                "from 1 up"
+                f"1 to {_MOST_BATCH}"
             )
-        if workspace_mb is not None and workspace_mb < 1:
-            raise UsageError(f"workspace {workspace_mb} MiB; expected at least 1")
+        if workspace_mb is not None and not 1 <= workspace_mb <= _MOST_WORKSPACE_MB:
+            raise UsageError(f"workspace {workspace_mb} MiB; expected 1 to {_MOST_WORKSPACE_MB}")
         capabilities = tuple(dict.fromkeys(compute_capability(target) for target in targets))
         return cls(flavour.lower(), capabilities, min_batch, opt_batch, max_batch, workspace_mb)
 

@@ -247,8 +247,12 @@ class _Export:
             row
             for row in rows
             if precision in registry.adapter(row).precisions
-            and (precision in self.request.precisions or registry.adapter(row).probe().available)
+            and (precision in self.request.precisions or self._runs_here(row))
         ]
+
+    def _runs_here(self, row: registry.Entry) -> bool:
+        """Whether a format can be timed on this machine; one that is built for named targets is for other machines."""
+        return registry.adapter(row).probe().available and not (row.buildable and self.request.engine.targets)
 
     def _form(self, model: DMFormer) -> nn.Module:
         """What is traced; a trace writes into its modules, so it never gets the network itself."""
@@ -415,6 +419,9 @@ class _Export:
         simplification: Simplification,
         calibration: Calibration | None,
     ) -> ExportResult:
+        comparing = self.request.reduced and self._runnable(artifacts)
+        if not comparing:
+            artifacts = self._keep(artifacts, self._asked_for(artifacts))
         parity = report(self.checks, self.left_out)
         failed = [check for check in parity.checks if not check.passed]
         if failed and not self.request.force:
@@ -439,8 +446,7 @@ class _Export:
             evidence=evidence,
         )
         (self.folder / MANIFEST).write_bytes(manifest.encode())
-        # What failed its checks is not timed, and may not even load.
-        if self.request.reduced and not failed and self._runnable(artifacts):
+        if comparing and not failed:  # what failed its checks is not timed, and may not even load
             manifest = self._compare_speed(manifest)
             (self.folder / MANIFEST).write_bytes(manifest.encode())
         return ExportResult(self.request.output, manifest, parity, tuple(self.broken))
@@ -464,9 +470,7 @@ class _Export:
         timed = compare_precisions(open_bundle(self.folder), self.stage)
         self._write_report(BENCH_REPORT, timed.report)
         kept = fastest(timed.artifacts) if self.request.choose_fastest else self._asked_for(timed.artifacts)
-        for artifact in timed.artifacts:
-            if artifact not in kept:
-                shutil.rmtree(self.folder / artifact.format / artifact.precision)
+        kept = self._keep(timed.artifacts, kept)
         entry = file_entry(self.folder, self.folder / BENCH_REPORT)
         latency = LatencyEvidence(noise_floor=timed.report.noise_floor, report=BENCH_REPORT)
         return msgspec.structs.replace(
@@ -475,6 +479,13 @@ class _Export:
             files=(*manifest.files, entry),
             evidence=msgspec.structs.replace(manifest.evidence, latency=latency),
         )
+
+    def _keep(self, artifacts: Sequence[Artifact], kept: Sequence[Artifact]) -> list[Artifact]:
+        """Remove the files of all others."""
+        for artifact in artifacts:
+            if artifact not in kept:
+                shutil.rmtree(self.folder / artifact.format / artifact.precision)
+        return list(kept)
 
     def _asked_for(self, artifacts: Sequence[Artifact]) -> list[Artifact]:
         asked = {(row.format, precision) for row, precision in self.request.pairs()}

@@ -31,12 +31,16 @@ class Timed:
 
 
 def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
-    """Time all artifacts at batch 1, rounds interleaved, each in processes of its own.
+    """Time all artifacts, rounds interleaved, each in processes of its own.
+
+    The batch is 1, or the least that every engine takes.
 
     Raises:
         StageFailed: an artifact could not be timed.
     """
-    report = bench(bundle, duration_s=DURATION_S, stage=stage)
+    targets = [artifact.target for artifact in bundle.manifest.artifacts if artifact.target is not None]
+    batch = max([1, *(target.min_batch for target in targets)])
+    report = bench(bundle, batches=[batch], duration_s=DURATION_S, stage=stage)
     for result in report.results:
         if result.status == "failed":
             raise StageFailed(f"timing {result.runtime} {result.precision}: {result.reason}")
@@ -46,7 +50,7 @@ def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
     return Timed(
         tuple(
             msgspec.structs.replace(artifact, speed=_speed(result, baselines[artifact.format], report))
-            if result  # an engine for another machine's GPU is not timed here
+            if result and artifact.format in baselines  # an engine for another GPU is not timed here
             else artifact
             for artifact, result in found
         ),

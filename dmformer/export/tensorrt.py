@@ -17,7 +17,7 @@ from dmformer.errors import StageFailed, UnavailableError
 from dmformer.export.formats import Converted
 from dmformer.export.tensorrt_build import KINDS, Answer, Order, known_targets
 from dmformer.runtimes import flavours
-from dmformer.runtimes.cuda import find_gpu
+from dmformer.runtimes.cuda import Gpu, find_gpu
 from dmformer.runtimes.plan import contradiction
 from dmformer.runtimes.target import Target, this_platform
 
@@ -37,21 +37,29 @@ def check_buildable(options: EngineOptions) -> None:
         UnavailableError: the flavour is not installed, it needs a GPU or a target, or has no such target.
         UsageError: no such flavour.
     """
+    _aim(options)
+
+
+def _aim(options: EngineOptions) -> tuple[tuple[str, ...], Gpu | None]:
+    """The compute capabilities to build for, and the GPU of this machine where it is the one that is built for."""
     flavour, engine = flavours.load(_flavour(options))
-    if options.targets and flavour.name == "rtx":
-        known_targets(engine, flavour, options.targets)
-        return
-    if options.targets:
+    if options.targets and flavour.name != "rtx":
         raise UnavailableError(
             f"{flavour.said} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
         )
-    try:
-        find_gpu()
-    except UnavailableError as error:
-        ahead = "name the GPU to build for, for instance --target sm89"
-        if flavour.name != "rtx":
-            ahead = "build on the device itself (dmformer build), or use --flavour rtx with --target sm89"
-        raise UnavailableError(f"{flavour.said} builds for the GPU of its machine: {error}; {ahead}") from error
+    gpu = None
+    if not options.targets:
+        try:
+            gpu = find_gpu()
+        except UnavailableError as error:
+            ahead = "name the GPU to build for, for instance --target sm89"
+            if flavour.name != "rtx":
+                ahead = "build on the device itself (dmformer build), or use --flavour rtx with --target sm89"
+            raise UnavailableError(f"{flavour.said} builds for the GPU of its machine: {error}; {ahead}") from error
+    targets = (gpu.compute_capability,) if gpu else options.targets
+    if flavour.name == "rtx":
+        known_targets(engine, flavour, targets)
+    return targets, gpu
 
 
 def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
@@ -65,10 +73,10 @@ def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
         UsageError: no such flavour.
     """
     options = source.engine
-    check_buildable(options)
+    targets, gpu = _aim(options)
     plan, cache = folder / PLAN, folder / TIMING_CACHE
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
-        answer = _built(source, options, plan, cache, Path(scratch) / "answer.json")
+        answer = _built(source, targets, plan, cache, Path(scratch) / "answer.json")
     if answer.error is not None:
         raise KINDS[answer.kind](answer.error)
     assert answer.flavour is not None
@@ -76,9 +84,9 @@ def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
     target = Target(
         flavour=answer.flavour,
         version=answer.version,
-        compute_capabilities=answer.compute_capabilities,
+        compute_capabilities=targets,
         platform=this_platform(),
-        gpu=answer.gpu,
+        gpu=gpu.name if gpu else None,
         min_batch=options.min_batch,
         opt_batch=options.opt_batch,
         max_batch=options.max_batch,
@@ -89,6 +97,8 @@ def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
     if wrong := contradiction(plan, target):
         raise StageFailed(f"the engine that was built is not what was asked for: {wrong}")
     package = "tensorrt" if target.flavour == "tensorrt" else "tensorrt-rtx"
+    if target.flavour == "rtx":
+        cache.unlink(missing_ok=True)  # of another flavour's build
     files = (plan, cache) if cache.exists() else (plan,)
     return Converted(files, {package: target.version}, target)
 
@@ -98,7 +108,8 @@ def _flavour(options: EngineOptions) -> str:
     return "rtx" if options.targets and options.flavour == flavours.AUTO else options.flavour
 
 
-def _built(source: ConversionSource, options: EngineOptions, plan: Path, cache: Path, answer: Path) -> Answer:
+def _built(source: ConversionSource, targets: tuple[str, ...], plan: Path, cache: Path, answer: Path) -> Answer:
+    options = source.engine
     reading, writing = os.pipe()
     with os.fdopen(reading, encoding="utf-8", errors="replace") as progress:
         try:
@@ -111,7 +122,7 @@ def _built(source: ConversionSource, options: EngineOptions, plan: Path, cache: 
             timing_cache=str(cache.absolute()),
             answer=str(answer),
             flavour=_flavour(options),
-            targets=options.targets,
+            targets=targets,
             min_batch=options.min_batch,
             opt_batch=options.opt_batch,
             max_batch=options.max_batch,
@@ -124,7 +135,8 @@ def _built(source: ConversionSource, options: EngineOptions, plan: Path, cache: 
             try:
                 child.work(msgspec.json.encode(order), _LIMIT_S)
             except StageFailed as error:
-                raise StageFailed(f"building a TensorRT engine at {source.precision}: {error}") from error
+                hint = "; it usually is memory: bound it with --workspace" if "SIGKILL" in str(error) else ""
+                raise StageFailed(f"building a TensorRT engine at {source.precision}: {error}{hint}") from error
         watcher.join()  # the pipe ends with the process
     return msgspec.json.decode(answer.read_bytes(), type=Answer)
 

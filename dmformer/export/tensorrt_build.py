@@ -14,9 +14,8 @@ from typing import Any, Literal, TextIO
 
 import msgspec
 
-from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError
+from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError, first_line
 from dmformer.runtimes import flavours
-from dmformer.runtimes.cuda import find_gpu
 from dmformer.runtimes.flavours import Flavour, Log
 
 
@@ -37,12 +36,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was built, or the line that says why nothing was, and the kind of failure."""
+    """Who built it and in how many seconds, or the line that says why nothing was, and the kind of failure."""
 
     flavour: Literal["tensorrt", "rtx"] | None = None
     version: str | None = None
-    compute_capabilities: tuple[str, ...] = ()
-    gpu: str | None = None
     build_s: float = 0.0
     error: str | None = None
     kind: Literal["stage", "unavailable", "usage"] = "stage"
@@ -71,7 +68,8 @@ def build(order: Order, progress: TextIO) -> Answer:
         config.set_memory_pool_limit(engine.MemoryPoolType.WORKSPACE, order.workspace_mb << 20)
     config.progress_monitor = monitor(engine, progress)
     add_profile(builder, config, network, order)
-    capabilities, gpu = aim(engine, config, flavour, order.targets)
+    if flavour.name == "rtx":
+        aim(engine, config, flavour, order.targets)
     cache = use_timing_cache(config, Path(order.timing_cache)) if flavour.name == "tensorrt" else None
     begun = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
@@ -80,12 +78,10 @@ def build(order: Order, progress: TextIO) -> Answer:
         raise StageFailed(f"{flavour.said} built nothing: {explained(log.last)}")
     Path(order.plan).write_bytes(memoryview(plan))
     if cache is not None:
-        Path(order.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+        Path(order.timing_cache).write_bytes(memoryview(cache.serialize()))
     return Answer(
         flavour="rtx" if flavour.name == "rtx" else "tensorrt",
         version=engine.__version__,
-        compute_capabilities=capabilities,
-        gpu=gpu,
         build_s=taken,
     )
 
@@ -130,20 +126,12 @@ def add_profile(builder: Any, config: Any, network: Any, order: Order) -> None:
     config.add_optimization_profile(profile)
 
 
-def aim(engine: Any, config: Any, flavour: Flavour, targets: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-    """Set the GPUs to build for: those named ahead of time, or the one of this machine."""
-    if not targets:
-        gpu = find_gpu()
-        return (gpu.compute_capability,), gpu.name
-    if flavour.name != "rtx":
-        raise UnavailableError(
-            f"{flavour.said} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
-        )
+def aim(engine: Any, config: Any, flavour: Flavour, targets: tuple[str, ...]) -> None:
+    """Set the GPUs that TensorRT-RTX builds for; without, it would build for nearly all."""
     known = known_targets(engine, flavour, targets)
     config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
         config.set_compute_capability(known[target], index)
-    return targets, None
 
 
 def known_targets(engine: Any, flavour: Flavour, wanted: tuple[str, ...]) -> dict[str, Any]:
@@ -168,10 +156,12 @@ def known_targets(engine: Any, flavour: Flavour, wanted: tuple[str, ...]) -> dic
 
 
 def use_timing_cache(config: Any, path: Path) -> Any:
-    """The timing cache of an earlier build, or an empty one."""
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+    """The timing cache of an earlier build, or an empty one: a cache of another GPU or version is refused."""
+    for content in (path.read_bytes() if path.exists() else b"", b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
 
 
 def monitor(engine: Any, progress: TextIO) -> Any:
@@ -212,6 +202,8 @@ def main() -> None:
         except DMFormerError as error:
             kind = next(name for name, kind in KINDS.items() if isinstance(error, kind))
             answer = msgspec.convert({"error": str(error), "kind": kind}, Answer)
+        except Exception as error:  # noqa: BLE001 - whatever native code raises becomes one line
+            answer = Answer(error=f"{type(error).__name__}: {first_line(error)}")
     Path(order.answer).write_bytes(msgspec.json.encode(answer))
 
 

@@ -8,6 +8,7 @@ where it cannot have what was asked, entering raises.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -181,6 +182,18 @@ class Runtime(ABC):
         with self._engine_errors("running"):
             return self.infer(inputs)
 
+    def run_rows(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """:meth:`run` for any number of rows, in as few batches as the artifact takes; the last is filled up."""
+        least, most = self.batches
+        count = len(next(iter(inputs.values())))
+        size = min(max(count, least), most or count)
+        parts: dict[str, list[NDArray[Any]]] = {}
+        for start in range(0, count, size):
+            rows = np.arange(start, start + size) % count
+            for name, array in self.run({name: array[rows] for name, array in inputs.items()}).items():
+                parts.setdefault(name, []).append(array)
+        return {name: np.concatenate(arrays)[:count] for name, arrays in parts.items()}
+
     def __enter__(self) -> Self:
         if self.precision not in self.precisions:
             raise StageFailed(
@@ -190,7 +203,8 @@ class Runtime(ABC):
             with self._engine_errors("loading"):
                 self.load()
         except BaseException:
-            self.close()
+            with suppress(Exception):  # what failed first is what is told
+                self.close()
             raise
         self._open = True
         return self
@@ -199,7 +213,11 @@ class Runtime(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._open = False
-        self.close()
+        if kind is None:
+            self.close()
+            return
+        with suppress(Exception):
+            self.close()
 
     def _check(self, inputs: Arrays) -> None:
         expected = {spec.name: spec for spec in self.inputs}

@@ -57,10 +57,25 @@ def find_gpu() -> Gpu:
     except Exception as error:
         raise UnavailableError(f"no NVIDIA GPU: {first_line(error)}") from error
     if code != cuda.cudaError_t.cudaSuccess or count == 0:
-        raise UnavailableError(f"no NVIDIA GPU with a driver here ({code.name})")
-    properties = checked(cuda, "cudaGetDeviceProperties", cuda.cudaGetDeviceProperties(0))
+        raise UnavailableError(_why_no_gpu(cuda, code.name))
+    try:
+        properties = checked(cuda, "cudaGetDeviceProperties", cuda.cudaGetDeviceProperties(0))
+    except StageFailed as error:
+        raise UnavailableError(f"the NVIDIA GPU does not answer: {error}") from error
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
     return Gpu(name.rstrip("\0"), f"{properties.major}.{properties.minor}")
+
+
+def _why_no_gpu(cuda: Any, code: str) -> str:
+    """No driver, or one that is older than the bindings."""
+    _, driver = cuda.cudaDriverGetVersion()  # like 12060; 0 where there is none
+    _, bound = cuda.cudaRuntimeGetVersion()
+    if driver and driver // 1000 < bound // 1000:
+        return (
+            f"the NVIDIA driver is for CUDA {driver // 1000}, and cuda-bindings for {bound // 1000}; "
+            f"run: pip install 'cuda-bindings<{driver // 1000 + 1}'"
+        )
+    return f"no NVIDIA GPU with a driver here ({code})"
 
 
 def checked(cuda: Any, call: str, result: Any) -> Any:

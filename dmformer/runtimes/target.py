@@ -10,6 +10,8 @@ from msgspec import Meta, Struct
 
 from dmformer.errors import UsageError
 
+ComputeCapability = Annotated[str, Meta(pattern=r"^[0-9]{1,2}\.[0-9]$")]
+
 
 class Target(Struct, frozen=True, kw_only=True):
     """Where an engine runs, and how it was built.
@@ -30,7 +32,7 @@ class Target(Struct, frozen=True, kw_only=True):
 
     flavour: Literal["tensorrt", "rtx"]
     version: str
-    compute_capabilities: Annotated[tuple[str, ...], Meta(min_length=1)]
+    compute_capabilities: Annotated[tuple[ComputeCapability, ...], Meta(min_length=1)]
     platform: str
     gpu: str | None
     min_batch: Annotated[int, Meta(ge=1)]
@@ -39,6 +41,12 @@ class Target(Struct, frozen=True, kw_only=True):
     workspace_mb: int | None
     build_s: float
     onnx_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+    def __post_init__(self) -> None:
+        if not self.min_batch <= self.opt_batch <= self.max_batch:
+            raise UsageError(
+                f"batches {self.min_batch}, {self.opt_batch}, {self.max_batch} in the manifest; expected order"
+            )
 
 
 def this_platform() -> str:

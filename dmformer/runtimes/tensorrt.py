@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -100,7 +100,7 @@ class TensorRtRuntime(Runtime):
         self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
             raise StageFailed(f"the engine was not loaded: {self._log.last}")
-        self._context = self._engine.create_execution_context()
+        self._context = self._new_context()
         if self._context is None:
             raise StageFailed(f"no execution context: {self._log.last}")
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -115,17 +115,20 @@ class TensorRtRuntime(Runtime):
         self._before, self._after = self._cuda.event(), self._cuda.event()
 
     def close(self) -> None:
-        """Free graph, context, engine and runtime in this order, then all memory."""
-        try:
-            self._drop_graph()
-        finally:
-            self._context = None
-            self._engine = None
-            self._runtime = None
-            self._device_ns = None
-            if self._open_things is not None:
-                self._open_things.close()
-                self._open_things = None
+        """Wait for what is under way, free graph, context, engine and runtime in this order, then all memory."""
+        open_things, self._open_things = self._open_things, None
+        if open_things is None:
+            return
+        with open_things:
+            try:
+                with suppress(StageFailed):  # after an error every call fails; all must be freed all the same
+                    self._cuda.wait()
+                self._drop_graph()
+            finally:
+                self._context = None
+                self._engine = None
+                self._runtime = None
+                self._device_ns = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -161,28 +164,28 @@ class TensorRtRuntime(Runtime):
         least, most = self.target.min_batch, self.target.max_batch
         if not least <= len(array) <= most:
             raise UsageError(f"batch {len(array)}; the engine was built for {least} to {most}")
-        fresh = self._captured is None or self._captured.shape != array.shape
-        if fresh:
+        captured = self._captured
+        if captured is None or captured.shape != array.shape:
             self._drop_graph()
+            captured = _Captured(array.shape, None)
             if not self._context.set_input_shape(name, array.shape):
                 raise StageFailed(f"the engine refused shape {array.shape}: {self._log.last}")
-            self._captured = _Captured(array.shape, None)
         np.copyto(self._buffers[name].view(array.shape, array.dtype), array)
         self._cuda.copy_in(self._buffers[name], array.nbytes)
-        assert self._captured is not None
-        if not fresh and self._captured.graph is None:
-            self._captured.graph = self._record()
+        if captured is self._captured and captured.graph is None:  # this shape has run before
+            captured.graph = self._record()
         self._cuda.record(self._before)
-        if self._captured.graph is None:
+        if captured.graph is None:
             self._execute()
         else:
-            self._cuda.call("cudaGraphLaunch", self._captured.graph, self._cuda.stream)
+            self._cuda.call("cudaGraphLaunch", captured.graph, self._cuda.stream)
         self._cuda.record(self._after)
         shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self._outputs}
         for spec in self._outputs:
             size = math.prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize
             self._cuda.copy_out(self._buffers[spec.name], size)
         self._cuda.wait()
+        self._captured = captured
         self._device_ns = self._cuda.between(self._before, self._after)
         return {
             spec.name: self._buffers[spec.name].view(shapes[spec.name], spec.dtype).copy() for spec in self._outputs
@@ -192,14 +195,29 @@ class TensorRtRuntime(Runtime):
         if not self._context.execute_async_v3(int(self._cuda.stream)):
             raise StageFailed(f"the engine did not run: {self._log.last}")
 
+    def _new_context(self) -> Any:
+        """An execution context; TensorRT-RTX is told to finish compiling a shape before it runs it.
+
+        Its default compiles in the background and runs other kernels meanwhile, which a graph would keep for good.
+        """
+        strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return self._engine.create_execution_context(config)
+
     def _record(self) -> Any:
         """A CUDA graph of one inference at the shape that is set."""
         mode = self._cuda.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._cuda.call("cudaStreamBeginCapture", self._cuda.stream, mode)
         try:
             self._execute()
-        finally:
-            graph = self._cuda.call("cudaStreamEndCapture", self._cuda.stream)
+        except BaseException:
+            with suppress(StageFailed):  # a capture that failed may leave no graph
+                self._cuda.call("cudaGraphDestroy", self._cuda.call("cudaStreamEndCapture", self._cuda.stream))
+            raise
+        graph = self._cuda.call("cudaStreamEndCapture", self._cuda.stream)
         try:
             return self._cuda.call("cudaGraphInstantiate", graph, 0)
         finally:
@@ -228,7 +246,7 @@ def layers_told(told: str) -> dict[str, int]:
     first input.
     """
     found: Counter[str] = Counter()
-    for layer in json.loads(told).get("Layers", []):
+    for layer in json.loads(told, strict=False).get("Layers", []):
         if not isinstance(layer, dict) or not layer.get("Inputs"):
             continue
         first = layer["Inputs"][0]

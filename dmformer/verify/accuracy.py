@@ -35,17 +35,10 @@ def logits_of(runtime: Runtime, images: ImageSet, advance: Callable[[], object])
         UnavailableError: the runtime cannot run on this machine.
         UsageError: an image cannot be read.
     """
-    least, most = runtime.batches
 
     def answer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """In batches that the artifact takes, the last filled up from the start."""
-        count = len(batch)
-        size = min(max(count, least), most or count)
-        found = []
-        for start in range(0, count, size):
-            (logits,) = runtime.run({name: batch[np.arange(start, start + size) % count]}).values()
-            found.append(logits)
-        return np.concatenate(found)[:count]
+        (logits,) = runtime.run_rows({name: batch}).values()
+        return logits
 
     with runtime:
         (name,) = (spec.name for spec in runtime.inputs)
