@@ -24,6 +24,7 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.manifest import decode_manifest, hash_file
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import pipeline
+from dmformer.export.request import planned_artifacts
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.verify.compare import Comparison
@@ -243,7 +244,7 @@ def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     from dmformer.export.api import make_request
 
     request = make_request(formats=["onnx", "ov"], output=tmp_path / "b")
-    assert pipeline.planned_artifacts(request) == [
+    assert planned_artifacts(request) == [
         "manifest.json",
         "golden.npz",
         "onnx/fp32/",

@@ -12,6 +12,7 @@ from dmformer.bundle.golden import load_golden
 from dmformer.errors import UsageError
 from dmformer.export import pipeline
 from dmformer.export.api import make_request
+from dmformer.export.request import planned_artifacts
 from tests.bundles import one_line
 from tests.conftest import timed_as
 from tests.precisions import simulated
@@ -55,13 +56,13 @@ def test_a_request_that_cannot_be_met_is_refused(arguments: dict[str, Any], mess
     ],
 )
 def test_a_format_is_made_in_each_precision_that_it_takes(arguments: dict[str, Any], artifacts: list[str]) -> None:
-    planned = pipeline.planned_artifacts(make_request(**arguments))
+    planned = planned_artifacts(make_request(**arguments))
     assert [name for name in planned if name.endswith("/")] == artifacts
     assert planned[-1] == "reports/bench.json"
 
 
 def test_float32_alone_is_not_timed() -> None:
-    assert pipeline.planned_artifacts(make_request())[-1] == "reports/parity.json"
+    assert planned_artifacts(make_request())[-1] == "reports/parity.json"
 
 
 def test_auto_keeps_the_fastest_of_each_format(

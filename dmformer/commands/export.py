@@ -13,7 +13,8 @@ from dmformer.commands import _present as present
 from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportRequest, ExportResult
+    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.request import ExportRequest
 
 
 def export(
@@ -103,8 +104,8 @@ def export(
     from dmformer.bundle.writer import check_destination
     from dmformer.export.api import make_request
     from dmformer.export.formats import EngineOptions
-    from dmformer.export.pipeline import check_possible
     from dmformer.export.pipeline import export as run_export
+    from dmformer.export.request import check_possible
 
     check_destination(output)
     request = make_request(
@@ -173,7 +174,7 @@ def _say_source(request: ExportRequest) -> None:
 
 
 def _show_plan(request: ExportRequest) -> None:
-    from dmformer.export.pipeline import planned_artifacts
+    from dmformer.export.request import planned_artifacts
 
     size = request.checkpoint.preprocessing.image_size
     present.say(f"{request.checkpoint.arch}, {request.checkpoint.config.num_classes} classes, {size}x{size} pixels")

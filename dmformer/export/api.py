@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from dmformer.bundle.locate import DEFAULT_BUNDLE
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import EngineOptions, check_convertible
-from dmformer.export.pipeline import ExportRequest, ExportResult
+from dmformer.export.pipeline import ExportResult
 from dmformer.export.pipeline import export as run_export
 from dmformer.export.precision import PRECISIONS, check_calibrated
+from dmformer.export.request import ExportRequest
 from dmformer.export.source import find_source
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry

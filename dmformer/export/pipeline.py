@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import filecmp
-import importlib.util
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from dmformer._optional import require
 from dmformer.bundle.manifest import (
     GOLDEN,
     MANIFEST,
@@ -28,18 +26,17 @@ from dmformer.bundle.manifest import (
 )
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import cannot_run
-from dmformer.bundle.writer import check_destination, staged
-from dmformer.data.labelled import ImageSet
-from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
+from dmformer.bundle.writer import staged
+from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export import onnx_file
 from dmformer.export.describe import describe_export
-from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, converter, versions
+from dmformer.export.formats import ConversionSource, converter, versions
 from dmformer.export.literal import literal_answers
 from dmformer.export.precision import Calibration, Made, PrecisionSource, make
+from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, check_possible
 from dmformer.export.simplify import Simplifier
 from dmformer.export.speed import compare_precisions, fastest
 from dmformer.export.torch_onnx import onnx_metadata, trace
-from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
@@ -68,69 +65,7 @@ if TYPE_CHECKING:
     from dmformer.models.dmformer import DMFormer
     from dmformer.runtimes.base import Runtime
 
-PARITY_REPORT = "reports/parity.json"
-BENCH_REPORT = "reports/bench.json"
-
 _MOST_CALIBRATION = 512
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What to export.
-
-    Attributes:
-        checkpoint: weights, configuration and preprocessing.
-        weights: where they came from; ``random`` is marked in the manifest.
-        seed: of random weights.
-        formats: canonical names of the formats to make.
-        precisions: canonical names of the precisions to make each format in.
-        choose_fastest: keep only the fastest precision of each format.
-        calibration: images that stand for what the device will see.
-        max_points_lost: accuracy budget of a reduced precision against PyTorch, in percentage points.
-        output: the bundle's folder.
-        images: real images for the golden set; noise fills it up.
-        deploy_form: fold everything linear before tracing (:mod:`dmformer.models.deploy`).
-        force: write the bundle although a parity check failed.
-        engine: how formats that are compiled are compiled.
-        not_made: a sentence for each format that ``all`` had to leave out.
-    """
-
-    checkpoint: Checkpoint
-    weights: Literal["checkpoint", "demonstration", "random"]
-    formats: tuple[str, ...]
-    output: Path
-    precisions: tuple[str, ...] = ("fp32",)
-    choose_fastest: bool = False
-    calibration: ImageSet | None = None
-    max_points_lost: float = 0.5
-    seed: int | None = None
-    images: tuple[Path, ...] = ()
-    deploy_form: bool = True
-    force: bool = False
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    not_made: tuple[str, ...] = ()
-
-    @property
-    def reduced(self) -> bool:
-        """Whether anything but float32 is asked for; it is then compared with float32."""
-        return self.precisions != ("fp32",)
-
-    def pairs(self) -> list[tuple[registry.Entry, str]]:
-        """The artifacts asked for: each format's row with each precision that its runtime takes.
-
-        Raises:
-            UsageError: a format takes none of the precisions.
-        """
-        found = []
-        for row in map(registry.entry_of_format, self.formats):
-            taken = registry.adapter(row).precisions
-            if not set(taken) & set(self.precisions):
-                raise UsageError(
-                    f"format {row.format} at {', '.join(self.precisions)}; expected {', '.join(taken)}: "
-                    f"leave --format {row.format} out, or add --precision {taken[0]}"
-                )
-            found += [(row, precision) for precision in self.precisions if precision in taken]
-        return found
 
 
 @dataclass(frozen=True)
@@ -141,30 +76,6 @@ class ExportResult:
     manifest: Manifest
     parity: ParityReport
     broken: tuple[str, ...] = ()
-
-
-def planned_artifacts(request: ExportRequest) -> list[str]:
-    """Paths of what an export would write, relative to the bundle; nothing is run."""
-    artifacts = [f"{row.format}/{precision}/" for row, precision in request.pairs()]
-    return [MANIFEST, GOLDEN, *artifacts, PARITY_REPORT, *([BENCH_REPORT] if request.reduced else [])]
-
-
-def check_possible(request: ExportRequest) -> None:
-    """Make sure that everything that the export needs is there; nothing is run.
-
-    Raises:
-        UnavailableError: a package that the export or a format needs is not installed.
-        UsageError: the output folder cannot be used, or a format takes none of the precisions.
-    """
-    check_destination(request.output)
-    require("onnx", extra="export", purpose="export to ONNX")
-    if importlib.util.find_spec("onnxsim") is None:  # only its own process imports it
-        raise UnavailableError("simplification needs 'onnxsim', not installed; run: pip install 'dmformer[export]'")
-    registry.available_adapter(registry.entry("onnxruntime"))  # it checks the ONNX stages of every export
-    for row in dict.fromkeys(row for row, _ in request.pairs()):
-        check_convertible(row, request.engine)
-        if request.choose_fastest:  # needs timing, and so the runtime
-            registry.available_adapter(row)
 
 
 def export(request: ExportRequest, stage: Stage = silent) -> ExportResult:
