@@ -6,16 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 import dmformer
+from dmformer.assets import DEMONSTRATION_CHECKPOINT
+from dmformer.bundle.golden import load_golden
 from dmformer.errors import UnavailableError
 from dmformer.export.formats import EngineOptions
 from dmformer.machine import gpu_state
+from dmformer.models.checkpoint import load_checkpoint
 from dmformer.runtimes import cuda
 from dmformer.runtimes.tensorrt import TensorRtRuntime
+from dmformer.verify.compare import float32_limit
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from dmformer.export.pipeline import ExportResult
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +81,19 @@ def test_the_state_is_known() -> None:
     state = gpu_state()
     assert state is not None
     assert state["temperature_c"] > 0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_pytorch_on_cuda_answers_as_on_the_cpu(exported: ExportResult) -> None:
+    """Where there is a GPU and no TensorRT, the network itself is compared all the same, within the limit of float32."""
+    if not torch.cuda.is_available():
+        pytest.skip("this build of PyTorch has no CUDA")
+    golden = load_golden(exported.output / "golden.npz")
+    model = load_checkpoint(DEMONSTRATION_CHECKPOINT).model().cuda()
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
+        answers = model(torch.from_numpy(golden.inputs).cuda()).cpu().numpy()
+    limit = float32_limit(golden.outputs, golden.outputs_float64)["logits"]
+    assert np.abs(answers - golden.outputs["logits"]).max() <= limit.max_abs
 
 
 @pytest.mark.slow
