@@ -85,7 +85,7 @@ def test_the_state_is_known() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_pytorch_on_cuda_answers_as_on_the_cpu(exported: ExportResult) -> None:
-    """Where there is a GPU and no TensorRT, the network itself is compared all the same, within the limit of float32."""
+    """Where there is a GPU and no TensorRT the network itself is compared, within the limit of float32."""
     if not torch.cuda.is_available():
         pytest.skip("this build of PyTorch has no CUDA")
     golden = load_golden(exported.output / "golden.npz")
