@@ -130,9 +130,9 @@ def test_force_never_writes_a_bundle_without_artifacts(
 @pytest.mark.slow
 def test_a_whole_export_with_the_images_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.2)
-    result = dmformer.export(formats=["all"], precisions=["fp32", "fp16", "int8"], output=tmp_path / "b")
+    result = dmformer.export(formats=["openvino"], precisions=["int8"], output=tmp_path / "b")
     assert result.parity.passed
-    assert len(result.manifest.artifacts) == 7
+    assert [(made.format, made.precision) for made in result.manifest.artifacts] == [("openvino", "int8")]
     assert all(made.speed is not None for made in result.manifest.artifacts)
     evidence = result.manifest.evidence
     assert evidence.accuracy is not None

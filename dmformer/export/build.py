@@ -19,7 +19,7 @@ from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, converter
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.parity import Check, ParityReport, ask, check_answers, check_layers, failure, report
+from dmformer.verify.parity import Check, ParityReport, ask, check_answers, check_layers, check_rows, failure, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +137,7 @@ def _make(row: registry.Entry, source: Artifact, options: EngineOptions, folder:
 def _verified(row: registry.Entry, artifact: Artifact, folder: Path, golden: Golden) -> tuple[Artifact, list[Check]]:
     adapter, precision = registry.available_adapter(row), artifact.precision
     answers = ask(adapter(folder / artifact.files[0].path, precision=precision, target=artifact.target), golden)
-    checks = check_answers("runtime", answers, golden)
+    checks = [*check_answers("runtime", answers, golden), *check_rows(answers, golden)]
     checks.append(check_layers(answers, artifact.promised_share, adapter.cannot_compute(precision)))
     return msgspec.structs.replace(artifact, layers=answers.layers), checks
 

@@ -50,6 +50,7 @@ from dmformer.verify.parity import (
     check_accuracy,
     check_answers,
     check_layers,
+    check_rows,
     failure,
     report,
 )
@@ -312,6 +313,7 @@ class _Export:
         with self.stage(f"verify {artifact.format if artifact else 'the ONNX at'} {precision} in {row.name}"):
             answers = self._known_answers(row.name, files) or ask(runtime(), golden)
             checks = check_answers("runtime" if artifact else "onnx", answers, golden)
+            checks.extend(check_rows(answers, golden))
         if calibration is None or not answers.layers:
             return checks, answers, None, None
         images = calibration.images

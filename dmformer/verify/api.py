@@ -19,6 +19,7 @@ from dmformer.verify.parity import (
     check_answers,
     check_layers,
     check_preprocessing,
+    check_rows,
     report,
 )
 
@@ -85,6 +86,7 @@ def verify(
             expected = reference if precision == "fp32" else golden
             answers = ask(runtime, expected)
             checks.extend(check_answers("runtime", answers, expected))
+            checks.extend(check_rows(answers, expected))
             checks.append(check_layers(answers, choice.artifact.promised_share, runtime.cannot_compute(precision)))
     return report(checks, skipped)
 
