@@ -130,6 +130,7 @@ def test_force_never_writes_a_bundle_without_artifacts(
 @pytest.mark.slow
 def test_a_whole_export_with_the_images_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.2)
+    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
     result = dmformer.export(formats=["openvino"], precisions=["int8"], output=tmp_path / "b")
     assert result.parity.passed
     assert [(made.format, made.precision) for made in result.manifest.artifacts] == [("openvino", "int8")]
