@@ -175,13 +175,9 @@ def golden(checkpoint: Checkpoint) -> Golden:
 @pytest.fixture(scope="session")
 def calibration(checkpoint: Checkpoint, few_images: Path) -> Calibration:
     from dmformer.data.labelled import image_set
-    from dmformer.export.precision import Calibration
-    from dmformer.verify.accuracy import score
-    from dmformer.verify.reference import torch_logits
+    from tests.precisions import calibration_of
 
-    images = image_set(few_images, checkpoint.preprocessing, checkpoint.classes, 10)
-    logits = torch_logits(checkpoint.model(), images, lambda: None)
-    return Calibration(images, logits, score(logits, images.labels, logits))
+    return calibration_of(checkpoint, image_set(few_images, checkpoint.preprocessing, checkpoint.classes, 10))
 
 
 @pytest.fixture

@@ -376,12 +376,14 @@ class TensorRt:
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         def deserialize(data: bytes) -> Engine | None:
             self._device.loaded += 1
+            why = "no plan of the double"
             if data.startswith(MAGIC):
                 try:
                     return Engine(self._device, data.removeprefix(MAGIC))
-                except Exception:  # noqa: BLE001 - as the real one: a message, and nothing
-                    pass
-            logger.log(ILogger.ERROR, "Serialization assertion failed:\n version tag does not match.")
+                except Exception as error:  # noqa: BLE001 - as the real one: a message, and nothing
+                    why = str(error)
+            told = f"Serialization assertion failed:\n version tag does not match. {why}"
+            logger.log(ILogger.ERROR, told)
             return None
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)

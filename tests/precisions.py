@@ -17,7 +17,8 @@ from dmformer.export.precision import Calibration, PrecisionSource
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
-from dmformer.verify.reference import golden_pixels, make_golden
+from dmformer.verify.accuracy import score
+from dmformer.verify.reference import golden_pixels, make_golden, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dmformer.bundle.golden import Golden
+    from dmformer.data.labelled import ImageSet
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.verify.parity import ParityReport
 
@@ -35,6 +37,11 @@ ATTENTION = "stages.2.blocks.0.dma"
 def golden_of(checkpoint: Checkpoint) -> Golden:
     pixels = golden_pixels(checkpoint.preprocessing, list_images(SAMPLE_IMAGES))
     return make_golden(checkpoint.model(), checkpoint.preprocessing, pixels)
+
+
+def calibration_of(checkpoint: Checkpoint, images: ImageSet) -> Calibration:
+    logits = torch_logits(checkpoint.model(), images, lambda: None)
+    return Calibration(images, logits, score(logits, images.labels, logits))
 
 
 def source_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from dmformer.runtimes import registry
 from dmformer.runtimes.layers import describe, is_compute, precision_of, shortfall
+from tests.precisions import calibration_of, source_of
 from tests.test_runtimes import every_runtime, usable
 
 if TYPE_CHECKING:
@@ -70,30 +72,14 @@ class Artifacts:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    from dmformer.export.precision import Calibration, PrecisionSource
     from dmformer.export.source import find_source
-    from dmformer.export.torch_onnx import trace
-    from dmformer.models.deploy import deploy
-    from dmformer.progress import silent
-    from dmformer.verify.accuracy import score
-    from dmformer.verify.reference import torch_logits
 
     found = find_source(None, None, {}, None, None, None, 0)
-    checkpoint, model = found.checkpoint, found.checkpoint.model()
     assert found.calibration is not None
     images = found.calibration.spread(40)
-    logits = torch_logits(model, images, lambda: None)
-    scratch = tmp_path_factory.mktemp("precisions")
-    trace(checkpoint, deploy(model, checkpoint.preprocessing.image_size), scratch / "fp32.onnx")
-    source = PrecisionSource(
-        onnx=scratch / "fp32.onnx",
-        inputs=next(images.batches(8)),
-        calibration=Calibration(images, logits, score(logits, images.labels, logits)),
-        max_points_lost=100.0,
-        scratch=scratch,
-        stage=silent,
-    )
-    return Artifacts(checkpoint, source)
+    calibration, inputs = calibration_of(found.checkpoint, images), next(images.batches(8))
+    source = source_of(found.checkpoint, tmp_path_factory.mktemp("precisions"), inputs, calibration)
+    return Artifacts(found.checkpoint, replace(source, max_points_lost=100.0))
 
 
 def answer(runtime: Runtime, inputs: NDArray[np.float32]) -> NDArray[Any]:

@@ -24,6 +24,7 @@ from dmformer.runtimes.cuda import Gpu, find_gpu
 from dmformer.runtimes.target import compute_capability, this_platform
 from tests import gpu_double
 from tests.bundles import one_line
+from tests.precisions import calibration_of, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,30 +95,15 @@ def test_dmformer_s_builds_and_its_weights_have_their_precision(small: dict[str,
 def small(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> dict[str, Path]:
     """DMFormer-S with lively weights, at 64 pixels to save time, at every precision, as an export makes it."""
     from dmformer.data.labelled import image_set
-    from dmformer.export.precision import Calibration, PrecisionSource, make
+    from dmformer.export.precision import make
     from dmformer.export.source import random_checkpoint
-    from dmformer.export.torch_onnx import trace
-    from dmformer.models.deploy import deploy
-    from dmformer.progress import silent
-    from dmformer.verify.accuracy import score
-    from dmformer.verify.reference import torch_logits
 
-    folder = tmp_path_factory.mktemp("dmformer_s")
     checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, 64, seed=1)
-    model = checkpoint.model()
-    trace(checkpoint, deploy(model, 64), folder / "traced.onnx")
     images = image_set(few_images, checkpoint.preprocessing, [], 10).spread(10)
-    logits = torch_logits(model, images, lambda: None)
-    source = PrecisionSource(
-        onnx=folder / "traced.onnx",
-        inputs=next(images.batches(2)),
-        calibration=Calibration(images, logits, score(logits, images.labels, logits)),
-        max_points_lost=100.0,
-        scratch=folder,
-        stage=silent,
-    )
+    calibration, inputs = calibration_of(checkpoint, images), next(images.batches(2))
+    source = source_of(checkpoint, tmp_path_factory.mktemp("dmformer_s"), inputs, calibration)
     found = {precision: make(precision, source).onnx for precision in ("fp32", "fp16")}
-    quantizer = int8._Quantizer(source, source.calibration)  # all blocks: their sensitivity would take a minute
+    quantizer = int8._Quantizer(source, calibration)  # all blocks: their sensitivity would take a minute
     found["int8"] = quantizer.quantize([name for names in quantizer.blocks.values() for name in names], "all")
     return found
 

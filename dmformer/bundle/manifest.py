@@ -235,7 +235,12 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     def encode(self) -> bytes:
         """As indented JSON."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return indented_json(self)
+
+
+def indented_json(content: Any) -> bytes:
+    """How every JSON file and report is written."""
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:

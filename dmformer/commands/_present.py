@@ -107,9 +107,9 @@ def write_json(report: Any, target: str | None) -> None:
     """Write a report as indented JSON to a file or to standard output; nothing where no target was given."""
     if target is None:
         return
-    import msgspec
+    from dmformer.bundle.manifest import indented_json
 
-    data = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+    data = indented_json(report)
     if target == "-":
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()

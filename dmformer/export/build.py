@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from dmformer.bundle.manifest import MANIFEST, Artifact, file_entry
+from dmformer.bundle.manifest import MANIFEST, Artifact, file_entry, indented_json
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
@@ -146,7 +146,7 @@ def _adopt(bundle: Bundle, folder: Path, built: Sequence[Artifact], found: Build
     """Write the report, and a manifest in which what was built takes the place of what was there."""
     path = folder / f"reports/build-{format_name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(found.parity), indent=2) + b"\n")
+    path.write_bytes(indented_json(found.parity))
     entry = file_entry(folder, path)
     replaced = {(item.format, item.precision) for item in built}
     manifest = msgspec.structs.replace(

@@ -23,6 +23,7 @@ from dmformer.bundle.manifest import (
     ParityEvidence,
     Simplification,
     file_entry,
+    indented_json,
 )
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import cannot_run
@@ -407,7 +408,7 @@ class _Export:
     def _write_report(self, name: str, content: msgspec.Struct) -> None:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+        path.write_bytes(indented_json(content))
 
 
 def versions_metadata(package: str) -> dict[str, str]:

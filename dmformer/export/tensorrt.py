@@ -22,6 +22,8 @@ from dmformer.runtimes.plan import contradiction
 from dmformer.runtimes.target import Target, this_platform
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dmformer.export.formats import ConversionSource, EngineOptions
     from dmformer.progress import Advance, Stage
 
@@ -141,11 +143,11 @@ def _built(source: ConversionSource, targets: tuple[str, ...], plan: Path, cache
     return msgspec.json.decode(answer.read_bytes(), type=Answer)
 
 
-def _watch(lines: object, stage: Stage, precision: str) -> None:
+def _watch(lines: Iterable[str], stage: Stage, precision: str) -> None:
     """Turn the lines of a build into stages, one for each outermost phase."""
     with ExitStack() as phases:
         advance: Advance | None = None
-        for line in lines:  # type: ignore[attr-defined]
+        for line in lines:
             kind, _, rest = line.rstrip("\n").partition(" ")
             if kind == "start":
                 steps, _, name = rest.partition(" ")

@@ -182,11 +182,16 @@ class Runtime(ABC):
         with self._engine_errors("running"):
             return self.infer(inputs)
 
-    def run_rows(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """:meth:`run` for any number of rows, in as few batches as the artifact takes; the last is filled up."""
+    def run_rows(self, inputs: Arrays, batch: int | None = None) -> dict[str, NDArray[Any]]:
+        """:meth:`run` for any number of rows, in batches of one size, the last filled up from the start.
+
+        Args:
+            inputs: rows for each of :attr:`inputs`.
+            batch: the size; otherwise the largest that the rows fill and the artifact takes.
+        """
         least, most = self.batches
         count = len(next(iter(inputs.values())))
-        size = min(max(count, least), most or count)
+        size = batch or min(max(count, least), most or count)
         parts: dict[str, list[NDArray[Any]]] = {}
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count

@@ -9,7 +9,7 @@ import msgspec
 
 from dmformer.bench.report import BenchReport
 from dmformer.bundle.diagnosis import Diagnosis
-from dmformer.bundle.manifest import Manifest
+from dmformer.bundle.manifest import Manifest, indented_json
 from dmformer.bundle.predictor import PredictReport
 from dmformer.export.build import BuildReport
 from dmformer.verify.evaluate import EvalReport
@@ -33,7 +33,7 @@ def schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 def encode(kind: type[msgspec.Struct]) -> bytes:
     """The schema as it is written to its file."""
-    return msgspec.json.format(msgspec.json.encode(schema(kind)), indent=2) + b"\n"
+    return indented_json(schema(kind))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZ
     try:
         with runtime:
             for batch in batch_sizes:
-                by_batch[batch] = run_in_batches(runtime, golden.inputs, batch)
+                by_batch[batch] = runtime.run_rows({runtime.inputs[0].name: golden.inputs}, batch)
             apart = _rows_apart(runtime, golden.inputs[:1], batch_sizes[-1])
             if layers:
                 found = runtime.layers()
@@ -221,18 +221,6 @@ def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float
         reason = f"loses {lost:.2f} points on {accuracy.images} images; the budget (--max-accuracy-drop) is {most:g}"
     check = as_check("accuracy", runtime, precision, BATCH, Comparison(reason is None, reason=reason), None)
     return msgspec.structs.replace(check, top1_agreement=accuracy.agreement_with_torch)
-
-
-def run_in_batches(runtime: Runtime, inputs: NDArray[np.float32], batch: int) -> dict[str, NDArray[Any]]:
-    """Run all rows in batches of one size, the last filled up from the start; outputs have one row for each input."""
-    count = len(inputs)
-    name = runtime.inputs[0].name
-    parts: dict[str, list[NDArray[Any]]] = {}
-    for start in range(0, count, batch):
-        rows = np.arange(start, start + batch) % count
-        for output, array in runtime.run({name: inputs[rows]}).items():
-            parts.setdefault(output, []).append(array)
-    return {output: np.concatenate(arrays)[:count] for output, arrays in parts.items()}
 
 
 def _compare_outputs(
