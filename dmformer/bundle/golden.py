@@ -2,8 +2,14 @@
 
 ``golden.npz`` holds ``images`` (uint8, N·H·W·C, after resizing and cropping), ``inputs`` (float32, N·C·H·W, after
 normalisation), and for each output of the network ``outputs/NAME`` (PyTorch in float32) and ``outputs_float64/NAME``
-(the same weights in float64). The distance between the two is the noise of float32, from which limits are made. For a
-reduced precision P there is ``outputs_P/NAME``: what a literal execution of that precision's graph answers.
+(the same weights in float64). The distance between the two is the noise of float32, from which limits are made.
+
+For a precision P there is ``outputs_P/NAME``: what the ONNX file at that precision answers, the stage before every
+engine (in onnxruntime at fp32, one operator at a time at a reduced precision); and for a reduced one
+``emulated_P/NAME``: what the network answers emulated at that precision in PyTorch.
+
+``sources/N`` (uint8, H·W·C, of any size) are images before resizing and cropping, and ``source_pixels`` (uint8,
+N·H·W·C) what the preprocessing that the network was trained with makes of them.
 """
 
 from __future__ import annotations
@@ -22,33 +28,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Golden:
-    """N images, what the network sees of them, and what PyTorch answers; all arrays have N rows."""
+    """N images, what the network sees of them, and what PyTorch answers; all arrays but the sources have N rows.
+
+    Attributes:
+        images: uint8 (N, H, W, C), resized and cropped.
+        inputs: (N, C, H, W), normalised.
+        outputs: PyTorch's in float32, by name.
+        outputs_float64: PyTorch's in float64.
+        files: by precision, what the ONNX file at it answers.
+        emulated: by reduced precision, what the network emulated at it answers.
+        sources: images before resizing and cropping, (H, W, C) each.
+        source_pixels: what is made of them, (sources, H, W, C).
+    """
 
     images: NDArray[np.uint8]
     inputs: NDArray[np.float32]
     outputs: dict[str, NDArray[np.float32]]
     outputs_float64: dict[str, NDArray[np.float64]]
-    reduced: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
-
-    def expected(self, precision: str) -> dict[str, NDArray[np.float32]]:
-        """What an artifact of a precision should answer.
-
-        Raises:
-            UsageError: there are no answers at this precision.
-        """
-        if precision == "fp32":
-            return self.outputs
-        if precision not in self.reduced:
-            raise UsageError(f"no golden outputs at {precision}; expected a bundle that was exported with it")
-        return self.reduced[precision]
+    files: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+    emulated: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+    sources: tuple[NDArray[np.uint8], ...] = ()
+    source_pixels: NDArray[np.uint8] | None = None
 
     def save(self, path: Path) -> None:
         """Write ``golden.npz``; the same content gives the same bytes."""
         arrays: dict[str, Any] = {"images": self.images, "inputs": self.inputs}
         arrays |= {f"outputs/{name}": array for name, array in self.outputs.items()}
         arrays |= {f"outputs_float64/{name}": array for name, array in self.outputs_float64.items()}
-        for precision, outputs in self.reduced.items():
-            arrays |= {f"outputs_{precision}/{name}": array for name, array in outputs.items()}
+        for kind, by_precision in (("outputs", self.files), ("emulated", self.emulated)):
+            for precision, outputs in by_precision.items():
+                arrays |= {f"{kind}_{precision}/{name}": array for name, array in outputs.items()}
+        arrays |= {f"sources/{index}": array for index, array in enumerate(self.sources)}
+        if self.source_pixels is not None:
+            arrays["source_pixels"] = self.source_pixels
         np.savez_compressed(path, **arrays)
 
 
@@ -67,14 +79,17 @@ def load_golden(path: Path) -> Golden:
             inputs=arrays["inputs"],
             outputs=_group(arrays, "outputs/"),
             outputs_float64=_group(arrays, "outputs_float64/"),
-            reduced={name: _group(arrays, f"outputs_{name}/") for name in _reduced(arrays)},
+            files={name: _group(arrays, f"outputs_{name}/") for name in _precisions(arrays, "outputs_")},
+            emulated={name: _group(arrays, f"emulated_{name}/") for name in _precisions(arrays, "emulated_")},
+            sources=tuple(_group(arrays, "sources/").values()),
+            source_pixels=arrays.get("source_pixels"),
         )
     except KeyError as error:
         raise UsageError(f"{path}: no array {error}; expected the golden file of a bundle") from error
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise UsageError(f"{path}: damaged: {first_line(error)}; expected the golden file of a bundle") from error
     _check_arrays(golden, path)
-    others: list[dict[str, NDArray[Any]]] = [golden.outputs_float64, *golden.reduced.values()]
+    others: list[dict[str, NDArray[Any]]] = [golden.outputs_float64, *golden.files.values(), *golden.emulated.values()]
     for other in others:
         if not golden.outputs or set(golden.outputs) != set(other):
             raise UsageError(f"{path}: outputs {sorted(golden.outputs)} and {sorted(other)} do not match")
@@ -90,8 +105,9 @@ def _check_arrays(golden: Golden, path: Path) -> None:
     expected = [("images", golden.images, np.uint8, 4), ("inputs", golden.inputs, np.float32, 4)]
     expected += [(f"outputs/{name}", array, np.float32, None) for name, array in golden.outputs.items()]
     expected += [(f"outputs_float64/{name}", array, np.float64, None) for name, array in golden.outputs_float64.items()]
-    for precision, outputs in golden.reduced.items():
-        expected += [(f"outputs_{precision}/{name}", array, np.float32, None) for name, array in outputs.items()]
+    for kind, by_precision in (("outputs", golden.files), ("emulated", golden.emulated)):
+        for precision, outputs in by_precision.items():
+            expected += [(f"{kind}_{precision}/{name}", array, np.float32, None) for name, array in outputs.items()]
     for name, array, dtype, rank in expected:
         fits = array.dtype == dtype and array.ndim == (rank or array.ndim) and array.shape[:1] == (rows,)
         if not fits or 0 in array.shape:
@@ -99,11 +115,14 @@ def _check_arrays(golden: Golden, path: Path) -> None:
                 f"{path}: array {name!r} is {array.dtype} {array.shape}; "
                 f"expected {np.dtype(dtype)} with a row for each image"
             )
+    for source in golden.sources:
+        if source.dtype != np.uint8 or source.ndim != 3 or 0 in source.shape:
+            raise UsageError(f"{path}: a source image is {source.dtype} {source.shape}; expected uint8 (H, W, C)")
 
 
-def _reduced(arrays: dict[str, NDArray[Any]]) -> list[str]:
-    groups = {name.partition("/")[0] for name in arrays if name.startswith("outputs_")}
-    return sorted(group.removeprefix("outputs_") for group in groups if group != "outputs_float64")
+def _precisions(arrays: dict[str, NDArray[Any]], kind: str) -> list[str]:
+    groups = {name.partition("/")[0] for name in arrays if name.startswith(kind)}
+    return sorted(group.removeprefix(kind) for group in groups if group != "outputs_float64")
 
 
 def _group(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:

@@ -163,7 +163,7 @@ class Simplification(Struct, frozen=True, kw_only=True):
     kept: bool
     reason: str
     nodes_before: int
-    nodes_after: int | None
+    nodes_after: int | None = None
 
 
 class ParityEvidence(Struct, frozen=True, kw_only=True):

@@ -11,9 +11,11 @@ from dmformer.commands import _present as present
 from dmformer.errors import CheckFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.text import Text
 
-    from dmformer.verify.parity import ParityReport
+    from dmformer.verify.parity import Check, ParityReport
 
 
 def verify(
@@ -47,28 +49,44 @@ def verify(
 
 
 def _show(report: ParityReport, json_file: str | None) -> None:
-    columns = ["", "stage", "runtime", "precision", "batch", "max abs", "of limit", "cosine", "top-1"]
-    listing = present.table("Parity with PyTorch", columns, numeric=columns[4:])
-    for check in sorted(report.checks, key=lambda check: check.passed):  # what failed comes first
-        share = None if check.max_abs is None or not check.limit else check.max_abs / check.limit
-        cells: list[str | Text] = [
-            present.mark(check.passed, "FAILED"),
-            check.stage,
-            check.runtime,
-            check.precision,
-            str(check.batch),
-            "-" if check.max_abs is None else f"{check.max_abs:.2g}",
-            "-" if share is None else f"{share:.0%}",
-            "-" if check.cosine is None else f"{check.cosine:.6f}",
-            "-" if check.top1_agreement is None else f"{check.top1_agreement:.0%}",
-        ]
-        present.add_row(listing, cells)
-    present.show(listing, json_file)
-    for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
-        if limit is not None:
-            present.show(f"limit {limit:.2g}: {source}", json_file)
+    """What failed comes first, row by row; what held is summed up by what it was compared with."""
+    columns = ["", "stage", "runtime", "precision", "batch", "against", "max abs", "of limit", "cosine", "top-1"]
+    listing = present.table("Parity with PyTorch", columns, numeric=columns[6:])
+    held: dict[tuple[object, ...], list[Check]] = {}
     for check in report.checks:
-        if check.passed and check.reason is not None:
-            present.show(f"{check.runtime} {check.precision}: {check.reason}", json_file)
+        if check.passed:
+            held.setdefault((check.runtime, check.precision, check.against, check.limit), []).append(check)
+        else:
+            present.add_row(listing, _cells([check]))
+    for group in held.values():
+        present.add_row(listing, _cells(group))
+    present.show(listing, json_file)
+    for check in report.checks:
+        if check.reason is not None:
+            said = f"{check.stage} in {check.runtime} {check.precision}, batch {check.batch}: {check.reason}"
+            present.show(said if check.passed else f"FAILED {said}", json_file)
+    for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
+        if limit:
+            present.show(f"limit {limit:.2g}: {source}", json_file)
     for reason in report.skipped:
         present.say(f"not checked: {reason}")
+
+
+def _cells(group: Sequence[Check]) -> list[str | Text]:
+    """One line for checks in one runtime against one thing: the figures are those of the worst."""
+    first = group[0]
+    apart = [check.max_abs for check in group if check.max_abs is not None]
+    cosines = [check.cosine for check in group if check.cosine is not None]
+    agreements = [check.top1_agreement for check in group if check.top1_agreement is not None]
+    return [
+        present.mark(first.passed, "FAILED"),
+        ", ".join(dict.fromkeys(check.stage for check in group)),
+        first.runtime,
+        first.precision,
+        ", ".join(map(str, sorted({check.batch for check in group}))),
+        first.against,
+        f"{max(apart):.2g}" if apart else "-",
+        f"{max(apart) / first.limit:.0%}" if apart and first.limit else "-",
+        f"{min(cosines):.6f}" if cosines else "-",
+        f"{min(agreements):.0%}" if agreements else "-",
+    ]

@@ -16,15 +16,14 @@ from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, converter
+from dmformer.export.artifact import make_artifact, proven
+from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.parity import Check, ParityReport, ask, check_answers, check_layers, check_rows, failure, report
+from dmformer.verify.parity import Check, ParityReport, failure, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from dmformer.bundle.golden import Golden
 
 _SOURCE = "onnx"
 
@@ -85,7 +84,7 @@ def build(
                 not_run.append(f"{row.format} {source.precision}: built and not run, {reason}")
             else:
                 with stage(f"verify {row.format} {source.precision} in {row.name}"):
-                    artifact, found = _verified(row, artifact, folder, golden)
+                    artifact, found = proven(row, artifact, folder, golden)
                 checks.extend(found)
             built.append(artifact)
         parity = report(checks, not_run)
@@ -119,27 +118,14 @@ def _make(row: registry.Entry, source: Artifact, options: EngineOptions, folder:
     target.mkdir(parents=True)
     for name, content in kept.items():
         (target / name).write_bytes(content)
-    with stage(f"build {row.format} {source.precision}"):
-        origin = ConversionSource(folder / source.files[0].path, source.precision, engine=options, stage=stage)
-        converted = converter(row)(origin, target)
-    return Artifact(
-        format=row.format,
-        precision=source.precision,
-        files=tuple(file_entry(folder, path) for path in converted.files),
-        built_with=converted.built_with,
+    return make_artifact(
+        row,
+        ConversionSource(folder / source.files[0].path, source.precision, engine=options, stage=stage),
+        folder,
         promised_share=source.promised_share,
         kept_in_fp32=source.kept_in_fp32,
         sensitivity=source.sensitivity,
-        target=converted.target,
     )
-
-
-def _verified(row: registry.Entry, artifact: Artifact, folder: Path, golden: Golden) -> tuple[Artifact, list[Check]]:
-    adapter, precision = registry.available_adapter(row), artifact.precision
-    answers = ask(adapter(folder / artifact.files[0].path, precision=precision, target=artifact.target), golden)
-    checks = [*check_answers("runtime", answers, golden), *check_rows(answers, golden)]
-    checks.append(check_layers(answers, artifact.promised_share, adapter.cannot_compute(precision)))
-    return msgspec.structs.replace(artifact, layers=answers.layers), checks
 
 
 def _adopt(bundle: Bundle, folder: Path, built: Sequence[Artifact], found: BuildReport, format_name: str) -> None:

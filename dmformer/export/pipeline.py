@@ -5,8 +5,7 @@ from __future__ import annotations
 import filecmp
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,43 +28,34 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed
-from dmformer.export import onnx_file
+from dmformer.export.artifact import make_artifact, proven, runtime_of
 from dmformer.export.describe import describe_export
-from dmformer.export.formats import ConversionSource, converter, versions
-from dmformer.export.literal import literal_answers
-from dmformer.export.precision import Calibration, Made, PrecisionSource, make
+from dmformer.export.formats import ConversionSource
+from dmformer.export.graph import GraphSource, VerifiedGraph, verified_graph
+from dmformer.export.precision import Calibration, Made, PrecisionSource, make, reduced_golden
 from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, check_possible
-from dmformer.export.simplify import Simplifier
 from dmformer.export.speed import compare_precisions, fastest
-from dmformer.export.torch_onnx import onnx_metadata, trace
-from dmformer.models.deploy import deploy
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
 from dmformer.verify.accuracy import logits_of, parts, points_lost, score
-from dmformer.verify.compare import reduced_limit
+from dmformer.verify.answers import ask
 from dmformer.verify.parity import (
-    Answers,
     Check,
     ParityReport,
-    ask,
     check_accuracy,
     check_answers,
-    check_layers,
-    check_rows,
+    check_consistency,
     failure,
+    references,
     report,
 )
-from dmformer.verify.reference import golden_pixels, make_golden, torch_logits
+from dmformer.verify.reference import torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
-
     from dmformer.bundle.golden import Golden
-    from dmformer.bundle.manifest import Accuracy
     from dmformer.models.dmformer import DMFormer
-    from dmformer.runtimes.base import Runtime
 
 _MOST_CALIBRATION = 512
 
@@ -106,42 +96,32 @@ class _Export:
         self.checks: list[Check] = []
         self.left_out: list[str] = list(request.not_made)
         self.broken: list[str] = []
-        self._known: dict[Path, Answers] = {}  # by the ONNX file that was asked
 
     def run(self) -> ExportResult:
-        traced, simplified = self.scratch / "traced.onnx", self.scratch / "simplified.onnx"
-        # What needs no other step's result runs beside it: a cold export keeps two cores busy.
-        # The process is left first: an exception does not wait for it.
-        with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
-            model = self.checkpoint.model()
-            calibration = self._calibrate(model)
-            with self.stage("PyTorch reference, trace to ONNX"):
-                referring = pool.submit(self._reference, model)
-                trace(self.checkpoint, self._form(model), traced)
-                golden = referring.result()
-            simplifying = pool.submit(simplifier.simplify, traced, simplified)
-            with self.stage("verify the traced ONNX"):
-                answers = self._ask_onnxruntime(traced, golden, layers=False)
-                self.checks.extend(check_answers("traced", answers, golden))
-            with self.stage("simplify and verify"):
-                simplifying.result()
-                onnx, simplification = self._choose(traced, answers, simplified, golden)
+        model = self.checkpoint.model()
+        calibration = self._calibrate(model)
+        source = GraphSource(
+            self.checkpoint, model, self.request.deploy_form, self.request.images, self.scratch, self.stage
+        )
+        graph = verified_graph(source)
+        self.checks.extend(graph.checks)
+        golden = graph.golden
         artifacts: list[Artifact] = []
         for precision in self._precisions():
-            found = self._reduce(precision, onnx, golden, calibration)
+            found = self._reduce(precision, source, graph, golden, calibration)
             if found is None:
                 continue
             made, golden = found
             for row in self._rows(precision):
                 try:
-                    artifacts += self._take(*self._convert(row, precision, made, golden, calibration))
+                    artifacts += self._take(*self._convert(row, precision, made, graph, golden, calibration))
                 except StageFailed as error:
                     if row.buildable is None:
                         raise
                     self._give_up(row, precision, error)
         if not artifacts:
             raise StageFailed("; ".join(self.broken))
-        return self._finish(model, golden, artifacts, simplification, calibration)
+        return self._finish(model, golden, artifacts, graph.simplification, calibration)
 
     def _give_up(self, row: registry.Entry, precision: str, error: StageFailed) -> None:
         """An engine that cannot be built takes nothing else down with it."""
@@ -167,52 +147,6 @@ class _Export:
         """Whether a format can be timed on this machine; one that is built for named targets is for other machines."""
         return registry.adapter(row).probe().available and not (row.buildable and self.request.engine.targets)
 
-    def _form(self, model: DMFormer) -> nn.Module:
-        """What is traced; a trace writes into its modules, so it never gets the network itself."""
-        if not self.request.deploy_form:
-            return self.checkpoint.model()
-        return deploy(model, self.checkpoint.preprocessing.image_size)
-
-    def _reference(self, model: DMFormer) -> Golden:
-        pixels = golden_pixels(self.checkpoint.preprocessing, self.request.images)
-        return make_golden(model, self.checkpoint.preprocessing, pixels)
-
-    def _ask_onnxruntime(self, file: Path, golden: Golden, *, layers: bool = True) -> Answers:
-        adapter = registry.available_adapter(registry.entry("onnxruntime"))
-        return ask(adapter(file), golden, layers=layers)
-
-    def _known_answers(self, runtime: str, files: Sequence[Path]) -> Answers | None:
-        """What the runtime answered with a file of the same content."""
-        for asked, answers in self._known.items():
-            if answers.runtime == runtime and len(files) == 1 and filecmp.cmp(asked, files[0], shallow=False):
-                return answers
-        return None
-
-    def _choose(
-        self, traced: Path, traced_answers: Answers, simplified: Path, golden: Golden
-    ) -> tuple[Path, Simplification]:
-        """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
-        before = len(onnx_file.read(traced).graph.node)
-        if not all(check.passed for check in self.checks):
-            reason = "the traced graph failed its checks, so there is nothing to compare a simplified one with"
-            return traced, Simplification(kept=False, reason=reason, nodes_before=before, nodes_after=None)
-        model = onnx_file.read(simplified)
-        after = len(model.graph.node)
-        onnx_file.write(model, simplified, onnx_metadata(self.checkpoint) | versions_metadata("onnxsim"))
-        answers = self._ask_onnxruntime(simplified, golden)
-        self._known[simplified] = answers
-        checks = [
-            *check_answers("simplified against traced", answers, golden, expected=traced_answers),
-            *check_answers("simplified", answers, golden),
-        ]
-        wrong = [check.reason for check in checks if not check.passed]
-        if wrong:
-            reason = f"the simplified graph is not equal to the traced one: {wrong[0]}"
-            return traced, Simplification(kept=False, reason=reason, nodes_before=before, nodes_after=after)
-        self.checks.extend(checks)
-        reason = f"{before} nodes became {after}, with equal outputs within the limit of float32"
-        return simplified, Simplification(kept=True, reason=reason, nodes_before=before, nodes_after=after)
-
     def _calibrate(self, model: DMFormer) -> Calibration | None:
         """PyTorch's answers to the calibration images, where a reduced precision is asked for."""
         if not self.request.reduced:
@@ -226,14 +160,21 @@ class _Export:
         return Calibration(images, logits, score(logits, images.labels, logits))
 
     def _reduce(
-        self, precision: str, onnx: Path, golden: Golden, calibration: Calibration | None
+        self,
+        precision: str,
+        graph: GraphSource,
+        verified: VerifiedGraph,
+        golden: Golden,
+        calibration: Calibration | None,
     ) -> tuple[Made, Golden] | None:
         """The ONNX file at a precision and golden outputs with its own; ``None`` where it cannot be and need not be."""
-        if precision != "fp32" and not all(check.passed for check in self.checks if check.precision == "fp32"):
+        if precision == "fp32":
+            return Made(verified.onnx, promised=1.0), golden
+        if not all(check.passed for check in self.checks if check.precision == "fp32"):
             self.left_out.append(f"{precision}: float32 failed its checks")
             return None
         source = PrecisionSource(
-            onnx=onnx,
+            onnx=verified.onnx,
             inputs=golden.inputs,
             calibration=calibration,
             max_points_lost=self.request.max_points_lost,
@@ -242,17 +183,19 @@ class _Export:
         )
         try:
             made = make(precision, source)
-            if precision == "fp32":
-                return made, golden
-            with self.stage(f"literal execution of {precision}"):
-                literal = literal_answers(made.onnx, golden.inputs)
-            reduced_limit(precision, literal, golden.outputs_float64)  # refuses what drowns in the precision's error
+            with self.stage(f"literal execution of {precision}, emulation in PyTorch"):
+                golden, checks = reduced_golden(precision, made.onnx, graph.form(), source, golden)
         except (CheckFailed, StageFailed) as error:
             if not self.request.choose_fastest:
                 raise
             self.left_out.append(f"{precision}: {error}")
             return None
-        return made, replace(golden, reduced=golden.reduced | {precision: literal})
+        wrong = [check.reason for check in checks if not check.passed]
+        if wrong and self.request.choose_fastest:
+            self.left_out.append(f"{precision}: {wrong[0]}")
+            return None
+        self.checks.extend(checks)
+        return made, golden
 
     def _take(self, artifact: Artifact, checks: Sequence[Check]) -> list[Artifact]:
         """The artifact, unless a check of it failed and another precision may take its place."""
@@ -265,65 +208,58 @@ class _Export:
         return [artifact]
 
     def _convert(
-        self, row: registry.Entry, precision: str, made: Made, golden: Golden, calibration: Calibration | None
+        self,
+        row: registry.Entry,
+        precision: str,
+        made: Made,
+        graph: VerifiedGraph,
+        golden: Golden,
+        calibration: Calibration | None,
     ) -> tuple[Artifact, list[Check]]:
         """An artifact, and what its runtime answers with it; onnxruntime where that cannot run here."""
-        target = self.folder / row.format / precision
-        target.mkdir(parents=True)
-        with self.stage(f"convert to {row.format} {precision}"):
-            source = ConversionSource(made.onnx, precision, self.checkpoint, self.request.engine, self.stage)
-            converted = converter(row)(source, target)
-            files = tuple(file_entry(self.folder, path) for path in converted.files)
-        artifact = Artifact(
-            format=row.format,
-            precision=precision,
-            files=files,
-            built_with=converted.built_with,
+        (self.folder / row.format / precision).mkdir(parents=True)
+        artifact = make_artifact(
+            row,
+            ConversionSource(made.onnx, precision, self.checkpoint, self.request.engine, self.stage),
+            self.folder,
             promised_share=made.promised,
             kept_in_fp32=made.kept_in_fp32,
             sensitivity=made.sensitivity,
-            target=converted.target,
         )
         if reason := cannot_run(row, artifact):
             self.left_out.append(
                 f"{row.format} {precision}: built and not run, {reason}. Its ONNX file was compared in onnxruntime; "
                 "run dmformer verify on the device"
             )
-            stand_in = registry.entry("onnxruntime")
-            return artifact, self._judge(stand_in, precision, (made.onnx,), golden, calibration)[0]
-        checks, answers, accuracy, lost = self._judge(row, precision, converted.files, golden, calibration, artifact)
-        checks.append(check_layers(answers, made.promised, registry.adapter(row).cannot_compute(precision)))
-        return msgspec.structs.replace(artifact, layers=answers.layers, accuracy=accuracy, points_lost=lost), checks
+            return artifact, self._check_onnx(precision, made, golden)
+        path = self.folder / artifact.files[0].path
+        known = None
+        if graph.answers.layers and filecmp.cmp(path, graph.onnx, shallow=False):  # asked already, under another name
+            known = graph.answers
+        with self.stage(f"verify {artifact.format} {precision} in {row.name}"):
+            artifact, checks = proven(row, artifact, self.folder, golden, known)
+        if calibration is not None and artifact.layers:
+            artifact, check = self._measure(row, artifact, calibration)
+            checks.append(check)
+        return artifact, checks
 
-    def _judge(
-        self,
-        row: registry.Entry,
-        precision: str,
-        files: Sequence[Path],
-        golden: Golden,
-        calibration: Calibration | None,
-        artifact: Artifact | None = None,
-    ) -> tuple[list[Check], Answers, Accuracy | None, float | None]:
-        """Parity of files in a runtime, and accuracy on the calibration images where there are some."""
-        adapter = registry.available_adapter(row)
-        tied = artifact.target if artifact else None
+    def _check_onnx(self, precision: str, made: Made, golden: Golden) -> list[Check]:
+        """The ONNX file in onnxruntime, in place of an engine that is built for other machines."""
+        adapter = registry.available_adapter(registry.entry("onnxruntime"))
+        with self.stage(f"verify the ONNX at {precision} in onnxruntime"):
+            answers = ask(adapter(made.onnx, precision=precision), golden.inputs)
+            compared_with = references(golden, precision)
+            return [*check_answers("onnx", answers, compared_with), *check_consistency(answers, compared_with)]
 
-        def runtime() -> Runtime:
-            return adapter(files[0], precision=precision, target=tied)
-
-        with self.stage(f"verify {artifact.format if artifact else 'the ONNX at'} {precision} in {row.name}"):
-            answers = self._known_answers(row.name, files) or ask(runtime(), golden)
-            checks = check_answers("runtime" if artifact else "onnx", answers, golden)
-            checks.extend(check_rows(answers, golden))
-        if calibration is None or not answers.layers:
-            return checks, answers, None, None
+    def _measure(self, row: registry.Entry, artifact: Artifact, calibration: Calibration) -> tuple[Artifact, Check]:
+        """Accuracy on the calibration images, against the budget."""
         images = calibration.images
-        with self.stage(f"accuracy of {precision} in {row.name}", parts(images)) as advance:
-            logits = logits_of(runtime(), images, advance)
+        with self.stage(f"accuracy of {artifact.precision} in {row.name}", parts(images)) as advance:
+            logits = logits_of(runtime_of(row, artifact, self.folder), images, advance)
         accuracy = score(logits, images.labels, calibration.logits)
         lost = points_lost(accuracy, calibration.accuracy, logits.shape[1])
-        checks.append(check_accuracy(row.name, precision, accuracy, lost, self.request.max_points_lost))
-        return checks, answers, accuracy, lost
+        check = check_accuracy(row.name, artifact.precision, accuracy, lost, self.request.max_points_lost)
+        return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
     def _finish(
         self,
@@ -409,8 +345,3 @@ class _Export:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(indented_json(content))
-
-
-def versions_metadata(package: str) -> dict[str, str]:
-    """A package's version, as ONNX metadata."""
-    return {f"{package}.version": versions(package)[package]}

@@ -7,7 +7,7 @@ serves every engine: TensorRT's strongly typed networks know no other way.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,20 @@ from dmformer.bundle.manifest import Accuracy
 from dmformer.data.labelled import ImageSet
 from dmformer.errors import UsageError
 from dmformer.export import onnx_file
+from dmformer.export.literal import literal_answers
 from dmformer.progress import Stage
+from dmformer.verify.answers import Answers
+from dmformer.verify.compare import Reference, reduced_limit
+from dmformer.verify.emulate import emulate
+from dmformer.verify.parity import Check, check_answers, references
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from onnx import ModelProto
+    from torch import nn
+
+    from dmformer.bundle.golden import Golden
 
 
 # What makes a reduced precision, as ``module:function``.
@@ -37,6 +45,7 @@ PRECISIONS = ("fp32", *_MAKERS)
 _COMPUTING = ("Conv", "Gemm", "MatMul")
 _FEWEST_IMAGES = 10
 RANGE_IMAGES = 128  # calibration images on which ranges are measured, at most
+_EMULATION_IMAGES = 32  # of them, for the emulation
 
 
 @dataclass(frozen=True)
@@ -94,14 +103,12 @@ class Made:
 
 
 def make(precision: str, source: PrecisionSource) -> Made:
-    """The ONNX file at a precision; at fp32 the verified file itself.
+    """The ONNX file at a reduced precision.
 
     Raises:
         CheckFailed: it cannot be had within the accuracy budget.
         UsageError: it needs calibration images, and there are none.
     """
-    if precision == "fp32":
-        return Made(source.onnx, promised=1.0)
     module, _, name = _MAKERS[precision].partition(":")
     maker: Callable[[PrecisionSource], Made] = getattr(importlib.import_module(module), name)
     return maker(source)
@@ -127,8 +134,8 @@ def metadata_at(precision: str, model: ModelProto) -> dict[str, str]:
     return onnx_file.metadata(model) | {"dmformer.precision": precision}
 
 
-def typed_share(model: ModelProto, precision: str) -> float:
-    """Share of a graph's compute layers that are typed in a precision, 0..1."""
+def compute_layers(model: ModelProto) -> dict[str, str]:
+    """The precision in which each compute layer of a graph is typed, by the name of its node."""
     onnx = require("onnx", extra="export", purpose="export to ONNX")
     producers = {name: node for node in model.graph.node for name in node.output}
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -139,5 +146,46 @@ def typed_share(model: ModelProto, precision: str) -> float:
             return "int8"
         return "fp16" if types.get(node.input[1]) == onnx.TensorProto.FLOAT16 else "fp32"
 
-    found = [precision_of(node) for node in model.graph.node if node.op_type in _COMPUTING]
+    return {node.name: precision_of(node) for node in model.graph.node if node.op_type in _COMPUTING}
+
+
+def typed_share(model: ModelProto, precision: str) -> float:
+    """Share of a graph's compute layers that are typed in a precision, 0..1."""
+    found = list(compute_layers(model).values())
     return found.count(precision) / len(found)
+
+
+def modules_at(model: ModelProto, precision: str) -> list[str]:
+    """Names of the network's modules whose layers a graph has in a precision."""
+    return [name.rpartition("/")[0] for name, typed in compute_layers(model).items() if typed == precision]
+
+
+def reduced_golden(
+    precision: str, onnx: Path, form: nn.Module, source: PrecisionSource, golden: Golden
+) -> tuple[Golden, list[Check]]:
+    """Golden outputs with those at a reduced precision, and the checks of its ONNX file: against PyTorch and fp32's.
+
+    Args:
+        precision: its name.
+        onnx: the file at it.
+        form: the network in the form that was traced; used up.
+        source: what the file was made from.
+        golden: with the float32 file's answers.
+
+    Raises:
+        StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
+    """
+    ((name, _),) = golden.outputs.items()
+    literal = literal_answers(onnx, golden.inputs)
+    reduced_limit(precision, literal, golden.outputs_float64)  # refuses what drowns in the precision's error
+    batches = [] if source.calibration is None else source.calibration.images.spread(_EMULATION_IMAGES).batches(1)
+    emulated = emulate(form, precision, modules_at(onnx_file.read(onnx), precision), golden.inputs, batches)
+    completed = replace(
+        golden,
+        files=golden.files | {precision: literal},
+        emulated=golden.emulated | {precision: {name: emulated}},
+    )
+    pytorch = references(completed, precision)[0]
+    before = Reference("onnx fp32", golden.files["fp32"], pytorch.limits)
+    answers = Answers("onnxruntime", precision, {len(golden.inputs): literal})
+    return completed, check_answers("reduced", answers, [pytorch, before])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import nn
 
+    from dmformer.models.checkpoint import Checkpoint
     from dmformer.runtimes.base import Arrays
 
 
@@ -43,10 +46,14 @@ class TorchRuntime(Runtime):
         torch = _import()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
+        self._checkpoint, self._model = self.read()
+
+    def read(self) -> tuple[Checkpoint, nn.Module]:
+        """The checkpoint, and the network to run."""
         from dmformer.models.checkpoint import load_checkpoint
 
-        self._checkpoint = load_checkpoint(self.path)
-        self._model = self._checkpoint.model()
+        checkpoint = load_checkpoint(self.path)
+        return checkpoint, checkpoint.model()
 
     def close(self) -> None:
         """Drop the network and give the process its number of threads back."""
@@ -99,3 +106,15 @@ class TorchRuntime(Runtime):
             # from_numpy shares memory, wants it writable and knows no negative strides
             result = self._model(torch.from_numpy(np.require(array, requirements=["C", "W"])))
         return {spec.name: result.numpy() for spec in self.outputs}
+
+
+class ModuleRuntime(TorchRuntime):
+    """Runs a network that is in memory already, in whatever form: (N, in_channels, H, W) -> (N, num_classes)."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__(Path(checkpoint.arch))
+        self._given = checkpoint, model
+
+    def read(self) -> tuple[Checkpoint, nn.Module]:
+        """What was given."""
+        return self._given

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from dmformer.bundle.manifest import Accuracy
 from dmformer.errors import StageFailed
@@ -106,6 +107,35 @@ def points_lost(accuracy: Accuracy, reference: Accuracy, classes: int) -> float:
         return 100 * (round(reference.top1 * count) - round(accuracy.top1 * count)) / count
     assert accuracy.agreement_with_torch is not None
     return 100 * (count - round(accuracy.agreement_with_torch * count)) / count
+
+
+class Paired(Struct, frozen=True, kw_only=True):
+    """Two classifiers on the same labelled images: how often only one of them is right.
+
+    ``p_value`` is that of McNemar's exact test, two-sided: how likely a division as uneven as this is where neither is
+    better (McNemar, "Note on the sampling error of the difference between correlated proportions", 1947).
+    """
+
+    torch_only: int
+    runtime_only: int
+    p_value: float
+
+
+def paired(logits: NDArray[np.float32], torch_logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Paired:
+    """Compare the decisions of a runtime and of PyTorch, logits (N, classes), with labels (N,)."""
+    right, torch_right = logits.argmax(1) == labels, torch_logits.argmax(1) == labels
+    torch_only, runtime_only = int((torch_right & ~right).sum()), int((right & ~torch_right).sum())
+    return Paired(torch_only=torch_only, runtime_only=runtime_only, p_value=mcnemar(torch_only, runtime_only))
+
+
+def mcnemar(one: int, other: int) -> float:
+    """The two-sided p-value of McNemar's exact test, from the counts of the two discordant kinds."""
+    count, least = one + other, min(one, other)
+    tail = math.fsum(
+        math.exp(math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2))
+        for k in range(least + 1)
+    )
+    return min(1.0, 2 * tail)
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:

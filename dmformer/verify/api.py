@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
-from dmformer.data.images import list_images
+from dmformer.data.images import list_images, load_pixels
+from dmformer.data.labelled import ImageSet, image_set
+from dmformer.errors import UsageError
 from dmformer.progress import silent
+from dmformer.verify.accuracy import paired
+from dmformer.verify.answers import Answers, ask
 from dmformer.verify.checkpoint import reference_checkpoint
-from dmformer.verify.compare import Comparison, compare, float32_limit
+from dmformer.verify.compare import Comparison, Reference, compare, float32_limit
 from dmformer.verify.parity import (
+    PYTORCH,
     Check,
     ParityReport,
     as_check,
-    ask,
     check_answers,
-    check_layers,
+    check_artifact,
+    check_decisions,
+    check_paired,
     check_preprocessing,
-    check_rows,
+    references,
     report,
 )
 
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dmformer.bundle.golden import Golden
+    from dmformer.bundle.select import Choice
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Stage
 
@@ -68,40 +78,69 @@ def verify(
         opened.check_all()
     golden = opened.golden()
     with stage("preprocessing"):
-        checks: list[Check] = [check_preprocessing(opened.manifest.preprocessing, golden)]
+        checks = check_preprocessing(opened.manifest.preprocessing, golden)
+    asked: ImageSet | None = None
     reference = golden
-    reduced = sorted({choice.artifact.precision for choice in chosen} - {"fp32"})
-    if images is not None and reduced:
-        skipped = [*skipped, f"{', '.join(reduced)} on {images}: only the golden images have answers at them"]
     if weights is not None or images is not None:
+        if images is not None:
+            asked, reason = _labelled(opened, Path(images))
+            skipped += [reason] if reason else []
         with stage("PyTorch reference"):
             checkpoint = reference_checkpoint(opened, Path(weights) if weights is not None else None)
-            reference = _recompute(opened, checkpoint, golden, Path(images) if images is not None else None)
+            reference = _recompute(opened, checkpoint, golden, asked)
             checks.append(_check_description(opened, checkpoint))
             checks.append(_check_golden(golden, reference))
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
-            runtime, precision = choice.runtime(), choice.artifact.precision
-            # Only the golden images have answers at a reduced precision.
-            expected = reference if precision == "fp32" else golden
-            answers = ask(runtime, expected)
-            checks.extend(check_answers("runtime", answers, expected))
-            checks.extend(check_rows(answers, expected))
-            checks.append(check_layers(answers, choice.artifact.promised_share, runtime.cannot_compute(precision)))
+            checks.extend(_check_choice(choice, golden, reference, asked))
     return report(checks, skipped)
 
 
-def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, images: Path | None) -> Golden:
-    """PyTorch's answers on the golden images, and on the images given."""
-    import numpy as np
+def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: ImageSet | None) -> list[Check]:
+    """An artifact on the golden images, and on the others where there are some.
 
-    from dmformer.data.images import load_pixels, spread
+    The others have PyTorch's answers alone, so that at a reduced precision decisions are compared there, not values.
+    """
+    runtime, precision, count = choice.runtime(), choice.artifact.precision, len(golden.images)
+    ((name, torch_outputs),) = reference.outputs.items()
+    answers = ask(runtime, golden.inputs, others=None if asked is None else reference.inputs[count:])
+    promised, excuse = choice.artifact.promised_share, runtime.cannot_compute(precision)
+    checks = check_artifact(answers, golden, promised, excuse, {name: torch_outputs[:count]})
+    if asked is None or answers.others is None:  # of a failure the checks say why
+        return checks
+    rest = Answers(answers.runtime, precision, {len(asked): answers.others})
+    others = {name: torch_outputs[count:]}
+    if precision == "fp32":
+        pytorch = Reference(PYTORCH, others, float32_limit(reference.outputs, reference.outputs_float64))
+        checks += check_answers("images", rest, [pytorch])
+    else:
+        pytorch = replace(references(golden, precision)[0], outputs=others)
+    checks.append(check_decisions(rest, answers.others, pytorch))
+    if asked.labels is not None and answers.others[name].shape == others[name].shape:
+        evidence = choice.bundle.manifest.evidence.accuracy
+        found = paired(answers.others[name], others[name], asked.labels)
+        checks.append(check_paired(rest, found, len(asked), evidence.max_points_lost if evidence else 0.0))
+    return checks
+
+
+def _labelled(bundle: Bundle, folder: Path) -> tuple[ImageSet, str | None]:
+    """Images of a folder, with labels where its subfolders are classes; otherwise why there are none."""
+    manifest = bundle.manifest
+    try:
+        found = image_set(folder, manifest.preprocessing, manifest.model.classes, manifest.output_count)
+    except UsageError as error:
+        paths = tuple(list_images(folder))
+        return ImageSet(paths, None, manifest.preprocessing).spread(MOST_IMAGES), f"accuracy: {error}"
+    return found.spread(MOST_IMAGES), None
+
+
+def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, asked: ImageSet | None) -> Golden:
+    """PyTorch's answers on the golden images, and on the images given."""
+    pixels = golden.images
+    if asked is not None:
+        pixels = np.concatenate([pixels, load_pixels(asked.paths, bundle.manifest.preprocessing)])
     from dmformer.verify.reference import make_golden
 
-    pixels = golden.images
-    if images is not None:
-        given = spread(list_images(images), MOST_IMAGES)
-        pixels = np.concatenate([pixels, load_pixels(given, bundle.manifest.preprocessing)])
     return make_golden(checkpoint.model(), bundle.manifest.preprocessing, pixels)
 
 
@@ -118,7 +157,7 @@ def _check_description(bundle: Bundle, checkpoint: Checkpoint) -> Check:
             differing.append("classes")
     reason = f"checkpoint and manifest differ in {', '.join(differing)}" if differing else None
     comparison = Comparison(not differing, reason=reason)
-    return as_check("description", "torch", "fp32", len(bundle.manifest.inputs), comparison, None)
+    return as_check("description", "torch", "fp32", len(bundle.manifest.inputs), comparison, against="manifest")
 
 
 def _check_golden(golden: Golden, reference: Golden) -> Check:

@@ -13,7 +13,7 @@ from dmformer.bundle.select import select
 from dmformer.data.labelled import image_set
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.progress import Stage, silent
-from dmformer.verify.accuracy import logits_of, parts, score
+from dmformer.verify.accuracy import Paired, logits_of, paired, parts, score
 from dmformer.verify.checkpoint import reference_checkpoint
 
 if TYPE_CHECKING:
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 
 class EvalResult(Accuracy, frozen=True, kw_only=True):
-    """One artifact in its runtime."""
+    """One artifact in its runtime; ``paired`` is its comparison with PyTorch, where there are labels and weights."""
 
     runtime: str
     precision: str
     artifact_sha256: str
+    paired: Paired | None = None
 
 
 class EvalReport(Struct, frozen=True, kw_only=True):
@@ -84,12 +85,16 @@ def evaluate(
     for choice in chosen:
         name, precision = choice.entry.name, choice.artifact.precision
         with stage(f"{name} {precision}", parts(images)) as advance:
-            accuracy = score(logits_of(choice.runtime(), images, advance), images.labels, torch_logits)
+            logits = logits_of(choice.runtime(), images, advance)
+        accuracy = score(logits, images.labels, torch_logits)
         results.append(
             EvalResult(
                 runtime=name,
                 precision=precision,
                 artifact_sha256=choice.artifact.sha256,
+                paired=None
+                if torch_logits is None or images.labels is None
+                else paired(logits, torch_logits, images.labels),
                 **{field: getattr(accuracy, field) for field in accuracy.__struct_fields__},
             )
         )

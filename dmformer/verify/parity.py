@@ -1,34 +1,60 @@
-"""Parity checks: a runtime against golden outputs at several batch sizes, preprocessing against golden pixels."""
+"""Parity checks: a stage against PyTorch and against the stage before it, a runtime against itself, golden pixels.
+
+Each check is a row: one stage in one runtime at one batch size, compared with one thing, within one limit.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
-from dmformer.errors import DMFormerError, UnavailableError, UsageError
+from dmformer.errors import DMFormerError, UsageError
 from dmformer.runtimes.layers import describe, shortfall
 from dmformer.verify.accuracy import BATCH
-from dmformer.verify.compare import Comparison, Limit, compare, float32_limit, reduced_limit
+from dmformer.verify.compare import (
+    Comparison,
+    Limit,
+    Reference,
+    compare,
+    emulated_limit,
+    float32_limit,
+    reduced_limit,
+)
+from dmformer.verify.decisions import Decisions, decide
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.manifest import Accuracy
     from dmformer.data.preprocessing import Preprocessing
-    from dmformer.runtimes.base import Runtime
+    from dmformer.verify.accuracy import Paired
+    from dmformer.verify.answers import Answers
 
-# One row alone, an even batch, and one that no power of two divides.
-BATCH_SIZES = (1, 2, 5)
+PYTORCH = "PyTorch"
+SIGNIFICANT = 0.01  # McNemar's test below this is no chance
+_PIXEL_TOLERANCE = 1e-6  # of the largest value, and at least of 1
+_EQUAL = {
+    "rows": "identical rows of a batch",
+    "shuffled": "the same rows in another order",
+    "repeated": "the same rows asked twice",
+    "batches": "the same rows alone and in a batch",
+}
 
 
 class Check(Struct, frozen=True, kw_only=True):
-    """One row of the parity report; see :class:`dmformer.verify.compare.Comparison` for the figures."""
+    """One row of the parity report; see :class:`dmformer.verify.compare.Comparison` for the figures.
+
+    Attributes:
+        stage: what was checked.
+        against: what it was compared with: PyTorch, a stage before it, or itself.
+        decisions: where classes were compared.
+    """
 
     stage: str
     runtime: str
@@ -42,6 +68,8 @@ class Check(Struct, frozen=True, kw_only=True):
     limit: float | None
     limit_source: str | None
     reason: str | None
+    against: str
+    decisions: Decisions | None = None
 
 
 class ParityReport(Struct, frozen=True, kw_only=True):
@@ -60,140 +88,189 @@ def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport
 
 
 def failure(found: ParityReport) -> str:
-    """How many checks of a report failed, and the first of them."""
+    """How many checks of a report failed, and the first of them: checks come in the order of the stages."""
     failed = [check for check in found.checks if not check.passed]
     first = failed[0]
     return (
         f"{len(failed)} of {len(found.checks)} checks failed; first: {first.stage} in {first.runtime} "
-        f"{first.precision} at batch {first.batch}: {first.reason}"
+        f"{first.precision} at batch {first.batch}, against {first.against}: {first.reason}"
     )
 
 
-def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> Check:
-    """This machine's normalisation of the golden images against the tensors that the reference was computed on."""
-    peak = float(np.abs(golden.inputs).max())
-    limit = Limit(4 * float(np.finfo(np.float32).eps) * peak, "4 x the last place of the largest input value")
+def references(golden: Golden, precision: str, pytorch: Mapping[str, NDArray[Any]] | None = None) -> list[Reference]:
+    """What an engine at a precision is compared with: PyTorch, and the ONNX file that it was made from.
+
+    The second is missing before that file has answered.
+
+    Args:
+        golden: where the limits come from.
+        precision: of the engine.
+        pytorch: PyTorch's answers to the golden images, where they were computed anew.
+
+    Raises:
+        StageFailed: the golden outputs themselves are not finite, or differ too little to tell anything.
+        UsageError: there are no golden outputs at the precision.
+    """
+    double, pytorch = golden.outputs_float64, golden.outputs if pytorch is None else pytorch
+    if precision == "fp32":
+        limits = float32_limit(golden.outputs, double)
+        found = [Reference(PYTORCH, pytorch, limits)]
+        if precision in golden.files:
+            found.append(Reference(f"onnx {precision}", golden.files[precision], limits))
+        return found
+    if precision not in golden.files or precision not in golden.emulated:
+        raise UsageError(f"no golden outputs at {precision}; expected a bundle that was exported with it")
+    answered = golden.files[precision]
+    return [
+        Reference(PYTORCH, pytorch, emulated_limit(precision, golden.emulated[precision], double)),
+        Reference(f"onnx {precision}", answered, reduced_limit(precision, answered, double)),
+    ]
+
+
+def check_answers(stage: str, answers: Answers, compared_with: Sequence[Reference]) -> list[Check]:
+    """Compare answers with each reference, one check a batch size, and what must be equal among them.
+
+    Args:
+        stage: name of the step that is checked.
+        answers: of a runtime, to the rows that the references are for.
+        compared_with: references; their tightest limit also holds between answers that must be equal.
+    """
+    checks = []
+    for reference in compared_with:
+        for batch, answer in answers.by_batch.items():
+            if isinstance(answer, DMFormerError):
+                limit = max(reference.limits.values(), key=lambda limit: limit.max_abs)
+                comparison = Comparison(False, reason=str(answer))
+            else:
+                comparison, limit = _compare_outputs(answer, reference)
+            checks.append(as_check(stage, answers.runtime, answers.precision, batch, comparison, limit, reference.name))
+    return checks
+
+
+def check_consistency(answers: Answers, compared_with: Sequence[Reference]) -> list[Check]:
+    """What must be equal among a runtime's own answers, but for rounding: an engine may split a batch unevenly.
+
+    The limit is the tightest of the references'. Empty where the runtime failed before.
+    """
+    apart = dict(answers.apart)
+    largest, alone = answers.largest, answers.by_batch[min(answers.by_batch)]
+    if len(answers.by_batch) > 1 and not isinstance(largest, DMFormerError) and not isinstance(alone, DMFormerError):
+        apart["batches"] = max(
+            float(np.abs(largest[name] - alone[name]).max()) if largest[name].shape == alone[name].shape else np.inf
+            for name in largest
+        )
+    limits = [max(one.limits.values(), key=lambda limit: limit.max_abs) for one in compared_with]
+    limit = min(limits, key=lambda limit: limit.max_abs)
+    checks = []
+    for kind, distance in apart.items():
+        passed = distance <= limit.max_abs  # not so where it is NaN
+        reason = None if passed else f"{_EQUAL[kind]} get answers that are {distance:.3g} apart"
+        comparison = Comparison(passed, max_abs=distance if np.isfinite(distance) else None, reason=reason)
+        batch = max(answers.by_batch)
+        checks.append(as_check(kind, answers.runtime, answers.precision, batch, comparison, limit, "itself"))
+    return checks
+
+
+def check_decisions(answers: Answers, outputs: Any, reference: Reference) -> Check:
+    """Whether a runtime chooses PyTorch's classes; a flip at a margin that is below the noise is told, and no failure.
+
+    Args:
+        answers: of the runtime.
+        outputs: its answers to the images of the reference, or why there are none.
+        reference: PyTorch's outputs, and the limits at the runtime's precision.
+    """
+    ((name, expected),) = reference.outputs.items()
+    limit = reference.limits[name]
+    broken: str | None = None
+    if isinstance(outputs, DMFormerError):
+        broken = str(outputs)
+    elif outputs[name].shape != expected.shape or not np.isfinite(outputs[name]).all():
+        broken = "answers of another shape, or NaN or infinite, decide nothing"
+    if broken is not None:
+        failed = Comparison(False, reason=broken)
+        return as_check("decisions", answers.runtime, answers.precision, len(expected), failed, limit, PYTORCH)
+    found = decide(outputs[name], expected, limit.max_abs)
+    grave = [flip for flip in found.flips if not flip.below_noise]
+    reason = None
+    if found.flips:
+        worst = max(found.flips, key=lambda flip: flip.margin)
+        reason = (
+            f"{len(found.flips)} of {found.images} images get another class; image {worst.image}: class "
+            f"{worst.answered} for {worst.expected}, which PyTorch prefers by {worst.margin:.3g}; noise explains "
+            f"{2 * limit.max_abs:.3g}"
+        )
+    comparison = Comparison(not grave, top1_agreement=found.top1, reason=reason)
+    check = as_check("decisions", answers.runtime, answers.precision, found.images, comparison, limit, PYTORCH)
+    return msgspec.structs.replace(check, decisions=found)
+
+
+def check_artifact(
+    answers: Answers,
+    golden: Golden,
+    promised: float,
+    cannot_compute: str | None,
+    pytorch: Mapping[str, NDArray[Any]] | None = None,
+) -> list[Check]:
+    """All that an artifact's answers to the golden images are checked for.
+
+    Args:
+        answers: of its runtime.
+        golden: the golden images and answers.
+        promised: least share of the compute layers in the artifact's precision, 0..1.
+        cannot_compute: why the runtime has no arithmetic of the precision here.
+        pytorch: PyTorch's answers, where they were computed anew.
+    """
+    try:
+        compared_with = references(golden, answers.precision, pytorch)
+    except UsageError as error:
+        nothing = Comparison(False, reason=str(error))
+        return [as_check("runtime", answers.runtime, answers.precision, batch, nothing) for batch in answers.by_batch]
+    return [
+        *check_answers("runtime", answers, compared_with),
+        *check_consistency(answers, compared_with),
+        check_decisions(answers, answers.largest, compared_with[0]),
+        check_layers(answers, promised, cannot_compute),
+    ]
+
+
+def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Check]:
+    """This machine's pixels and tensors against those of the preprocessing that the network was trained with.
+
+    Resized and cropped pixels must be equal to the bit; after normalisation one millionth of the largest value is
+    allowed.
+    """
+    from PIL import Image
+
+    exact = Limit(0.0, "pixels are whole numbers")
+    if not golden.sources or golden.source_pixels is None:
+        comparison = Comparison(False, reason="the bundle has no golden source images; export it again")
+    else:
+        try:
+            made = np.stack([preprocessing.pixels(_as_image(source, Image)) for source in golden.sources])
+            comparison = _compare_pixels(made, golden.source_pixels)
+        except (UsageError, ValueError) as error:
+            comparison = Comparison(False, reason=f"the golden source images cannot be preprocessed: {error}")
+    pixels = as_check("pixels", "numpy", "uint8", len(golden.sources), comparison, exact, "training")
+    peak = max(1.0, float(np.abs(golden.inputs).max()))
+    limit = Limit(_PIXEL_TOLERANCE * peak, f"{_PIXEL_TOLERANCE:g} of the largest input value")
     try:
         comparison = compare(preprocessing.normalize(golden.images), golden.inputs, limit)
     except (ValueError, IndexError) as error:
         comparison = Comparison(False, reason=f"the golden images cannot be normalised: {error}")
-    return as_check("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit)
+    return [pixels, as_check("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit, "training")]
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a runtime answered to the golden inputs.
-
-    Attributes:
-        runtime: its name.
-        precision: of the artifact.
-        by_batch: for each batch size an array for each output, or why there is none.
-        layers: in which precision each compute layer ran, counted; empty where they were not read.
-        unread: why they could not be read.
-        apart: how far identical rows of one batch were from each other; ``None`` where that was not asked.
-    """
-
-    runtime: str
-    precision: str
-    by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError]
-    layers: dict[str, int] = field(default_factory=dict)
-    unread: DMFormerError | None = None
-    apart: float | None = None
+def _as_image(source: NDArray[np.uint8], image: Any) -> Any:
+    return image.fromarray(source[:, :, 0] if source.shape[2] == 1 else source)
 
 
-def ask(runtime: Runtime, golden: Golden, batch_sizes: Sequence[int] = BATCH_SIZES, *, layers: bool = True) -> Answers:
-    """Load the runtime and run every golden row at each batch size.
-
-    A failure of the runtime is an answer too; that it cannot run on this machine at all is raised.
-
-    Args:
-        runtime: not open yet.
-        golden: what to ask.
-        batch_sizes: rows in each call; those that the artifact does not take are brought within its bounds.
-        layers: read back in which precision each layer ran.
-
-    Raises:
-        UnavailableError: the runtime cannot run on this machine.
-    """
-    least, most = runtime.batches
-    batch_sizes = sorted({min(max(batch, least), most or batch) for batch in batch_sizes})
-    by_batch: dict[int, dict[str, NDArray[Any]] | DMFormerError] = {}
-    found: dict[str, int] = {}
-    unread, apart = None, None
-    try:
-        with runtime:
-            for batch in batch_sizes:
-                by_batch[batch] = runtime.run_rows({runtime.inputs[0].name: golden.inputs}, batch)
-            apart = _rows_apart(runtime, golden.inputs[:1], batch_sizes[-1])
-            if layers:
-                found = runtime.layers()
-    except UnavailableError:
-        raise
-    except DMFormerError as error:
-        unread = error
-        by_batch.update({batch: error for batch in batch_sizes if batch not in by_batch})
-    return Answers(runtime.name, runtime.precision, by_batch, found, unread, apart)
-
-
-def check_answers(stage: str, answers: Answers, golden: Golden, expected: Answers | None = None) -> list[Check]:
-    """Compare answers with the golden outputs of their precision, one check a batch size.
-
-    Args:
-        stage: name of the step that is checked.
-        answers: of a runtime.
-        golden: the expected outputs, and the measure of noise that the limits come from.
-        expected: what to compare with, batch by batch, instead of the golden outputs.
-
-    Raises:
-        DMFormerError: what to compare with is an error itself.
-        StageFailed: the golden outputs themselves are not finite, or differ too little to tell anything.
-    """
-    try:
-        outputs = golden.expected(answers.precision)
-    except UsageError as error:
-        nothing = Comparison(False, reason=str(error))
-        return [as_check(stage, answers.runtime, answers.precision, batch, nothing, None) for batch in answers.by_batch]
-    limits = _limits(answers.precision, golden)
-    loosest = max(limits.values(), key=lambda limit: limit.max_abs)
-    checks = []
-    for batch, answer in answers.by_batch.items():
-        wanted = outputs if expected is None else expected.by_batch[batch]
-        if isinstance(wanted, DMFormerError):
-            raise wanted
-        if isinstance(answer, DMFormerError):
-            comparison, limit = Comparison(False, reason=str(answer)), loosest
-        else:
-            comparison, limit = _compare_outputs(answer, wanted, limits)
-        checks.append(as_check(stage, answers.runtime, answers.precision, batch, comparison, limit))
-    return checks
-
-
-def _rows_apart(runtime: Runtime, row: NDArray[np.float32], batch: int) -> float:
-    """The largest difference between the answers to one row that stands ``batch`` times in a batch."""
-    repeated = {runtime.inputs[0].name: np.repeat(row, batch, axis=0)}
-    return max(float(np.abs(answer - answer[:1]).max()) for answer in runtime.run(repeated).values())
-
-
-def check_rows(answers: Answers, golden: Golden) -> list[Check]:
-    """Identical rows of a batch must get the same answers, but for rounding: an engine may split a batch unevenly.
-
-    Empty where the runtime failed before, or where there are no golden outputs at the precision.
-    """
-    apart = answers.apart
-    if apart is None or (answers.precision != "fp32" and answers.precision not in golden.reduced):
-        return []
-    limit = max(_limits(answers.precision, golden).values(), key=lambda limit: limit.max_abs)
-    passed = apart <= limit.max_abs  # not so where it is NaN
-    reason = None if passed else f"identical rows of a batch get answers that are {apart:.3g} apart"
-    comparison = Comparison(passed, max_abs=apart if np.isfinite(apart) else None, reason=reason)
-    return [as_check("rows", answers.runtime, answers.precision, max(answers.by_batch), comparison, limit)]
-
-
-def _limits(precision: str, golden: Golden) -> dict[str, Limit]:
-    outputs = golden.expected(precision)
-    if precision == "fp32":
-        return float32_limit(outputs, golden.outputs_float64)
-    return reduced_limit(precision, outputs, golden.outputs_float64)
+def _compare_pixels(made: NDArray[np.uint8], expected: NDArray[np.uint8]) -> Comparison:
+    if made.shape != expected.shape:
+        return Comparison(False, reason=f"pixels of shape {made.shape}; expected {expected.shape}")
+    apart = np.abs(made.astype(np.int16) - expected)
+    count, largest = int((apart > 0).sum()), int(apart.max())
+    reason = f"{count} of {apart.size} pixel values differ, by up to {largest} of 255" if count else None
+    return Comparison(not count, max_abs=float(largest), reason=reason)
 
 
 def check_layers(answers: Answers, promised: float, cannot_compute: str | None) -> Check:
@@ -211,7 +288,7 @@ def check_layers(answers: Answers, promised: float, cannot_compute: str | None) 
         comparison = Comparison(bool(answers.layers), reason=f"{cannot_compute} ({describe(answers.layers)})")
     else:
         comparison = Comparison(missing is None, reason=missing)
-    return as_check("precision", answers.runtime, answers.precision, 1, comparison, None)
+    return as_check("precision", answers.runtime, answers.precision, 1, comparison, against="promise")
 
 
 def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float, most: float) -> Check:
@@ -219,14 +296,37 @@ def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float
     reason = None
     if lost > most:
         reason = f"loses {lost:.2f} points on {accuracy.images} images; the budget (--max-accuracy-drop) is {most:g}"
-    check = as_check("accuracy", runtime, precision, BATCH, Comparison(reason is None, reason=reason), None)
+    comparison = Comparison(reason is None, reason=reason)
+    check = as_check("accuracy", runtime, precision, BATCH, comparison, against=PYTORCH)
     return msgspec.structs.replace(check, top1_agreement=accuracy.agreement_with_torch)
 
 
-def _compare_outputs(
-    candidate: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], limits: Mapping[str, Limit]
-) -> tuple[Comparison, Limit]:
+def check_paired(answers: Answers, found: Paired, images: int, most: float) -> Check:
+    """Whether a runtime is as accurate as PyTorch on labelled images.
+
+    It fails where it is worse by more than the budget, and by more than chance explains.
+
+    Args:
+        answers: of the runtime.
+        found: the comparison.
+        images: how many.
+        most: the budget, in percentage points.
+    """
+    lost = 100 * (found.torch_only - found.runtime_only) / images
+    passed = not (lost > most and found.p_value < SIGNIFICANT)
+    reason = None
+    if found.torch_only or found.runtime_only:
+        reason = (
+            f"PyTorch alone is right on {found.torch_only} of {images} images, {answers.runtime} alone on "
+            f"{found.runtime_only} (McNemar's exact test: p = {found.p_value:.2g})"
+        )
+    comparison = Comparison(passed, reason=reason)
+    return as_check("accuracy", answers.runtime, answers.precision, images, comparison)
+
+
+def _compare_outputs(candidate: Mapping[str, NDArray[Any]], reference: Reference) -> tuple[Comparison, Limit]:
     """The first comparison that failed, or the one nearest to its limit."""
+    expected, limits = reference.outputs, reference.limits
     if set(candidate) != set(expected):
         reason = f"outputs {sorted(candidate)}; expected {sorted(expected)}"
         return Comparison(False, reason=reason), next(iter(limits.values()))
@@ -235,7 +335,13 @@ def _compare_outputs(
 
 
 def as_check(
-    stage: str, runtime: str, precision: str, batch: int, comparison: Comparison, limit: Limit | None
+    stage: str,
+    runtime: str,
+    precision: str,
+    batch: int,
+    comparison: Comparison,
+    limit: Limit | None = None,
+    against: str = PYTORCH,
 ) -> Check:
     """A row of the report from a comparison."""
     return Check(
@@ -251,4 +357,5 @@ def as_check(
         limit=limit.max_abs if limit else None,
         limit_source=limit.source if limit else None,
         reason=comparison.reason,
+        against=against,
     )

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from dmformer.bundle.golden import Golden
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
@@ -45,6 +46,14 @@ def golden_pixels(preprocessing: Preprocessing, images: Sequence[Path]) -> NDArr
     return np.concatenate([load_pixels(chosen, preprocessing), noise])
 
 
+def source_images(preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], ...]:
+    """Noise before resizing and cropping, uint8 (H, W, 3): a wide image to be made smaller, a tall one larger."""
+    side = preprocessing.image_size
+    wide = synthetic_pixels(1, round(1.5 * side), 3, seed=_SEED)[0]
+    tall = synthetic_pixels(1, round(0.75 * side), 3, seed=_SEED + 1)[0]
+    return wide[:side], tall[:, : side // 2]
+
+
 def make_golden(model: DMFormer, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     """Run the network on preprocessed images, in float32 as one batch and in float64 image by image.
 
@@ -58,7 +67,15 @@ def make_golden(model: DMFormer, preprocessing: Preprocessing, pixels: NDArray[n
     with torch.inference_mode():
         single_outputs = model(torch.from_numpy(inputs)).numpy()
     double_outputs = _in_float64(model, inputs)
-    return Golden(pixels, inputs, {OUTPUT_NAME: single_outputs}, {OUTPUT_NAME: double_outputs})
+    sources = source_images(preprocessing)
+    return Golden(
+        images=pixels,
+        inputs=inputs,
+        outputs={OUTPUT_NAME: single_outputs},
+        outputs_float64={OUTPUT_NAME: double_outputs},
+        sources=sources,
+        source_pixels=np.stack([preprocessing.pixels(Image.fromarray(source)) for source in sources]),
+    )
 
 
 def torch_logits(model: DMFormer, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:

@@ -1,0 +1,79 @@
+"""One artifact: made from an ONNX file by its format's converter, and asked in its runtime."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dmformer.bundle.manifest import Artifact, file_entry
+from dmformer.export.formats import converter
+from dmformer.runtimes import registry
+from dmformer.verify.answers import Answers, ask
+from dmformer.verify.parity import Check, check_artifact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from dmformer.bundle.golden import Golden
+    from dmformer.export.formats import ConversionSource
+    from dmformer.runtimes.base import Runtime
+
+
+def make_artifact(
+    row: registry.Entry,
+    source: ConversionSource,
+    root: Path,
+    *,
+    promised_share: float,
+    kept_in_fp32: Mapping[str, str],
+    sensitivity: Mapping[str, float],
+) -> Artifact:
+    """Convert into ``root/FORMAT/PRECISION``, which exists; what is known of the ONNX file holds for the artifact too.
+
+    Raises:
+        StageFailed: the converter failed.
+        UnavailableError: a package that it needs is not installed.
+    """
+    with source.stage(f"convert to {row.format} {source.precision}"):
+        converted = converter(row)(source, root / row.format / source.precision)
+        files = tuple(file_entry(root, path) for path in converted.files)
+    return Artifact(
+        format=row.format,
+        precision=source.precision,
+        files=files,
+        built_with=converted.built_with,
+        promised_share=promised_share,
+        kept_in_fp32=dict(kept_in_fp32),
+        sensitivity=dict(sensitivity),
+        target=converted.target,
+    )
+
+
+def runtime_of(row: registry.Entry, artifact: Artifact, root: Path) -> Runtime:
+    """The runtime of an artifact below ``root``, not yet open.
+
+    Raises:
+        UnavailableError: it cannot run on this machine.
+    """
+    adapter = registry.available_adapter(row)
+    return adapter(root / artifact.files[0].path, precision=artifact.precision, target=artifact.target)
+
+
+def proven(
+    row: registry.Entry, artifact: Artifact, root: Path, golden: Golden, known: Answers | None = None
+) -> tuple[Artifact, list[Check]]:
+    """The artifact with the precision of its layers, and its checks.
+
+    Args:
+        row: of its format.
+        artifact: below ``root``.
+        root: the bundle.
+        golden: what to ask.
+        known: what the runtime answered with a file of the same content.
+    """
+    answers = known or ask(runtime_of(row, artifact, root), golden.inputs)
+    excuse = registry.adapter(row).cannot_compute(artifact.precision)
+    checks = check_artifact(answers, golden, artifact.promised_share, excuse)
+    return msgspec.structs.replace(artifact, layers=answers.layers), checks

@@ -1,0 +1,173 @@
+"""From a checkpoint to a verified ONNX file in float32: each form of the network is compared with the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dmformer.bundle.golden import Golden
+from dmformer.bundle.manifest import Simplification
+from dmformer.errors import DMFormerError
+from dmformer.export import onnx_file
+from dmformer.export.formats import versions
+from dmformer.export.simplify import Simplifier
+from dmformer.export.torch_onnx import onnx_metadata, trace
+from dmformer.models.checkpoint import Checkpoint
+from dmformer.models.deploy import deploy
+from dmformer.models.dmformer import DMFormer
+from dmformer.progress import Stage
+from dmformer.runtimes import registry
+from dmformer.runtimes.torch import ModuleRuntime
+from dmformer.verify.answers import Answers, ask
+from dmformer.verify.compare import Reference
+from dmformer.verify.parity import Check, check_answers, references
+from dmformer.verify.reference import golden_pixels, make_golden
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class VerifiedGraph:
+    """A float32 ONNX file, and how it was checked.
+
+    Attributes:
+        onnx: the file: simplified where that changed nothing, or else as it was traced.
+        golden: PyTorch's answers, and the file's at fp32.
+        answers: of onnxruntime to the file.
+        checks: of all stages up to it.
+        simplification: whether the simplified graph was kept, and why.
+    """
+
+    onnx: Path
+    golden: Golden
+    answers: Answers
+    checks: list[Check]
+    simplification: Simplification
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """What a graph is made from.
+
+    Attributes:
+        checkpoint: with its preprocessing.
+        model: its network, which is left as it is.
+        deploy_form: fold the network before it is traced.
+        images: some of them become golden images.
+        scratch: an existing folder for files that do not outlive the export.
+        stage: told about each step.
+    """
+
+    checkpoint: Checkpoint
+    model: DMFormer
+    deploy_form: bool
+    images: Sequence[Path]
+    scratch: Path
+    stage: Stage
+
+    def form(self) -> nn.Module:
+        """What is traced; a trace writes into its modules, so it never gets the network itself."""
+        if not self.deploy_form:
+            return self.checkpoint.model()
+        return deploy(self.model, self.checkpoint.preprocessing.image_size)
+
+
+def verified_graph(source: GraphSource) -> VerifiedGraph:
+    """Trace, simplify and verify.
+
+    Raises:
+        StageFailed: the exporter or the simplifier broke, or PyTorch's own answers are no reference.
+        UsageError: an image cannot be read.
+    """
+    traced, simplified = source.scratch / "traced.onnx", source.scratch / "simplified.onnx"
+    # What needs no other step's result runs beside it: a cold export keeps two cores busy.
+    # The process is left first: an exception does not wait for it.
+    with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
+        with source.stage("PyTorch reference, trace to ONNX"):
+            referring = pool.submit(_reference, source)
+            trace(source.checkpoint, source.form(), traced)
+            golden = referring.result()
+        (pytorch,) = references(golden, "fp32")
+        simplifying = pool.submit(simplifier.simplify, traced, simplified)
+        with source.stage("verify PyTorch's forms and the traced ONNX"):
+            checks, before = _check_forms(source, golden, pytorch)
+            answers = _ask_onnxruntime(traced, golden, whole=False)
+            checks += check_answers("traced", answers, [pytorch, *before])
+        with source.stage("simplify and verify"):
+            simplifying.result()
+            kept = _Graph(traced, answers, checks)
+            if all(check.passed for check in checks):
+                kept, simplification = _choose(source, kept, simplified, golden, pytorch)
+            else:
+                reason = "the traced graph failed its checks, so there is nothing to compare a simplified one with"
+                simplification = Simplification(kept=False, reason=reason, nodes_before=_nodes(traced))
+    largest = kept.answers.largest
+    if not isinstance(largest, DMFormerError):
+        golden = replace(golden, files={"fp32": largest})
+    return VerifiedGraph(kept.file, golden, kept.answers, kept.checks, simplification)
+
+
+class _Graph(NamedTuple):
+    file: Path
+    answers: Answers
+    checks: list[Check]
+
+
+def _reference(source: GraphSource) -> Golden:
+    preprocessing = source.checkpoint.preprocessing
+    return make_golden(source.model, preprocessing, golden_pixels(preprocessing, source.images))
+
+
+def _check_forms(source: GraphSource, golden: Golden, pytorch: Reference) -> tuple[list[Check], list[Reference]]:
+    """The network at each batch size, and the form that is traced; gives the last as what comes before the trace."""
+    forms: dict[str, nn.Module] = {"training form": source.model}
+    if source.deploy_form:
+        forms["deploy form"] = source.form()
+    checks: list[Check] = []
+    before: list[Reference] = []
+    for name, model in forms.items():
+        answers = ask(ModuleRuntime(model, source.checkpoint), golden.inputs, layers=False, consistency=False)
+        checks += check_answers(name, answers, [pytorch, *before])
+        before = _as_reference(name, answers, pytorch)
+    return checks, before
+
+
+def _choose(
+    source: GraphSource, traced: _Graph, simplified: Path, golden: Golden, pytorch: Reference
+) -> tuple[_Graph, Simplification]:
+    """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
+    nodes = _nodes(traced.file)
+    model = onnx_file.read(simplified)
+    onnx_file.write(model, simplified, onnx_metadata(source.checkpoint) | _version("onnxsim"))
+    answers = _ask_onnxruntime(simplified, golden, whole=True)
+    checks = check_answers("simplified", answers, [pytorch, *_as_reference("traced", traced.answers, pytorch)])
+    after = len(model.graph.node)
+    if wrong := [check.reason for check in checks if not check.passed]:
+        reason = f"the simplified graph is not equal to the traced one: {wrong[0]}"
+        return traced, Simplification(kept=False, reason=reason, nodes_before=nodes, nodes_after=after)
+    reason = f"{nodes} nodes became {after}, with equal outputs within the limit of float32"
+    kept = _Graph(simplified, answers, [*traced.checks, *checks])
+    return kept, Simplification(kept=True, reason=reason, nodes_before=nodes, nodes_after=after)
+
+
+def _ask_onnxruntime(file: Path, golden: Golden, *, whole: bool) -> Answers:
+    adapter = registry.available_adapter(registry.entry("onnxruntime"))
+    return ask(adapter(file), golden.inputs, layers=whole, consistency=whole)
+
+
+def _as_reference(name: str, answers: Answers, pytorch: Reference) -> list[Reference]:
+    """A stage as what the next one is compared with; nothing where it did not answer, which its own checks say."""
+    largest = answers.largest
+    return [] if isinstance(largest, DMFormerError) else [Reference(name, largest, pytorch.limits)]
+
+
+def _nodes(file: Path) -> int:
+    return len(onnx_file.read(file).graph.node)
+
+
+def _version(package: str) -> dict[str, str]:
+    return {f"{package}.version": versions(package)[package]}

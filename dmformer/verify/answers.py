@@ -1,0 +1,125 @@
+"""Ask a runtime everything that is compared: every golden image at several batch sizes, and the same ones otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmformer.errors import DMFormerError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dmformer.runtimes.base import Runtime
+
+# One row alone, an even batch, and one that no power of two divides.
+BATCH_SIZES = (1, 2, 5)
+Outputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a runtime answered.
+
+    Attributes:
+        runtime: its name.
+        precision: of the artifact.
+        by_batch: for each batch size an array for each output, or why there is none.
+        layers: in which precision each compute layer ran, counted; empty where they were not read.
+        unread: why they could not be read.
+        apart: the largest difference between answers that must be equal but for rounding, by what was done:
+            ``rows`` (identical rows of a batch), ``shuffled`` (the rows in another order), ``repeated`` (asked twice).
+            Empty where that was not tried.
+        others: answers to other inputs, where there were some.
+    """
+
+    runtime: str
+    precision: str
+    by_batch: dict[int, Outputs | DMFormerError]
+    layers: dict[str, int] = field(default_factory=dict)
+    unread: DMFormerError | None = None
+    apart: dict[str, float] = field(default_factory=dict)
+    others: Outputs | None = None
+
+    @property
+    def largest(self) -> Outputs | DMFormerError:
+        """What was answered at the largest batch."""
+        return self.by_batch[max(self.by_batch)]
+
+
+def ask(
+    runtime: Runtime,
+    inputs: NDArray[np.float32],
+    *,
+    layers: bool = True,
+    consistency: bool = True,
+    others: NDArray[np.float32] | None = None,
+) -> Answers:
+    """Load the runtime and run every row at each batch size.
+
+    A failure of the runtime is an answer too; that it cannot run on this machine at all is raised.
+
+    Args:
+        runtime: not open yet.
+        inputs: (N, C, H, W).
+        layers: read back in which precision each layer ran.
+        consistency: ask again, shuffled, and with equal rows.
+        others: more rows, asked once.
+
+    Raises:
+        UnavailableError: the runtime cannot run on this machine.
+    """
+    sizes = _batch_sizes(runtime)
+    by_batch: dict[int, Outputs | DMFormerError] = {}
+    found: dict[str, int] = {}
+    apart: dict[str, float] = {}
+    unread, more = None, None
+    try:
+        with runtime:
+            (name,) = (spec.name for spec in runtime.inputs)
+            for batch in sizes:
+                by_batch[batch] = runtime.run_rows({name: inputs}, batch)
+            if consistency:
+                apart = _apart(runtime, name, inputs, by_batch[sizes[-1]], sizes)
+            if others is not None:
+                more = runtime.run_rows({name: others})
+            if layers:
+                found = runtime.layers()
+    except UnavailableError:
+        raise
+    except DMFormerError as error:
+        unread = error
+        by_batch.update({batch: error for batch in sizes if batch not in by_batch})
+    return Answers(runtime.name, runtime.precision, by_batch, found, unread, apart, more)
+
+
+def _batch_sizes(runtime: Runtime) -> Sequence[int]:
+    """Smallest, a middle and the largest; an artifact without bounds gets :data:`BATCH_SIZES`."""
+    least, most = runtime.batches
+    if most is None:
+        return sorted({max(least, batch) for batch in BATCH_SIZES})
+    return sorted({least, (least + most) // 2, most})
+
+
+def _apart(
+    runtime: Runtime, name: str, inputs: NDArray[np.float32], answers: Any, sizes: Sequence[int]
+) -> dict[str, float]:
+    largest, middle = sizes[-1], sizes[len(sizes) // 2]
+    order = np.roll(np.arange(len(inputs))[::-1], 1)
+    shuffled = runtime.run_rows({name: inputs[order]}, largest)
+    equal = runtime.run({name: np.repeat(inputs[:1], largest, axis=0)})
+    first = inputs[np.arange(middle) % len(inputs)]
+    once, again = runtime.run({name: first}), runtime.run({name: first})
+    return {
+        "rows": max(_distance(answer, np.broadcast_to(answer[:1], answer.shape)) for answer in equal.values()),
+        "shuffled": max(_distance(answer, answers[key][order]) for key, answer in shuffled.items()),
+        "repeated": max(_distance(answer, once[key]) for key, answer in again.items()),
+    }
+
+
+def _distance(answer: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """The largest difference; infinite between shapes that do not fit, NaN where a value is none."""
+    return float(np.abs(answer - wanted).max()) if answer.shape == wanted.shape else float("inf")

@@ -1,0 +1,87 @@
+"""A reduced precision emulated in PyTorch: layers rounded as the precision rounds them, arithmetic in float32.
+
+It owes nothing to the graph at that precision or to the tool that made it, so its error against float64 is a measure
+for both. What lies between layers (additions, pools) is not rounded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+_STEPS = 127  # of a symmetric int8 scale, on each side of zero
+
+
+def emulate(
+    model: nn.Module,
+    precision: str,
+    layers: Collection[str],
+    inputs: NDArray[np.float32],
+    batches: Iterable[NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """What a network answers at ``fp16`` or ``int8``.
+
+    Args:
+        model: rounded in place.
+        precision: in float16 every module rounds its output and the layers their weights; in int8 the layers round
+            their weights, one scale for each output channel, and their inputs, one scale each.
+        layers: names of the convolutions and linear layers that compute in it.
+        inputs: (N, C, H, W).
+        batches: images (n, C, H, W) on which int8 measures the inputs' ranges.
+    """
+    import torch
+
+    modules = dict(model.named_modules())
+    with torch.inference_mode(), torch.no_grad():
+        if precision == "fp16":
+            _round_to_float16(model, {name: modules[name] for name in layers})
+        else:
+            _round_to_int8(model, {name: modules[name] for name in layers}, batches)
+        answers: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
+    return answers
+
+
+def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    for layer in layers.values():
+        for parameter in layer.parameters(recurse=False):
+            parameter.copy_(parameter.half())
+    for module in model.modules():
+        computes = next(module.parameters(recurse=False), None) is not None
+        if next(module.children(), None) is None and (not computes or module in layers.values()):
+            module.register_forward_hook(lambda _module, _inputs, output: output.half().float())
+
+
+def _round_to_int8(model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[NDArray[np.float32]]) -> None:
+    import torch
+
+    peaks = dict.fromkeys(layers, 0.0)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def look(_module: nn.Module, given: tuple[Tensor]) -> None:
+            peaks[name] = max(peaks[name], float(given[0].abs().max()))
+
+        return look
+
+    watching = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    for batch in batches:
+        model(torch.from_numpy(batch))
+    for hook in watching:
+        hook.remove()
+    for name, layer in layers.items():
+        weight: Tensor = layer.get_parameter("weight")
+        weight.copy_(_quantized(weight, weight.flatten(1).abs().amax(1)[:, None, None, None]))  # (O, I, k, k)
+        peak = torch.tensor(peaks[name])
+        layer.register_forward_pre_hook(lambda _module, given, peak=peak: (_quantized(given[0], peak),))
+
+
+def _quantized(values: Tensor, peak: Tensor) -> Tensor:
+    import torch
+
+    scale = torch.clamp(peak / _STEPS, min=torch.finfo(torch.float32).tiny)
+    return (values / scale).round().clamp(-_STEPS - 1, _STEPS) * scale
