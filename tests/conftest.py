@@ -138,7 +138,7 @@ def reduced(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> Expor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
-        patch.setattr("dmformer.export.pipeline.Simplifier", NoSimplifier)
+        patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
         return dmformer.export(
             formats=["onnx", "openvino"],
             precisions=["fp32", "fp16", "int8"],
@@ -151,9 +151,9 @@ def reduced(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> Expor
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports without onnxsim and without timing."""
-    from dmformer.export import pipeline
+    from dmformer.export import graph, pipeline
 
-    monkeypatch.setattr(pipeline, "Simplifier", NoSimplifier)
+    monkeypatch.setattr(graph, "Simplifier", NoSimplifier)
     monkeypatch.setattr(pipeline, "compare_precisions", timed_as({}))
 
 

@@ -57,6 +57,9 @@ def test_a_damaged_bundle_is_not_built_upon(bundle: Path) -> None:
     assert content(bundle) == before
 
 
+ARTIFACT_STAGES = {"runtime", "rows", "shuffled", "repeated", "batches", "decisions", "precision"}
+
+
 def test_what_is_built_takes_the_place_of_what_was_there(reduced_bundle: Path) -> None:
     before = content(reduced_bundle)
     found = build(reduced_bundle, "openvino", precisions=["INT8"])
@@ -75,7 +78,7 @@ def test_what_is_built_takes_the_place_of_what_was_there(reduced_bundle: Path) -
 def test_a_gpu_builds_verifies_and_keeps_its_timing_cache(bundle: Path, doubled: gpu_double.Device) -> None:
     found = build(bundle, "trt")
     assert found.parity.passed
-    assert {check.stage for check in found.parity.checks} == {"runtime", "rows", "precision"}
+    assert {check.stage for check in found.parity.checks} == ARTIFACT_STAGES
     assert (bundle / "tensorrt/fp32/timing.cache").read_bytes() == b"timings"
     build(bundle, "trt")
     assert (bundle / "tensorrt/fp32/timing.cache").read_bytes() == b"timings+"
@@ -100,7 +103,7 @@ def test_an_engine_that_answers_wrongly_changes_nothing(
 
     monkeypatch.setattr(tensorrt, "to_tensorrt", spoilt)
     before = content(bundle)
-    with pytest.raises(CheckFailed, match="nothing was changed: 3 of 5 checks failed; first: runtime in tensorrt fp32"):
+    with pytest.raises(CheckFailed, match="nothing was changed: 7 of 12 checks failed; first: runtime in tensorrt fp32"):
         build(bundle, "trt")
     assert content(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
@@ -152,7 +155,7 @@ def test_the_command(cli: Callable[..., Run], bundle: Path) -> None:
     assert found["artifacts"][0]["format"] == "openvino"
     run = cli("build", bundle, "--format", "ov")
     assert "any machine" in run.out
-    assert "all 5 checks held" in run.out
+    assert "all 12 checks held" in run.out
     assert cli("build", bundle).code == 2
     assert cli("build", bundle, "--format", "ort").code == 2
 

@@ -23,7 +23,7 @@ import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.manifest import decode_manifest, hash_file
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
-from dmformer.export import pipeline
+from dmformer.export import graph as making
 from dmformer.export.request import planned_artifacts
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
@@ -194,13 +194,13 @@ def test_a_baked_in_batch_fails_the_export(tmp_path: Path, monkeypatch: pytest.M
 
     def baked(checkpoint: object, model: object, destination: Path) -> None:
         trace(checkpoint, model, destination)
-        graph = onnx.load(destination)
-        for value in (graph.graph.input[0], graph.graph.output[0]):
+        model = onnx.load(destination)
+        for value in (model.graph.input[0], model.graph.output[0]):
             value.type.tensor_type.shape.dim[0].dim_value = 1
-        onnx.save(graph, destination)
+        onnx.save(model, destination)
 
-    trace = pipeline.trace
-    monkeypatch.setattr(pipeline, "trace", baked)
+    trace = making.trace
+    monkeypatch.setattr(making, "trace", baked)
     with pytest.raises(CheckFailed, match="nothing was written"):
         dmformer.export(output=tmp_path / "b")
     forced = dmformer.export(output=tmp_path / "b", force=True)

@@ -150,8 +150,9 @@ def test_int8_beyond_any_budget_fails(
 def test_int8_does_not_depend_on_the_process(few_images: Path, reduced: ExportResult, tmp_path: Path) -> None:
     """Another process, hash seed and folder; fp16 on the way."""
     script = (
-        "import sys, dmformer; from dmformer.export import pipeline; from tests.conftest import NoSimplifier, timed_as;"
-        "pipeline.compare_precisions, pipeline.Simplifier = timed_as({}), NoSimplifier;"
+        "import sys, dmformer; from dmformer.export import graph, pipeline;"
+        "from tests.conftest import NoSimplifier, timed_as;"
+        "pipeline.compare_precisions, graph.Simplifier = timed_as({}), NoSimplifier;"
         "dmformer.export(precisions=['fp16', 'int8'], calibration=sys.argv[1], max_accuracy_drop=5, output=sys.argv[2])"
     )
     again = tmp_path / "again"

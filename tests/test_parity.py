@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,8 +25,16 @@ from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.dmformer import DMFormer, Gate
 from dmformer.runtimes import registry
 from dmformer.runtimes.onnxruntime import OnnxRuntime
+from dmformer.verify.answers import ask
 from dmformer.verify.compare import Limit, compare, float32_limit
-from dmformer.verify.parity import Check, ask, check_answers, check_preprocessing, check_rows, report
+from dmformer.verify.parity import (
+    Check,
+    check_answers,
+    check_consistency,
+    check_preprocessing,
+    references,
+    report,
+)
 from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
@@ -69,7 +77,11 @@ def checks_of(subject: Subject, model: DMFormer, folder: Path, engines: Sequence
         target.mkdir()
         files = converter(row)(ConversionSource(traced, "fp32", subject.checkpoint), target).files
         checks.extend(
-            check_answers("runtime", ask(registry.available_adapter(row)(files[0]), subject.golden), subject.golden)
+            check_answers(
+                "runtime",
+                ask(registry.available_adapter(row)(files[0]), subject.golden.inputs, consistency=False),
+                references(subject.golden, "fp32"),
+            )
         )
     return checks
 
@@ -169,19 +181,35 @@ def test_a_baked_in_batch_is_caught(subject: Subject, tmp_path: Path) -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, traced)
     row = registry.entry("onnxruntime")
-    checks = check_answers("runtime", ask(registry.available_adapter(row)(traced), subject.golden), subject.golden)
+    answers = ask(registry.available_adapter(row)(traced), subject.golden.inputs)
+    checks = check_answers("runtime", answers, references(subject.golden, "fp32"))
     assert [(check.batch, check.passed) for check in checks] == [(1, True), (2, False), (5, False)]
 
 
 def test_exchanged_channels_in_preprocessing_are_caught(subject: Subject) -> None:
     preprocessing = subject.checkpoint.preprocessing
-    assert check_preprocessing(preprocessing, subject.golden).passed
+    assert all(check.passed for check in check_preprocessing(preprocessing, subject.golden))
     for wrong in (
         msgspec.structs.replace(preprocessing, channels="BGR"),
         msgspec.structs.replace(preprocessing, mean=(0.5, 0.5, 0.501)),
         msgspec.structs.replace(preprocessing, std=(0.5, 0.501, 0.5)),
     ):
-        assert not check_preprocessing(wrong, subject.golden).passed
+        pixels, tensors = check_preprocessing(wrong, subject.golden)
+        assert pixels.passed
+        assert not tensors.passed
+
+
+@pytest.mark.parametrize("wrong", [{"interpolation": "bilinear"}, {"crop_fraction": 0.9}, {"image_size": 96}])
+def test_another_resize_filter_or_crop_is_caught(subject: Subject, wrong: dict[str, Any]) -> None:
+    right = subject.checkpoint.preprocessing
+    changed = msgspec.structs.replace(right, **wrong)
+    assert changed != right
+    assert not check_preprocessing(changed, subject.golden)[0].passed
+
+
+def test_a_golden_file_without_source_images_fails(subject: Subject) -> None:
+    pixels, tensors = check_preprocessing(subject.checkpoint.preprocessing, replace(subject.golden, sources=()))
+    assert (pixels.passed, tensors.passed) == (False, True)
 
 
 def test_one_percent_of_any_tensor_is_caught_unless_it_drowns_in_rounding(subject: Subject) -> None:
@@ -270,22 +298,73 @@ def test_clean_exports_raise_no_alarm(seed: int, tmp_path: Path) -> None:
     assert report(checks).passed, checks
 
 
-@pytest.mark.parametrize("drift", [1e-3, float("nan")])
-def test_identical_rows_that_are_answered_differently_are_caught(exported: ExportResult, drift: float) -> None:
-    class Uneven(OnnxRuntime):
-        """Right but for a batch of five equal rows, of which it spoils the last."""
+class Spoilt(OnnxRuntime):
+    """Right in every batch size, and wrong in a way that only a second look sees."""
 
-        def infer(self, inputs: Any) -> Any:
-            answers = super().infer(inputs)
-            (rows,) = inputs.values()
-            if len(rows) == 5 and (rows == rows[:1]).all():
-                answers["logits"][-1] += drift
-            return answers
+    asked = 0
 
+
+class Uneven(Spoilt):
+    def infer(self, inputs: Any) -> Any:
+        answers = super().infer(inputs)
+        (rows,) = inputs.values()
+        if len(rows) == 5 and (rows == rows[:1]).all():
+            answers["logits"][-1] += 1e-3
+        return answers
+
+
+class NoNumber(Spoilt):
+    def infer(self, inputs: Any) -> Any:
+        answers = super().infer(inputs)
+        (rows,) = inputs.values()
+        if len(rows) == 5 and (rows == rows[:1]).all():
+            answers["logits"][-1] = np.nan
+        return answers
+
+
+class ByPlace(Spoilt):
+    """As a runtime that has learnt the answers by heart: row by row, whatever the rows are."""
+
+    learnt: Any = None
+
+    def infer(self, inputs: Any) -> Any:
+        answers = super().infer(inputs)
+        (rows,) = inputs.values()
+        if len(rows) == 5 and not (rows == rows[:1]).all():
+            self.learnt = self.learnt or answers
+            return {name: array.copy() for name, array in self.learnt.items()}
+        return answers
+
+
+class Drifting(Spoilt):
+    """What was asked before is in the answer."""
+
+    def infer(self, inputs: Any) -> Any:
+        answers = super().infer(inputs)
+        self.asked += 1
+        (rows,) = inputs.values()
+        if len(rows) == 2 and self.asked > 8:
+            answers["logits"] += 1e-3 * (self.asked % 2)
+        return answers
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"), [(Uneven, "rows"), (NoNumber, "rows"), (ByPlace, "shuffled"), (Drifting, "repeated")]
+)
+def test_a_runtime_that_contradicts_itself_is_caught(exported: ExportResult, kind: type[Spoilt], row: str) -> None:
     golden = load_golden(exported.output / "golden.npz")
-    answers = ask(Uneven(exported.output / "onnx/fp32/model.onnx"), golden)
-    assert all(check.passed for check in check_answers("runtime", answers, golden))
-    (failed,) = check_rows(answers, golden)
-    assert not failed.passed
-    assert (failed.stage, failed.batch) == ("rows", 5)
-    assert "identical rows of a batch get answers that are" in (failed.reason or "")
+    answers = ask(kind(exported.output / "onnx/fp32/model.onnx"), golden.inputs)
+    compared_with = references(golden, "fp32")
+    assert all(check.passed for check in check_answers("runtime", answers, compared_with))
+    (failed,) = [check for check in check_consistency(answers, compared_with) if not check.passed]
+    assert (failed.stage, failed.against) == (row, "itself")
+    assert "get answers that are" in (failed.reason or "")
+
+
+def test_a_batch_that_differs_from_its_rows_is_caught(exported: ExportResult) -> None:
+    golden = load_golden(exported.output / "golden.npz")
+    answers = ask(OnnxRuntime(exported.output / "onnx/fp32/model.onnx"), golden.inputs)
+    largest = {name: array + np.float32(1e-3) for name, array in answers.by_batch[5].items()}  # type: ignore[union-attr]
+    moved = replace(answers, by_batch={**answers.by_batch, 5: largest})
+    failed = [check.stage for check in check_consistency(moved, references(golden, "fp32")) if not check.passed]
+    assert failed == ["batches"]

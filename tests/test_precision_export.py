@@ -97,7 +97,7 @@ def test_auto_leaves_out_what_breaks_the_budget(few_images: Path, tmp_path: Path
     assert [made.precision for made in result.manifest.artifacts] == ["fp32"]
     (reason,) = result.parity.skipped
     assert "precision int8 loses 12.50 points" in reason
-    assert load_golden(tmp_path / "b/golden.npz").reduced.keys() == {"fp16"}
+    assert load_golden(tmp_path / "b/golden.npz").emulated.keys() == {"fp16"}
 
 
 def test_auto_leaves_out_what_breaks_the_budget_in_its_runtime(

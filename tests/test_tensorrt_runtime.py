@@ -310,7 +310,7 @@ def test_a_bundle_is_verified_on_the_gpu(with_engine: Path) -> None:
     found = verify(with_engine, runtimes=["trt"])
     assert found.passed, found
     assert {check.runtime for check in found.checks} == {"numpy", "tensorrt"}
-    assert {check.stage for check in found.checks} == {"preprocessing", "runtime", "rows", "precision"}
+    assert {"preprocessing", "runtime", "rows", "precision"} < {check.stage for check in found.checks}
 
 
 def test_where_the_gpu_is_another_one_the_engine_is_left_out_and_why_is_said(

@@ -103,12 +103,14 @@ class Made:
 
 
 def make(precision: str, source: PrecisionSource) -> Made:
-    """The ONNX file at a reduced precision.
+    """The ONNX file at a precision; at fp32 the verified file itself.
 
     Raises:
         CheckFailed: it cannot be had within the accuracy budget.
         UsageError: it needs calibration images, and there are none.
     """
+    if precision == "fp32":
+        return Made(source.onnx, promised=1.0)
     module, _, name = _MAKERS[precision].partition(":")
     maker: Callable[[PrecisionSource], Made] = getattr(importlib.import_module(module), name)
     return maker(source)
