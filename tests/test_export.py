@@ -138,25 +138,31 @@ def test_openvino_keeps_float32(exported: ExportResult) -> None:
 
 
 def test_every_stage_is_a_row_of_the_parity_report(exported: ExportResult) -> None:
-    stages = [(check.stage, check.runtime) for check in exported.parity.checks]
-    assert list(dict.fromkeys(stages)) == [
+    rows = [(check.stage, check.runtime, check.against) for check in exported.parity.checks]
+    artifact = ("runtime", "rows", "shuffled", "repeated", "batches", "decisions", "precision")
+    assert list(dict.fromkeys(row[:2] for row in rows)) == [
+        ("training form", "torch"),
+        ("deploy form", "torch"),
         ("traced", "onnxruntime"),
-        ("simplified against traced", "onnxruntime"),
         ("simplified", "onnxruntime"),
-        ("runtime", "torch"),
-        ("rows", "torch"),
-        ("precision", "torch"),
-        ("runtime", "onnxruntime"),
-        ("rows", "onnxruntime"),
-        ("precision", "onnxruntime"),
-        ("runtime", "openvino"),
-        ("rows", "openvino"),
-        ("precision", "openvino"),
+        *((stage, runtime) for runtime in ("torch", "onnxruntime", "openvino") for stage in artifact),
     ]
-    batches = {stage: [check.batch for check in exported.parity.checks if check.stage == stage] for stage, _ in stages}
-    assert batches["traced"] == batches["simplified against traced"] == batches["simplified"] == [1, 2, 5]
-    assert batches["runtime"] == [1, 2, 5] * 3
-    assert exported.manifest.evidence.parity.checks == len(stages)
+    before = [(stage, against) for stage, _, against in rows if against not in ("PyTorch", "itself", "promise")]
+    assert list(dict.fromkeys(before)) == [
+        ("deploy form", "training form"),
+        ("traced", "deploy form"),
+        ("simplified", "traced"),
+        ("runtime", "onnx fp32"),
+    ]
+    for stage, runtime, against in rows:
+        if stage in ("training form", "deploy form", "traced", "simplified", "runtime"):
+            batches = [
+                check.batch
+                for check in exported.parity.checks
+                if (check.stage, check.runtime, check.against) == (stage, runtime, against)
+            ]
+            assert batches == [1, 2, 5]
+    assert exported.manifest.evidence.parity.checks == len(rows)
     assert exported.manifest.simplification.kept
 
 

@@ -29,8 +29,12 @@ class Choice:
         """Why the runtime computes the artifact in float32 on this machine; ``None`` where it has its precision."""
         return registry.available_adapter(self.entry).cannot_compute(self.artifact.precision)
 
-    def runtime(self, threads: int | None = None) -> Runtime:
+    def runtime(self, threads: int | None = None, taps: Sequence[str] = ()) -> Runtime:
         """The runtime, not yet open, over files whose hashes were checked.
+
+        Args:
+            threads: for one inference; otherwise all cores.
+            taps: inner tensors to show.
 
         Raises:
             CheckFailed: a file is not what the manifest says.
@@ -40,7 +44,8 @@ class Choice:
         if reason := adapter.cannot_load(self.artifact.target):
             raise UnavailableError(f"{self.artifact.format} {self.artifact.precision}: {reason}")
         path = self.bundle.load_path(self.artifact)
-        return adapter(path, threads=threads, precision=self.artifact.precision, target=self.artifact.target)
+        artifact = self.artifact
+        return adapter(path, threads=threads, precision=artifact.precision, target=artifact.target, taps=taps)
 
 
 def cannot_run(row: registry.Entry, artifact: Artifact) -> str | None:

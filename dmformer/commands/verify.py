@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dmformer.commands import _present as present
-from dmformer.errors import CheckFailed
+from dmformer.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.text import Text
 
+    from dmformer.verify.findings import Finding
     from dmformer.verify.parity import Check, ParityReport
+
+CASES = "dmformer-bisect"
 
 
 def verify(
@@ -29,23 +32,57 @@ def verify(
         Path | None,
         typer.Option("--images", metavar="DIR", help="Compare on these images too; needs PyTorch."),
     ] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect", help=f"Find the node where a failure begins, and save it below {CASES}; needs PyTorch and ONNX."
+        ),
+    ] = False,
+    case: Annotated[
+        Path | None,
+        typer.Option("--case", metavar="DIR", help="Run a failure that --bisect saved, instead of a bundle."),
+    ] = None,
     json_file: present.JsonOption = None,
 ) -> None:
     """Check that a bundle's runtimes answer as PyTorch does.
 
     Without --weights and --images the reference is in the bundle, and PyTorch is not needed.
     """
-    from dmformer.verify.api import verify as run_verify
     from dmformer.verify.parity import failure
 
     present.check_json_target(json_file)
-    opened = present.bundle_named(bundle)
-    with present.stages() as shown:
-        report = run_verify(opened, runtimes=runtime or [], weights=weights, images=images, stage=shown.stage)
+    if case is not None:
+        if bundle is not None or runtime or weights or images or bisect:
+            raise UsageError("--case with other arguments; expected it alone, or with --json")
+        report = _run_case(case)
+    else:
+        report = _verify(bundle, runtime or [], weights, images, bisect)
     _show(report, json_file)
     present.write_json(report, json_file)
     if not report.passed:
         raise CheckFailed(failure(report))
+
+
+def _run_case(case: Path) -> ParityReport:
+    from dmformer.verify.case import run_case
+    from dmformer.verify.parity import report
+
+    return report(run_case(case))
+
+
+def _verify(
+    bundle: Path | None, runtimes: list[str], weights: Path | None, images: Path | None, bisect: bool
+) -> ParityReport:
+    from dmformer.verify.api import verify as run_verify
+
+    opened = present.bundle_named(bundle)
+    with present.stages() as shown:
+        report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, stage=shown.stage)
+        if bisect and not report.passed:
+            from dmformer.export.diagnose import diagnose
+
+            report = diagnose(opened, report, weights=weights, folder=Path(CASES), stage=shown.stage)
+    return report
 
 
 def _show(report: ParityReport, json_file: str | None) -> None:
@@ -65,11 +102,35 @@ def _show(report: ParityReport, json_file: str | None) -> None:
         if check.reason is not None:
             said = f"{check.stage} in {check.runtime} {check.precision}, batch {check.batch}: {check.reason}"
             present.show(said if check.passed else f"FAILED {said}", json_file)
+    for finding in report.findings:
+        for line in _told(finding):
+            present.show(line, json_file)
     for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
         if limit:
             present.show(f"limit {limit:.2g}: {source}", json_file)
     for reason in report.skipped:
         present.say(f"not checked: {reason}")
+
+
+def _told(finding: Finding) -> Iterator[str]:
+    """What a bisection found, line by line."""
+    apart = "NaN or infinite" if finding.max_abs is None else f"{finding.max_abs:.3g}"
+    yield (
+        f"FOUND {finding.runtime} {finding.precision} parts at {', '.join(finding.nodes)} (module {finding.module}): "
+        f"{apart}, limit {finding.limit:.3g}"
+    )
+    yield f"  {finding.explanation}"
+    for difference in finding.differences:
+        yield f"  {difference}"
+    if finding.island is not None:
+        island = finding.island
+        verdict = "holds" if island.passed else "still fails"
+        yield (
+            f"  with {len(island.nodes)} nodes in float32 the file {verdict}, {island.file} in the case's folder: "
+            f"{', '.join(island.nodes)}"
+        )
+    yield f"  found in {finding.runs} runs with at most {finding.most_shown} inner tensors shown"
+    yield f"  to see it alone: dmformer verify --case {finding.case}"
 
 
 def _cells(group: Sequence[Check]) -> list[str | Text]:

@@ -17,7 +17,7 @@ from dmformer.export.precision import RANGE_IMAGES, Made, metadata_at, typed_sha
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -36,7 +36,6 @@ def to_fp16(source: PrecisionSource) -> Made:
     Raises:
         CheckFailed: the network itself gives NaN or infinity on the images, or is out of range everywhere.
     """
-    float16 = require("onnxruntime.transformers.float16", extra="onnxruntime", purpose="precision fp16")
     model = onnx_file.read(source.onnx)
     with source.stage("ranges for fp16"):
         peaks = _weight_peaks(model) | tensor_peaks(source.onnx, _inputs(source), source.scratch)
@@ -46,8 +45,22 @@ def to_fp16(source: PrecisionSource) -> Made:
         if (peak := max((peaks.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)) * HEADROOM
         > LARGEST
     }
+    destination = source.scratch / "fp16.onnx"
+    converted = convert(model, kept, destination)
+    share = typed_share(converted, "fp16")
+    if not share:
+        raise CheckFailed(
+            f"precision fp16: every compute layer meets values beyond {LARGEST / HEADROOM:g}; expected a network whose "
+            "values float16 can hold: export fp32"
+        )
+    return Made(destination, share, kept)
+
+
+def convert(model: ModelProto, kept: Collection[str], destination: Path) -> ModelProto:
+    """Write a float32 graph, which is changed, in float16, but for the nodes named and those that add up a map."""
+    float16 = require("onnxruntime.transformers.float16", extra="onnxruntime", purpose="precision fp16")
     metadata = metadata_at("fp16", model)
-    converted = float16.convert_float_to_float16(
+    converted: ModelProto = float16.convert_float_to_float16(
         model,
         keep_io_types=True,
         op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_ADDING_UP],
@@ -60,15 +73,8 @@ def to_fp16(source: PrecisionSource) -> Made:
     edited.remove_useless_cast_nodes()
     # It appends its casts at the end; the specification wants nodes in the order of their use.
     edited.topological_sort(is_deterministic=True)
-    destination = source.scratch / "fp16.onnx"
     onnx_file.write(converted, destination, metadata)
-    share = typed_share(converted, "fp16")
-    if not share:
-        raise CheckFailed(
-            f"precision fp16: every compute layer meets values beyond {LARGEST / HEADROOM:g}; expected a network whose "
-            "values float16 can hold: export fp32"
-        )
-    return Made(destination, share, kept)
+    return converted
 
 
 def tensor_peaks(path: Path, batches: Iterable[NDArray[np.float32]], scratch: Path) -> dict[str, float]:

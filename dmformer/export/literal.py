@@ -14,6 +14,7 @@ from dmformer._optional import require
 from dmformer.export import onnx_file
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     import numpy as np
@@ -23,15 +24,22 @@ if TYPE_CHECKING:
 _ERRORS_ONLY = 3
 
 
-def literal_answers(path: Path, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """The graph's outputs for all rows at once; the graph has one input, and no subgraphs.
+def literal_answers(
+    path: Path, inputs: NDArray[np.float32], keep: Collection[str] = ()
+) -> dict[str, NDArray[np.float32]]:
+    """The graph's outputs for all rows at once, and inner tensors; the graph has one input, and no subgraphs.
+
+    Args:
+        path: an ONNX file.
+        inputs: (N, C, H, W).
+        keep: inner tensors to give as well.
 
     Raises:
         UnavailableError: onnx or onnxruntime is not installed.
     """
     model = onnx_file.read(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    outputs = [value.name for value in model.graph.output]
+    outputs = list(dict.fromkeys((*(value.name for value in model.graph.output), *keep)))
     uses = Counter(name for node in model.graph.node for name in node.input) + Counter(outputs)
     values: dict[str, NDArray[Any]] = {model.graph.input[0].name: inputs}
     for node in model.graph.node:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from dmformer._optional import require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
+    from typing import Any
 
+    from numpy.typing import NDArray
     from onnx import ModelProto
 
 
@@ -40,3 +42,57 @@ def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
     onnx.helper.set_model_props(model, dict(sorted(says.items())))
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def element_types(model: ModelProto) -> dict[str, Any]:
+    """The NumPy type of every tensor but the weights."""
+    onnx = require("onnx", extra="export", purpose="reading ONNX files")
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {
+        value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+
+
+def cut(model: ModelProto, given: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> ModelProto:
+    """The part of a graph that makes some tensors out of others.
+
+    Args:
+        model: the whole graph.
+        given: tensors that the part starts from, with values of their types; some may turn out not to be needed.
+        outputs: tensors that it gives.
+    """
+    onnx = require("onnx", extra="export", purpose="reading ONNX files")
+    helper, types = onnx.helper, element_types(model)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = _nodes_between(model, given, outputs)
+    read = {name for node in nodes for name in node.input}
+    starts = [name for name in (*given, *(value.name for value in model.graph.input)) if name in read]
+    graph = helper.make_graph(
+        nodes,
+        "cut",
+        [_value(name, types[name], given[name].ndim if name in given else 4) for name in dict.fromkeys(starts)],
+        [_value(name, types[name], None) for name in outputs],
+        [weights[name] for name in weights if name in read],
+    )
+    made: ModelProto = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return made
+
+
+def _nodes_between(model: ModelProto, given: Collection[str], outputs: Sequence[str]) -> list[Any]:
+    producers = {name: index for index, node in enumerate(model.graph.node) for name in node.output}
+    wanted, needed = list(outputs), set()
+    while wanted:
+        name = wanted.pop()
+        index = producers.get(name)
+        if index is None or index in needed or (name in given and name not in outputs):
+            continue
+        needed.add(index)
+        wanted.extend(model.graph.node[index].input)
+    return [model.graph.node[index] for index in sorted(needed)]
+
+
+def _value(name: str, dtype: Any, rank: int | None) -> Any:
+    onnx = require("onnx", extra="export", purpose="reading ONNX files")
+    shape = None if rank is None else [f"{name}_{axis}" for axis in range(rank)]
+    return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(dtype), shape)

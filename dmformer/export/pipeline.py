@@ -184,7 +184,7 @@ class _Export:
         try:
             made = make(precision, source)
             with self.stage(f"literal execution of {precision}, emulation in PyTorch"):
-                golden, checks = reduced_golden(precision, made.onnx, graph.form(), source, golden)
+                golden, checks = reduced_golden(precision, made, graph.form(), source, golden)
         except (CheckFailed, StageFailed) as error:
             if not self.request.choose_fastest:
                 raise

@@ -163,13 +163,13 @@ def modules_at(model: ModelProto, precision: str) -> list[str]:
 
 
 def reduced_golden(
-    precision: str, onnx: Path, form: nn.Module, source: PrecisionSource, golden: Golden
+    precision: str, made: Made, form: nn.Module, source: PrecisionSource, golden: Golden
 ) -> tuple[Golden, list[Check]]:
     """Golden outputs with those at a reduced precision, and the checks of its ONNX file: against PyTorch and fp32's.
 
     Args:
         precision: its name.
-        onnx: the file at it.
+        made: the file at it.
         form: the network in the form that was traced; used up.
         source: what the file was made from.
         golden: with the float32 file's answers.
@@ -178,10 +178,13 @@ def reduced_golden(
         StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
     """
     ((name, _),) = golden.outputs.items()
-    literal = literal_answers(onnx, golden.inputs)
+    literal = literal_answers(made.onnx, golden.inputs)
     reduced_limit(precision, literal, golden.outputs_float64)  # refuses what drowns in the precision's error
     batches = [] if source.calibration is None else source.calibration.images.spread(_EMULATION_IMAGES).batches(1)
-    emulated = emulate(form, precision, modules_at(onnx_file.read(onnx), precision), golden.inputs, batches)
+    layers = modules_at(onnx_file.read(made.onnx), precision)
+    modules = dict(form.named_modules())
+    exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
+    emulated = emulate(form, precision, layers, golden.inputs, batches, exact)
     completed = replace(
         golden,
         files=golden.files | {precision: literal},

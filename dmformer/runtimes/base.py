@@ -18,7 +18,7 @@ from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
 from dmformer.machine import check_threads, usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Any
@@ -73,19 +73,28 @@ class Runtime(ABC):
         precision: what the artifact was made for; the runtime refuses to run it in another, and entering refuses one
             that is not among its ``precisions``.
         target: what a compiled artifact is tied to.
+        taps: names of inner tensors that :meth:`run` gives beside the outputs, out of :meth:`inner_tensors`; for
+            finding faults, because they may keep the engine from fusing what is around them.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, precision: str = "fp32", target: Target | None = None
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        precision: str = "fp32",
+        target: Target | None = None,
+        taps: Sequence[str] = (),
     ) -> None:
         check_threads(threads)
         self.path = path
         self.threads = threads if threads is not None else usable_cores()
         self.precision = precision
         self.target = target
+        self.taps = tuple(taps)
         self._open = False
 
     @classmethod
@@ -133,6 +142,10 @@ class Runtime(ABC):
         """
         del target
         return None
+
+    def inner_tensors(self) -> frozenset[str]:
+        """Names that ``taps`` may hold; empty where the engine shows nothing of its inside. Legal while open."""
+        return frozenset()
 
     @property
     def batches(self) -> tuple[int, int | None]:
@@ -207,6 +220,7 @@ class Runtime(ABC):
         try:
             with self._engine_errors("loading"):
                 self.load()
+                self._check_taps()
         except BaseException:
             with suppress(Exception):  # what failed first is what is told
                 self.close()
@@ -223,6 +237,11 @@ class Runtime(ABC):
             return
         with suppress(Exception):
             self.close()
+
+    def _check_taps(self) -> None:
+        given = {spec.name for spec in self.outputs} if self.taps else set()
+        if missing := [name for name in self.taps if name not in given]:
+            raise StageFailed(f"{self.name} does not show tensor {missing[0]!r}; expected one of its inner tensors")
 
     def _check(self, inputs: Arrays) -> None:
         expected = {spec.name: spec for spec in self.inputs}

@@ -58,6 +58,8 @@ class OpenVinoRuntime(Runtime):
             "INFERENCE_NUM_THREADS": self.threads,
         }
         self._source = core.read_model(str(self.path))
+        known = {name for port in self._source.outputs for name in port.get_names()}
+        self._source.add_outputs([name for name in self.taps if name not in known])
         self._model = core.compile_model(self._source, _DEVICE, settings)
         self._request = self._model.create_infer_request()
         device, hint = self.details.device, self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -73,12 +75,17 @@ class OpenVinoRuntime(Runtime):
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The model's inputs."""
-        return tuple(_spec(port) for port in self._source.inputs)
+        return tuple(_spec(port, port.get_any_name()) for port in self._source.inputs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The model's outputs."""
-        return tuple(_spec(port) for port in self._source.outputs)
+        return tuple(_spec(port, self._name(port)) for port in self._source.outputs)
+
+    def inner_tensors(self) -> frozenset[str]:
+        """Names that conversion kept from the ONNX file."""
+        ports = (port for node in self._source.get_ops() for port in node.outputs())
+        return frozenset(name for port in ports for name in port.get_names())
 
     @property
     def details(self) -> Details:
@@ -108,10 +115,16 @@ class OpenVinoRuntime(Runtime):
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run one request; the outputs are copied out of its buffers."""
         results = self._request.infer(dict(inputs), share_inputs=True)
-        names = (port.get_any_name() for port in self._source.outputs)
+        names = map(self._name, self._source.outputs)
         return {name: np.array(results[index]) for index, name in enumerate(names)}
 
+    def _name(self, port: Any) -> str:
+        """A tensor may have several names."""
+        names = port.get_names()
+        found: str = next((tap for tap in self.taps if tap in names), port.get_any_name())
+        return found
 
-def _spec(port: Any) -> TensorSpec:
+
+def _spec(port: Any, name: str) -> TensorSpec:
     shape = [size.get_length() if size.is_static else -1 for size in port.get_partial_shape()]
-    return TensorSpec(port.get_any_name(), np.dtype(port.get_element_type().to_dtype()).name, symbolic(shape))
+    return TensorSpec(name, np.dtype(port.get_element_type().to_dtype()).name, symbolic(shape))

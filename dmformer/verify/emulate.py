@@ -24,6 +24,7 @@ def emulate(
     layers: Collection[str],
     inputs: NDArray[np.float32],
     batches: Iterable[NDArray[np.float32]],
+    exact: Collection[str] = (),
 ) -> NDArray[np.float32]:
     """What a network answers at ``fp16`` or ``int8``.
 
@@ -34,26 +35,28 @@ def emulate(
         layers: names of the convolutions and linear layers that compute in it.
         inputs: (N, C, H, W).
         batches: images (n, C, H, W) on which int8 measures the inputs' ranges.
+        exact: names of modules that stay in float32.
     """
     import torch
 
     modules = dict(model.named_modules())
     with torch.inference_mode(), torch.no_grad():
         if precision == "fp16":
-            _round_to_float16(model, {name: modules[name] for name in layers})
+            _round_to_float16(model, {name: modules[name] for name in layers}, {modules[name] for name in exact})
         else:
             _round_to_int8(model, {name: modules[name] for name in layers}, batches)
         answers: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
     return answers
 
 
-def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module], exact: set[nn.Module]) -> None:
     for layer in layers.values():
         for parameter in layer.parameters(recurse=False):
             parameter.copy_(parameter.half())
     for module in model.modules():
         computes = next(module.parameters(recurse=False), None) is not None
-        if next(module.children(), None) is None and (not computes or module in layers.values()):
+        rounded = module in layers.values() if computes else module not in exact
+        if next(module.children(), None) is None and rounded:
             module.register_forward_hook(lambda _module, _inputs, output: output.half().float())
 
 
@@ -75,12 +78,13 @@ def _round_to_int8(model: nn.Module, layers: dict[str, nn.Module], batches: Iter
         hook.remove()
     for name, layer in layers.items():
         weight: Tensor = layer.get_parameter("weight")
-        weight.copy_(_quantized(weight, weight.flatten(1).abs().amax(1)[:, None, None, None]))  # (O, I, k, k)
+        weight.copy_(quantized(weight, weight.flatten(1).abs().amax(1)[:, None, None, None]))  # (O, I, k, k)
         peak = torch.tensor(peaks[name])
-        layer.register_forward_pre_hook(lambda _module, given, peak=peak: (_quantized(given[0], peak),))
+        layer.register_forward_pre_hook(lambda _module, given, peak=peak: (quantized(given[0], peak),))
 
 
-def _quantized(values: Tensor, peak: Tensor) -> Tensor:
+def quantized(values: Tensor, peak: Tensor) -> Tensor:
+    """Values rounded to the steps of a symmetric int8 scale that reaches up to ``peak``, one or one for each row."""
     import torch
 
     scale = torch.clamp(peak / _STEPS, min=torch.finfo(torch.float32).tiny)

@@ -24,6 +24,7 @@ from dmformer.verify.compare import (
     reduced_limit,
 )
 from dmformer.verify.decisions import Decisions, decide
+from dmformer.verify.findings import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,11 +74,16 @@ class Check(Struct, frozen=True, kw_only=True):
 
 
 class ParityReport(Struct, frozen=True, kw_only=True):
-    """What ``verify`` or an export found. ``skipped`` has a sentence for whatever was not checked or was left out."""
+    """What ``verify`` or an export found.
+
+    ``skipped`` has a sentence for whatever was not checked or was left out, ``findings`` the places where failures
+    begin, if they were looked for.
+    """
 
     passed: bool
     checks: tuple[Check, ...]
     skipped: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:

@@ -118,20 +118,23 @@ def _in_float64(model: DMFormer, inputs: NDArray[np.float32]) -> NDArray[np.floa
         torch.set_num_threads(threads)
 
 
-def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depth-wise convolution as shifted products added up: (N, C, H, W) -> (N, C, H, W).
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, dilation: int) -> Tensor:
+    """A depth-wise convolution of stride 1 as shifted products added up: (N, C, H, W) -> (N, C, H, W).
 
     PyTorch has no kernel of its own for it in float64, and takes two to three times as long.
     """
     from torch.nn import functional as F
 
-    padding, dilation = int(conv.padding[0]), conv.dilation[0]
     height, width = x.shape[2:]
     padded = F.pad(x, (padding,) * 4)
-    taps = conv.weight[:, 0].permute(1, 2, 0)  # (C, k, k) -> (k, k, C)
+    taps = weight[:, 0].permute(1, 2, 0)  # (C, k, k) -> (k, k, C)
     total = x.new_zeros(x.shape)
     for top, row in enumerate(taps):
         for left, tap in enumerate(row):
             window = padded[:, :, top * dilation :, left * dilation :][:, :, :height, :width]
             total.addcmul_(window, tap[:, None, None])
-    return total if conv.bias is None else total + conv.bias[:, None, None]
+    return total if bias is None else total + bias[:, None, None]
+
+
+def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return depthwise(x, conv.weight, conv.bias, int(conv.padding[0]), conv.dilation[0])

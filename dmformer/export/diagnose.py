@@ -1,0 +1,284 @@
+"""Where an artifact that failed begins to fail: the node, the module, whose fault it is, and a case to run alone.
+
+The truth is the network's graph executed in float64 (:mod:`dmformer.verify.interpret`), with the limits of each tensor
+from the same execution at the artifact's precision.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from dmformer.bundle.manifest import file_entry
+from dmformer.bundle.select import Choice, select
+from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError
+from dmformer.export import onnx_file
+from dmformer.export.differences import differences
+from dmformer.export.island import find_island
+from dmformer.export.literal import literal_answers
+from dmformer.export.precision import compute_layers
+from dmformer.export.torch_onnx import trace
+from dmformer.models.deploy import deploy
+from dmformer.runtimes import registry
+from dmformer.verify.bisect import Cut, Parting, cuts, find_parting, graph_nodes, tensor_limits
+from dmformer.verify.case import Case, save_case
+from dmformer.verify.checkpoint import reference_checkpoint
+from dmformer.verify.compare import EMULATED_FACTOR, NOISE_FACTOR, float32_limit
+from dmformer.verify.findings import Finding
+from dmformer.verify.interpret import interpret
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from onnx import ModelProto
+
+    from dmformer.bundle.golden import Golden
+    from dmformer.bundle.reader import Bundle
+    from dmformer.progress import Stage
+    from dmformer.verify.parity import Check, ParityReport
+
+_ANSWERING = ("runtime", "onnx")
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """The graph that is taken to be right, and the golden images."""
+
+    model: ModelProto
+    golden: Golden
+
+    @property
+    def input(self) -> str:
+        """Name of its input."""
+        name: str = self.model.graph.input[0].name
+        return name
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of its outputs."""
+        return [value.name for value in self.model.graph.output]
+
+
+def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, folder: Path, stage: Stage) -> ParityReport:
+    """The report with a finding for each artifact that failed, or a sentence why there is none.
+
+    Args:
+        bundle: that was verified.
+        report: what was found.
+        weights: the checkpoint, where the bundle has not the ``torch`` format; without either, the bundle's float32
+            ONNX file is trusted if it passed.
+        folder: where cases are written, one folder each; it does not exist, or is empty.
+        stage: told about each step.
+
+    Raises:
+        CheckFailed: the golden answers are not those of the checkpoint.
+        UnavailableError: a package is not installed.
+        UsageError: there is nothing to trust, or the folder holds something.
+    """
+    failed: dict[tuple[str, str], list[Check]] = {}
+    for check in report.checks:
+        if not check.passed and check.stage in _ANSWERING:
+            failed.setdefault((check.runtime, check.precision), []).append(check)
+    if not failed:
+        return report
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists; expected a new or empty folder for the cases")
+    findings, unsaid = [], list(report.skipped)
+    with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
+        with stage("the graph that is trusted"):
+            trusted = _trusted(bundle, report, weights, Path(scratch))
+        for (runtime, precision), checks in failed.items():
+            (choice,) = [one for one in select(bundle, [runtime])[0] if one.artifact.precision == precision]
+            name = f"{runtime}-{precision}"
+            with stage(f"bisect {runtime} {precision}"):
+                try:
+                    search = _Search(choice, trusted, min(check.batch for check in checks), Path(scratch))
+                    findings.append(search.find(folder / name))
+                except (StageFailed, CheckFailed) as error:
+                    unsaid.append(f"bisection of {runtime} {precision}: {error}")
+    return msgspec.structs.replace(report, findings=tuple(findings), skipped=tuple(unsaid))
+
+
+def _trusted(bundle: Bundle, report: ParityReport, weights: Path | None, scratch: Path) -> Trusted:
+    """The checkpoint traced anew, or the bundle's float32 ONNX file where that passed."""
+    golden = bundle.golden()
+    if weights is not None or bundle.artifacts("torch"):
+        given = reference_checkpoint(bundle, weights)
+        checkpoint = replace(given, preprocessing=bundle.manifest.preprocessing)
+        model = checkpoint.model()
+        size = checkpoint.preprocessing.image_size
+        path = scratch / "trusted.onnx"
+        trace(checkpoint, deploy(model, size) if bundle.manifest.model.deploy_form else model, path)
+    else:
+        rows = [check for check in report.checks if (check.runtime, check.precision) == ("onnxruntime", "fp32")]
+        if not rows or not all(check.passed for check in rows) or not bundle.artifacts("onnx", "fp32"):
+            raise UsageError(
+                "--bisect has nothing to trust: the bundle has no float32 ONNX file that passed; expected "
+                "--weights FILE, or a bundle exported with --format torch"
+            )
+        path = bundle.load_path(bundle.artifacts("onnx", "fp32")[0])
+    trusted = Trusted(onnx_file.read(path), golden)
+    exact = interpret(trusted.model, {trusted.input: golden.inputs}, double=True)
+    for name, limit in float32_limit(golden.outputs, golden.outputs_float64).items():
+        if not float(np.abs(exact[name] - golden.outputs_float64[name]).max()) <= limit.max_abs:
+            raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made from")
+    return trusted
+
+
+class _Search:
+    """The bisection of one artifact.
+
+    Args:
+        choice: the artifact and its runtime.
+        trusted: the graph to compare with.
+        batch: the smallest at which it failed.
+        scratch: an existing folder.
+    """
+
+    def __init__(self, choice: Choice, trusted: Trusted, batch: int, scratch: Path) -> None:
+        self.choice, self.trusted, self.scratch = choice, trusted, scratch
+        self.precision = choice.artifact.precision
+        self.batch = batch
+        files = choice.bundle.artifacts("onnx", self.precision)
+        self.file = choice.bundle.load_path(files[0]) if files else None
+        self.rows = self._rows()
+        self.truth = {trusted.input: self.rows} | interpret(trusted.model, {trusted.input: self.rows}, double=True)
+        self.limits = self._limits()
+
+    def _rows(self) -> NDArray[np.float32]:
+        """The golden row that shows the failure most, or as many as the batch has."""
+        inputs = self.trusted.golden.inputs
+        if self.batch > 1:
+            return inputs
+        shown = self._show(self.trusted.outputs, inputs)
+        apart = np.zeros(len(inputs))
+        for name, array in self.trusted.golden.outputs_float64.items():
+            rows = np.abs(shown[name].reshape(len(inputs), -1) - array.reshape(len(inputs), -1)).max(1)
+            apart = np.maximum(apart, np.where(np.isfinite(rows), rows, np.inf))
+        worst = int(apart.argmax())
+        return inputs[worst : worst + 1]
+
+    def _limits(self) -> dict[str, float]:
+        model, inputs = self.trusted.model, {self.trusted.input: self.rows}
+        layers = compute_layers(onnx_file.read(self.file) if self.file else model)
+        reduced = frozenset(name for name, typed in layers.items() if typed == self.precision or not self.file)
+        emulated = inputs | interpret(model, inputs, double=False, precision=self.precision, layers=reduced)
+        return tensor_limits(self.truth, emulated, NOISE_FACTOR if self.precision == "fp32" else EMULATED_FACTOR)
+
+    def _show(self, names: list[str] | tuple[str, ...], rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        taps = [name for name in names if name not in self.trusted.outputs]
+        with self.choice.runtime(taps=taps) as runtime:
+            (name,) = (spec.name for spec in runtime.inputs)
+            return runtime.run_rows({name: rows}, max(self.batch, runtime.batches[0]))
+
+    def find(self, folder: Path) -> Finding:
+        """Search, judge, and save the case.
+
+        Raises:
+            StageFailed: the engine shows nothing of its inside, or the failure does not show again.
+        """
+        with self.choice.runtime() as runtime:
+            inner = runtime.inner_tensors()
+        if not inner:
+            raise StageFailed(f"an engine of {self.choice.entry.name} shows no inner tensors; bisect its ONNX file")
+        nodes = graph_nodes(self.trusted.model)
+        known = {*inner, *self.trusted.outputs} & set(self.truth)
+        found = cuts(nodes, [self.trusted.input], self.trusted.outputs, known)
+        parting = find_parting(nodes, found, self.truth, self.limits, lambda names: self._show(names, self.rows))
+        if parting is None:
+            raise StageFailed(
+                "no tensor is beyond its limit when it is asked for alone: what failed is spread over the network, or "
+                "lies in the batching"
+            )
+        at_fault, explanation = self._judge(parting)
+        names = [node.name for node in parting.nodes]
+        unlike: list[str] = []
+        if at_fault == "file" and self.file is not None:
+            unlike = differences(onnx_file.read(self.file), self.trusted.model, names)
+        island = None
+        folder.mkdir(parents=True)
+        self._save(folder, parting, at_fault)
+        if at_fault == "file" and self.precision == "fp16":
+            island = find_island(self.trusted.model, self.trusted.golden, names, folder)
+        return Finding(
+            runtime=self.choice.entry.name,
+            precision=self.precision,
+            batch=self.batch,
+            nodes=tuple(names),
+            module=next(node.name for node in parting.nodes if parting.tensor in node.outputs).rpartition("/")[0],
+            tensor=parting.tensor,
+            max_abs=parting.max_abs,
+            limit=parting.limit,
+            runs=parting.runs,
+            most_shown=parting.most_shown,
+            at_fault=at_fault,
+            explanation=explanation,
+            differences=tuple(unlike),
+            case=str(folder),
+            island=island,
+        )
+
+    def _judge(self, parting: Parting) -> tuple[Any, str]:
+        name, precision = self.choice.entry.name, self.precision
+        if self.file is None:
+            return None, f"the bundle has no ONNX file at {precision} to compare with"
+        literal = literal_answers(self.file, self.rows, parting.bad.tensors)
+        if self._differs(literal, parting.bad):
+            return "file", f"the ONNX file at {precision} does the same, executed one operator at a time"
+        try:
+            piece, inputs = self._piece(parting, self.scratch / "piece.onnx")
+            with registry.available_adapter(self.choice.entry)(piece, precision=precision) as runtime:
+                answered = runtime.run({spec.name: inputs[spec.name] for spec in runtime.inputs})
+        except DMFormerError as error:
+            return "engine", f"the ONNX file is right, and {name} cannot run this piece of it: {error}"
+        if self._differs(answered, parting.bad):
+            return "engine", f"the ONNX file is right, and {name} computes this piece of it wrongly"
+        return "artifact", (
+            f"the ONNX file is right, and {name} computes this piece of it right: the artifact's own files are not "
+            f"made from it; build them again (dmformer build --format {self.choice.artifact.format})"
+        )
+
+    def _differs(self, shown: Mapping[str, NDArray[Any]], cut: Cut) -> bool:
+        with np.errstate(invalid="ignore"):
+            return not all(
+                shown[name].shape == self.truth[name].shape
+                and float(np.abs(shown[name] - self.truth[name]).max()) <= self.limits[name]
+                for name in cut.tensors
+            )
+
+    def _piece(self, parting: Parting, path: Path) -> tuple[Path, dict[str, NDArray[Any]]]:
+        """The part of the ONNX file between the two cuts, and what it is to be given."""
+        assert self.file is not None
+        model = onnx_file.read(self.file)
+        types = onnx_file.element_types(model)
+        starts = dict.fromkeys((*parting.good.tensors, self.trusted.input))
+        inputs = {name: self.truth[name].astype(types[name]) for name in starts}
+        path.write_bytes(onnx_file.cut(model, inputs, parting.bad.tensors).SerializeToString())
+        return path, inputs
+
+    def _save(self, folder: Path, parting: Parting, at_fault: str | None) -> None:
+        """The piece where that shows the failure, or else the whole artifact."""
+        if at_fault in ("file", "engine"):
+            path, inputs = self._piece(parting, folder / "cut.onnx")
+            files = [path]
+            runtime = self.choice.entry.name if at_fault == "engine" else "onnxruntime"
+        else:
+            self.choice.bundle.load_path(self.choice.artifact)
+            sources = [self.choice.bundle.root / entry.path for entry in self.choice.artifact.files]
+            files = [Path(shutil.copy(source, folder)) for source in sources]
+            inputs, runtime = {self.trusted.input: self.rows}, self.choice.entry.name
+        case = Case(
+            runtime=runtime,
+            precision=self.precision,
+            files=tuple(file_entry(folder, path) for path in files),
+            node=parting.nodes[0].name,
+            limits={name: self.limits[name] for name in parting.bad.tensors},
+        )
+        save_case(folder, case, inputs, {name: self.truth[name] for name in parting.bad.tensors})

@@ -1,0 +1,173 @@
+"""Where two executions of a graph part: a binary search over cuts of the graph.
+
+A cut after a node has as its tensors all that later nodes read of what came before. Where all of them agree, whatever
+is wrong comes later; where one does not, it came before. So the number of runs grows with the logarithm of the number
+of nodes, and each run shows a handful of inner tensors only: with all of them shown, an engine would fuse nothing, and
+a fault in a fused kernel would be gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dmformer.errors import StageFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from typing import Any
+
+    from numpy.typing import NDArray
+    from onnx import ModelProto
+
+
+class Node(NamedTuple):
+    """A node of a graph; inputs are tensors, weights left out."""
+
+    name: str
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Cut(NamedTuple):
+    """A cut after the node at ``position``, and the tensors that cross it; -1 is the graph's input."""
+
+    position: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two executions part.
+
+    Attributes:
+        good: the last cut on which they agree.
+        bad: the first on which they do not.
+        nodes: between the two, in the graph's order; mostly one.
+        tensor: the first that differs.
+        max_abs: by how much at most; ``None`` where it is NaN or infinite.
+        limit: what was allowed.
+        runs: how often the candidate ran.
+        most_shown: the most inner tensors that one run showed.
+    """
+
+    good: Cut
+    bad: Cut
+    nodes: tuple[Node, ...]
+    tensor: str
+    max_abs: float | None
+    limit: float
+    runs: int
+    most_shown: int
+
+
+def graph_nodes(model: ModelProto) -> list[Node]:
+    """The nodes of an ONNX graph, in its order."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [
+        Node(node.name, node.op_type, tuple(x for x in node.input if x and x not in weights), tuple(node.output))
+        for node in model.graph.node
+    ]
+
+
+def cuts(nodes: Sequence[Node], inputs: Sequence[str], outputs: Sequence[str], known: Collection[str]) -> list[Cut]:
+    """Every cut of a graph in topological order whose tensors are all known, from its inputs to its outputs.
+
+    Args:
+        nodes: in topological order.
+        inputs: the graph's.
+        outputs: the graph's.
+        known: tensors that both executions can show.
+    """
+    last_use = {name: index for index, node in enumerate(nodes) for name in node.inputs}
+    last_use |= dict.fromkeys(outputs, len(nodes))
+    found = [Cut(-1, tuple(inputs))]
+    live = set(inputs)
+    for index, node in enumerate(nodes):
+        live |= set(node.outputs)
+        live = {name for name in live if last_use.get(name, -1) > index}
+        if live <= {*known, *inputs}:
+            found.append(Cut(index, tuple(sorted(live - set(inputs)))))
+    return found
+
+
+def find_parting(
+    nodes: Sequence[Node],
+    found: Sequence[Cut],
+    expected: Mapping[str, NDArray[Any]],
+    limits: Mapping[str, float],
+    show: Callable[[tuple[str, ...]], Mapping[str, NDArray[Any]]],
+) -> Parting | None:
+    """The first cut on which a candidate differs from what is expected; ``None`` where it does not at the last.
+
+    Args:
+        nodes: of the graph, in topological order.
+        found: its cuts, the first one taken to agree.
+        expected: every tensor of the cuts.
+        limits: the largest difference allowed in each.
+        show: runs the candidate, and gives the tensors named.
+    """
+    runs = most = 0
+
+    def differing(cut: Cut) -> list[tuple[str, float]]:
+        nonlocal runs, most
+        runs, most = runs + 1, max(most, len(cut.tensors))
+        shown = show(cut.tensors)
+        apart = [(name, _distance(shown[name], expected[name])) for name in cut.tensors]
+        return [(name, distance) for name, distance in apart if not distance <= limits[name]]
+
+    good, bad = 0, len(found) - 1
+    worst = differing(found[bad])
+    if not worst:
+        return None
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if apart := differing(found[middle]):
+            bad, worst = middle, apart
+        else:
+            good = middle
+    name, distance = min(worst, key=lambda pair: next(i for i, node in enumerate(nodes) if pair[0] in node.outputs))
+    return Parting(
+        good=found[good],
+        bad=found[bad],
+        nodes=tuple(nodes[found[good].position + 1 : found[bad].position + 1]),
+        tensor=name,
+        max_abs=distance if np.isfinite(distance) else None,
+        limit=limits[name],
+        runs=runs,
+        most_shown=most,
+    )
+
+
+def _distance(shown: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The largest difference; infinite where the shapes differ, NaN or infinite where a value is."""
+    if shown.shape != expected.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(shown.astype(np.float64) - expected).max())
+
+
+def tensor_limits(
+    truth: Mapping[str, NDArray[Any]], emulated: Mapping[str, NDArray[Any]], factor: float
+) -> dict[str, float]:
+    """The largest difference allowed in each tensor, from its error in an emulation.
+
+    Args:
+        truth: in float64.
+        emulated: at the candidate's precision.
+        factor: how many times the emulation's error is allowed.
+
+    Raises:
+        StageFailed: the truth itself is not finite.
+    """
+    limits = {}
+    for name, exact in truth.items():
+        if not np.isfinite(exact).all():
+            raise StageFailed(f"tensor {name!r} is NaN or infinite in PyTorch itself; expected numbers")
+        floor = float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
+        error = _distance(emulated[name], exact)
+        limits[name] = factor * max(error if np.isfinite(error) else 0.0, floor)
+    return limits

@@ -1,0 +1,113 @@
+"""An ONNX graph executed by PyTorch, every tensor of it kept: in float64 the truth that inner tensors are judged by.
+
+It knows the operators that a DMFormer in float32 consists of, and owes nothing to the engines.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dmformer._optional import require
+from dmformer.errors import StageFailed
+from dmformer.verify.emulate import quantized
+from dmformer.verify.reference import depthwise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+    from onnx import ModelProto
+    from torch import Tensor
+
+    Operator = Callable[[list[Tensor], dict[str, Any]], Tensor]
+
+
+def interpret(
+    model: ModelProto,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    double: bool,
+    precision: str = "fp32",
+    layers: frozenset[str] = frozenset(),
+    exact: frozenset[str] = frozenset(),
+) -> dict[str, NDArray[Any]]:
+    """Every tensor of a graph.
+
+    Args:
+        model: a graph in float32.
+        inputs: an array for each input.
+        double: compute in float64, or else in float32.
+        precision: what to emulate: at ``fp16`` every result and the weights of ``layers`` are rounded, at ``int8`` the
+            weights and the first input of ``layers``.
+        layers: names of the nodes that compute in it.
+        exact: names of nodes whose results are not rounded.
+
+    Raises:
+        StageFailed: the graph has an operator that no DMFormer has.
+    """
+    import torch
+
+    onnx = require("onnx", extra="export", purpose="reading ONNX files")
+    dtype = torch.float64 if double else torch.float32
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    values = {name: torch.from_numpy(array.copy()).to(dtype) for name, array in {**weights, **inputs}.items()}
+    operators = _operators()
+    found: dict[str, NDArray[Any]] = {}
+    with torch.inference_mode():
+        for node in model.graph.node:
+            if node.op_type not in operators:
+                raise StageFailed(f"node {node.name!r} is {node.op_type}; expected one of {', '.join(operators)}")
+            given = [values[name] for name in node.input if name]
+            if node.name in layers:
+                given = _reduced(given, precision)
+            attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+            result = operators[node.op_type](given, attributes)
+            if precision == "fp16" and node.name not in exact:
+                result = result.half().to(dtype)
+            (name,) = node.output
+            values[name] = result
+            found[name] = result.numpy()
+    return found
+
+
+def _reduced(given: list[Tensor], precision: str) -> list[Tensor]:
+    """What a layer at a precision is given: input, weight (O, I, k, k) or (O, I), and perhaps a bias."""
+    if precision == "fp16":
+        return [given[0], *(tensor.half().to(tensor.dtype) for tensor in given[1:])]
+    weight = given[1]
+    peaks = weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (weight.ndim - 1))
+    return [quantized(given[0], given[0].abs().max()), quantized(weight, peaks), *given[2:]]
+
+
+def _operators() -> dict[str, Operator]:
+    import torch
+    from torch.nn import functional as F
+
+    return {
+        "Add": lambda x, _: x[0] + x[1],
+        "BatchNormalization": lambda x, a: F.batch_norm(x[0], x[3], x[4], x[1], x[2], eps=a.get("epsilon", 1e-5)),
+        "Concat": lambda x, a: torch.cat(x, dim=a["axis"]),
+        "Conv": _conv,
+        "Flatten": lambda x, a: x[0].flatten(a.get("axis", 1)),
+        "Gelu": lambda x, a: F.gelu(x[0], approximate=a.get("approximate", b"none").decode()),
+        "Gemm": lambda x, a: x[0] @ (x[1].T if a.get("transB") else x[1]) + x[2],
+        "GlobalAveragePool": lambda x, _: x[0].mean((2, 3), keepdim=True),
+        "Identity": lambda x, _: x[0],
+        "Mul": lambda x, _: x[0] * x[1],
+        "Relu": lambda x, _: x[0].relu(),
+        "Sigmoid": lambda x, _: x[0].sigmoid(),
+    }
+
+
+def _conv(given: list[Tensor], attributes: dict[str, Any]) -> Tensor:
+    from torch.nn import functional as F
+
+    x, weight, bias = given[0], given[1], given[2] if len(given) > 2 else None
+    groups, dilations = attributes.get("group", 1), attributes.get("dilations", [1, 1])
+    strides, pads = attributes.get("strides", [1, 1]), attributes.get("pads", [0, 0, 0, 0])
+    even = len({*pads}) == 1 and len({*dilations}) == 1 and pads[0] == dilations[0] * (weight.shape[-1] // 2)
+    if groups == len(weight) == x.shape[1] and even and {*strides} == {1}:
+        return depthwise(x, weight, bias, pads[0], dilations[0])
+    top, left, bottom, right = pads
+    padded = F.pad(x, (left, right, top, bottom))
+    return F.conv2d(padded, weight, bias, strides, 0, dilations, groups)
