@@ -98,18 +98,27 @@ def _show(report: ParityReport, json_file: str | None) -> None:
     for group in held.values():
         present.add_row(listing, _cells(group))
     present.show(listing, json_file)
-    for check in report.checks:
-        if check.reason is not None:
-            said = f"{check.stage} in {check.runtime} {check.precision}, batch {check.batch}: {check.reason}"
-            present.show(said if check.passed else f"FAILED {said}", json_file)
-    for finding in report.findings:
-        for line in _told(finding):
-            present.show(line, json_file)
-    for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
-        if limit:
-            present.show(f"limit {limit:.2g}: {source}", json_file)
+    for line in _remarks(report):
+        present.show(line, json_file)
     for reason in report.skipped:
         present.say(f"not checked: {reason}")
+
+
+def _remarks(report: ParityReport) -> Iterator[str]:
+    """What the figures leave open: reasons, findings, and where the limits come from."""
+    batches: dict[tuple[object, ...], list[str]] = {}
+    for check in report.checks:
+        if check.reason is not None:
+            mark = "" if check.passed else "FAILED "
+            said = (f"{mark}{check.stage} in {check.runtime} {check.precision}", check.against, check.reason)
+            batches.setdefault(said, []).append(str(check.batch))
+    for (what, against, reason), found in batches.items():
+        yield f"{what}, batch {', '.join(found)}, against {against}: {reason}"
+    for finding in report.findings:
+        yield from _told(finding)
+    for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
+        if limit:
+            yield f"limit {limit:.2g}: {source}"
 
 
 def _told(finding: Finding) -> Iterator[str]:
@@ -122,11 +131,11 @@ def _told(finding: Finding) -> Iterator[str]:
     yield f"  {finding.explanation}"
     for difference in finding.differences:
         yield f"  {difference}"
-    if finding.island is not None:
+    if finding.island is not None and finding.island.nodes:
         island = finding.island
         verdict = "holds" if island.passed else "still fails"
         yield (
-            f"  with {len(island.nodes)} nodes in float32 the file {verdict}, {island.file} in the case's folder: "
+            f"  with {len(island.nodes)} more nodes in float32 the file {verdict}, {island.file} in the case's folder: "
             f"{', '.join(island.nodes)}"
         )
     yield f"  found in {finding.runs} runs with at most {finding.most_shown} inner tensors shown"

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from dmformer.bundle.manifest import file_entry
 from dmformer.bundle.select import Choice, select
@@ -27,16 +26,17 @@ from dmformer.export.precision import compute_layers
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes import registry
-from dmformer.verify.bisect import Cut, Parting, cuts, find_parting, graph_nodes, tensor_limits
+from dmformer.verify.bisect import Parting, cuts, find_parting, graph_nodes, tensor_limits
 from dmformer.verify.case import Case, save_case
 from dmformer.verify.checkpoint import reference_checkpoint
-from dmformer.verify.compare import EMULATED_FACTOR, NOISE_FACTOR, float32_limit
+from dmformer.verify.compare import TENSOR_FACTORS, float32_limit
 from dmformer.verify.findings import Finding
 from dmformer.verify.interpret import interpret
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
     from onnx import ModelProto
 
     from dmformer.bundle.golden import Golden
@@ -47,8 +47,7 @@ if TYPE_CHECKING:
 _ANSWERING = ("runtime", "onnx")
 
 
-@dataclass(frozen=True)
-class Trusted:
+class Trusted(NamedTuple):
     """The graph that is taken to be right, and the golden images."""
 
     model: ModelProto
@@ -167,10 +166,12 @@ class _Search:
 
     def _limits(self) -> dict[str, float]:
         model, inputs = self.trusted.model, {self.trusted.input: self.rows}
-        layers = compute_layers(onnx_file.read(self.file) if self.file else model)
-        reduced = frozenset(name for name, typed in layers.items() if typed == self.precision or not self.file)
+        reduced: frozenset[str] = frozenset()
+        if self.precision != "fp32":
+            layers = compute_layers(onnx_file.read(self.file) if self.file else model)
+            reduced = frozenset(name for name, typed in layers.items() if typed == self.precision or not self.file)
         emulated = inputs | interpret(model, inputs, double=False, precision=self.precision, layers=reduced)
-        return tensor_limits(self.truth, emulated, NOISE_FACTOR if self.precision == "fp32" else EMULATED_FACTOR)
+        return tensor_limits(self.truth, emulated, TENSOR_FACTORS[self.precision])
 
     def _show(self, names: list[str] | tuple[str, ...], rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         taps = [name for name in names if name not in self.trusted.outputs]
@@ -206,7 +207,9 @@ class _Search:
         folder.mkdir(parents=True)
         self._save(folder, parting, at_fault)
         if at_fault == "file" and self.precision == "fp16":
-            island = find_island(self.trusted.model, self.trusted.golden, names, folder)
+            island = find_island(self.trusted.model, self.trusted.golden, self.choice.artifact.kept_in_fp32, folder)
+            if not island.nodes:
+                explanation += "; made anew from the float32 file it holds: export again"
         return Finding(
             runtime=self.choice.entry.name,
             precision=self.precision,
@@ -229,8 +232,8 @@ class _Search:
         name, precision = self.choice.entry.name, self.precision
         if self.file is None:
             return None, f"the bundle has no ONNX file at {precision} to compare with"
-        literal = literal_answers(self.file, self.rows, parting.bad.tensors)
-        if self._differs(literal, parting.bad):
+        literal = literal_answers(self.file, self.rows, parting.made)
+        if self._differs(literal, parting.made):
             return "file", f"the ONNX file at {precision} does the same, executed one operator at a time"
         try:
             piece, inputs = self._piece(parting, self.scratch / "piece.onnx")
@@ -238,19 +241,19 @@ class _Search:
                 answered = runtime.run({spec.name: inputs[spec.name] for spec in runtime.inputs})
         except DMFormerError as error:
             return "engine", f"the ONNX file is right, and {name} cannot run this piece of it: {error}"
-        if self._differs(answered, parting.bad):
+        if self._differs(answered, parting.made):
             return "engine", f"the ONNX file is right, and {name} computes this piece of it wrongly"
         return "artifact", (
             f"the ONNX file is right, and {name} computes this piece of it right: the artifact's own files are not "
             f"made from it; build them again (dmformer build --format {self.choice.artifact.format})"
         )
 
-    def _differs(self, shown: Mapping[str, NDArray[Any]], cut: Cut) -> bool:
+    def _differs(self, shown: Mapping[str, NDArray[Any]], names: Sequence[str]) -> bool:
         with np.errstate(invalid="ignore"):
             return not all(
                 shown[name].shape == self.truth[name].shape
                 and float(np.abs(shown[name] - self.truth[name]).max()) <= self.limits[name]
-                for name in cut.tensors
+                for name in names
             )
 
     def _piece(self, parting: Parting, path: Path) -> tuple[Path, dict[str, NDArray[Any]]]:
@@ -260,7 +263,7 @@ class _Search:
         types = onnx_file.element_types(model)
         starts = dict.fromkeys((*parting.good.tensors, self.trusted.input))
         inputs = {name: self.truth[name].astype(types[name]) for name in starts}
-        path.write_bytes(onnx_file.cut(model, inputs, parting.bad.tensors).SerializeToString())
+        path.write_bytes(onnx_file.cut(model, inputs, parting.made).SerializeToString())
         return path, inputs
 
     def _save(self, folder: Path, parting: Parting, at_fault: str | None) -> None:
@@ -279,6 +282,6 @@ class _Search:
             precision=self.precision,
             files=tuple(file_entry(folder, path) for path in files),
             node=parting.nodes[0].name,
-            limits={name: self.limits[name] for name in parting.bad.tensors},
+            limits={name: self.limits[name] for name in parting.made},
         )
-        save_case(folder, case, inputs, {name: self.truth[name] for name in parting.bad.tensors})
+        save_case(folder, case, inputs, {name: self.truth[name] for name in parting.made})

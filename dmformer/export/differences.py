@@ -77,7 +77,9 @@ class _Weights:
 
     def __init__(self, model: ModelProto) -> None:
         onnx = require("onnx", extra="export", purpose="reading ONNX files")
-        self.arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        self.arrays: dict[str, NDArray[Any]] = {
+            tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
+        }
         self.producers = {name: node for node in model.graph.node for name in node.output}
 
     def value(self, name: str) -> NDArray[Any] | None:

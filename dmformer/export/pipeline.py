@@ -32,7 +32,8 @@ from dmformer.export.artifact import make_artifact, proven, runtime_of
 from dmformer.export.describe import describe_export
 from dmformer.export.formats import ConversionSource
 from dmformer.export.graph import GraphSource, VerifiedGraph, verified_graph
-from dmformer.export.precision import Calibration, Made, PrecisionSource, make, reduced_golden
+from dmformer.export.precision import Calibration, Made, PrecisionSource, make
+from dmformer.export.reduced import reduced_golden
 from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, check_possible
 from dmformer.export.speed import compare_precisions, fastest
 from dmformer.progress import Stage, silent

@@ -7,7 +7,7 @@ serves every engine: TensorRT's strongly typed networks know no other way.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +19,12 @@ from dmformer.bundle.manifest import Accuracy
 from dmformer.data.labelled import ImageSet
 from dmformer.errors import UsageError
 from dmformer.export import onnx_file
-from dmformer.export.literal import literal_answers
 from dmformer.progress import Stage
-from dmformer.verify.answers import Answers
-from dmformer.verify.compare import Reference, reduced_limit
-from dmformer.verify.emulate import emulate
-from dmformer.verify.parity import Check, check_answers, references
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from onnx import ModelProto
-    from torch import nn
-
-    from dmformer.bundle.golden import Golden
 
 
 # What makes a reduced precision, as ``module:function``.
@@ -45,7 +37,6 @@ PRECISIONS = ("fp32", *_MAKERS)
 _COMPUTING = ("Conv", "Gemm", "MatMul")
 _FEWEST_IMAGES = 10
 RANGE_IMAGES = 128  # calibration images on which ranges are measured, at most
-_EMULATION_IMAGES = 32  # of them, for the emulation
 
 
 @dataclass(frozen=True)
@@ -160,37 +151,3 @@ def typed_share(model: ModelProto, precision: str) -> float:
 def modules_at(model: ModelProto, precision: str) -> list[str]:
     """Names of the network's modules whose layers a graph has in a precision."""
     return [name.rpartition("/")[0] for name, typed in compute_layers(model).items() if typed == precision]
-
-
-def reduced_golden(
-    precision: str, made: Made, form: nn.Module, source: PrecisionSource, golden: Golden
-) -> tuple[Golden, list[Check]]:
-    """Golden outputs with those at a reduced precision, and the checks of its ONNX file: against PyTorch and fp32's.
-
-    Args:
-        precision: its name.
-        made: the file at it.
-        form: the network in the form that was traced; used up.
-        source: what the file was made from.
-        golden: with the float32 file's answers.
-
-    Raises:
-        StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
-    """
-    ((name, _),) = golden.outputs.items()
-    literal = literal_answers(made.onnx, golden.inputs)
-    reduced_limit(precision, literal, golden.outputs_float64)  # refuses what drowns in the precision's error
-    batches = [] if source.calibration is None else source.calibration.images.spread(_EMULATION_IMAGES).batches(1)
-    layers = modules_at(onnx_file.read(made.onnx), precision)
-    modules = dict(form.named_modules())
-    exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
-    emulated = emulate(form, precision, layers, golden.inputs, batches, exact)
-    completed = replace(
-        golden,
-        files=golden.files | {precision: literal},
-        emulated=golden.emulated | {precision: {name: emulated}},
-    )
-    pytorch = references(completed, precision)[0]
-    before = Reference("onnx fp32", golden.files["fp32"], pytorch.limits)
-    answers = Answers("onnxruntime", precision, {len(golden.inputs): literal})
-    return completed, check_answers("reduced", answers, [pytorch, before])

@@ -63,6 +63,11 @@ class Parting:
     runs: int
     most_shown: int
 
+    @property
+    def made(self) -> tuple[str, ...]:
+        """The tensors of the bad cut that the nodes between the two make."""
+        return tuple(name for name in self.bad.tensors if any(name in node.outputs for node in self.nodes))
+
 
 def graph_nodes(model: ModelProto) -> list[Node]:
     """The nodes of an ONNX graph, in its order."""
@@ -140,6 +145,29 @@ def find_parting(
         runs=runs,
         most_shown=most,
     )
+
+
+def first_beyond(
+    nodes: Sequence[Node],
+    shown: Mapping[str, NDArray[Any]],
+    expected: Mapping[str, NDArray[Any]],
+    limits: Mapping[str, float],
+) -> tuple[Node, str, float] | None:
+    """The first tensor beyond its limit where all can be shown at once: its node, its name, its largest difference."""
+    for node in nodes:
+        for name in node.outputs:
+            if name in shown and not (distance := _distance(shown[name], expected[name])) <= limits[name]:
+                return node, name, distance
+    return None
+
+
+def largest_share(
+    shown: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], limits: Mapping[str, float]
+) -> tuple[str, float]:
+    """The tensor nearest to its limit, or furthest beyond it, and its largest difference."""
+    apart = {name: _distance(array, expected[name]) for name, array in shown.items() if name in limits}
+    name = max(apart, key=lambda name: apart[name] / limits[name] if np.isfinite(apart[name]) else np.inf)
+    return name, apart[name]
 
 
 def _distance(shown: NDArray[Any], expected: NDArray[Any]) -> float:

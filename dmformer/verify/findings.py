@@ -11,7 +11,7 @@ class Island(Struct, frozen=True, kw_only=True):
     """Nodes that have to stay in float32.
 
     Attributes:
-        nodes: their names.
+        nodes: their names, beside those that do already; none where making the file anew was enough.
         passed: whether the file that was made anew with them in float32 holds its checks against PyTorch.
         max_abs: its largest difference from PyTorch; ``None`` where it is not finite.
         limit: what is allowed.

@@ -1,0 +1,93 @@
+"""The proof of an ONNX file at a reduced precision, before any engine sees it: its outputs, and each of its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dmformer.export import onnx_file
+from dmformer.export.literal import literal_answers
+from dmformer.export.precision import compute_layers, modules_at
+from dmformer.verify.answers import Answers
+from dmformer.verify.bisect import first_beyond, graph_nodes, largest_share, tensor_limits
+from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference, reduced_limit
+from dmformer.verify.emulate import emulate
+from dmformer.verify.interpret import interpret
+from dmformer.verify.parity import Check, as_check, check_answers, references
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from dmformer.bundle.golden import Golden
+    from dmformer.export.precision import Made, PrecisionSource
+
+_EMULATION_IMAGES = 32  # calibration images, at most, on which the emulation of int8 measures ranges
+
+
+def reduced_golden(
+    precision: str, made: Made, form: nn.Module, source: PrecisionSource, golden: Golden
+) -> tuple[Golden, list[Check]]:
+    """Golden outputs with those at a reduced precision, and the checks of its ONNX file: against PyTorch and fp32's.
+
+    Args:
+        precision: its name.
+        made: the file at it.
+        form: the network in the form that was traced; used up.
+        source: what the file was made from.
+        golden: with the float32 file's answers.
+
+    Raises:
+        StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
+    """
+    ((name, _),) = golden.outputs.items()
+    literal = literal_answers(made.onnx, golden.inputs)
+    reduced_limit(precision, literal, golden.outputs_float64)  # refuses what drowns in the precision's error
+    batches = [] if source.calibration is None else source.calibration.images.spread(_EMULATION_IMAGES).batches(1)
+    layers = modules_at(onnx_file.read(made.onnx), precision)
+    modules = dict(form.named_modules())
+    exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
+    emulated = emulate(form, precision, layers, golden.inputs, batches, exact)
+    completed = replace(
+        golden,
+        files=golden.files | {precision: literal},
+        emulated=golden.emulated | {precision: {name: emulated}},
+    )
+    pytorch = references(completed, precision)[0]
+    before = Reference("onnx fp32", golden.files["fp32"], pytorch.limits)
+    answers = Answers("onnxruntime", precision, {len(golden.inputs): literal})
+    checks = check_answers("reduced", answers, [pytorch, before])
+    return completed, [*checks, check_tensors(precision, made, source.onnx, golden.inputs[:1])]
+
+
+def check_tensors(precision: str, made: Made, original: Path, row: NDArray[np.float32]) -> Check:
+    """Whether every tensor of a file at a reduced precision is what the float32 file has, within the precision's error.
+
+    A fault in one layer that hardly shows in the outputs shows here.
+
+    Args:
+        precision: of the file.
+        made: the file, and the nodes that stay in float32.
+        original: the float32 file.
+        row: an image, (1, C, H, W).
+    """
+    model, reduced = onnx_file.read(original), onnx_file.read(made.onnx)
+    inputs = {model.graph.input[0].name: row}
+    truth = interpret(model, inputs, double=True)
+    layers = frozenset(name for name, typed in compute_layers(reduced).items() if typed == precision)
+    kept = frozenset(made.kept_in_fp32)
+    emulated = interpret(model, inputs, double=False, precision=precision, layers=layers, exact=kept)
+    limits = tensor_limits(truth, emulated, TENSOR_FACTORS[precision])
+    shown = literal_answers(made.onnx, row, {name for node in reduced.graph.node for name in node.output} & set(truth))
+    name, distance = largest_share(shown, truth, limits)
+    beyond, reason = first_beyond(graph_nodes(model), shown, truth, limits), None
+    if beyond is not None:
+        node, name, distance = beyond
+        reason = f"{node.name}: tensor {name} differs by {distance:.3g}, limit {limits[name]:.3g}"
+    source = f"{TENSOR_FACTORS[precision]:g} x the error of tensor {name} at {precision}, emulated in PyTorch"
+    comparison = Comparison(beyond is None, max_abs=distance if np.isfinite(distance) else None, reason=reason)
+    return as_check("tensors", "onnxruntime", precision, 1, comparison, Limit(limits[name], source), "onnx fp32")
