@@ -103,7 +103,9 @@ def test_an_engine_that_answers_wrongly_changes_nothing(
 
     monkeypatch.setattr(tensorrt, "to_tensorrt", spoilt)
     before = content(bundle)
-    with pytest.raises(CheckFailed, match="nothing was changed: 7 of 12 checks failed; first: runtime in tensorrt fp32"):
+    with pytest.raises(
+        CheckFailed, match="nothing was changed: 7 of 12 checks failed; first: runtime in tensorrt fp32"
+    ):
         build(bundle, "trt")
     assert content(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]

@@ -26,7 +26,7 @@ from dmformer.export.precision import compute_layers
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes import registry
-from dmformer.verify.bisect import Parting, cuts, find_parting, graph_nodes, tensor_limits
+from dmformer.verify.bisect import Parting, cuts, find_parting, graph_nodes, parting_at_once, tensor_limits
 from dmformer.verify.case import Case, save_case
 from dmformer.verify.checkpoint import reference_checkpoint
 from dmformer.verify.compare import TENSOR_FACTORS, float32_limit
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dmformer.progress import Stage
     from dmformer.verify.parity import Check, ParityReport
 
-_ANSWERING = ("runtime", "onnx")
+_LOCATED = ("runtime", "layers")  # stages whose failures sit in a node
 
 
 class Trusted(NamedTuple):
@@ -83,7 +83,7 @@ def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, fold
     """
     failed: dict[tuple[str, str], list[Check]] = {}
     for check in report.checks:
-        if not check.passed and check.stage in _ANSWERING:
+        if not check.passed and check.stage in _LOCATED:
             failed.setdefault((check.runtime, check.precision), []).append(check)
     if not failed:
         return report
@@ -193,6 +193,8 @@ class _Search:
         known = {*inner, *self.trusted.outputs} & set(self.truth)
         found = cuts(nodes, [self.trusted.input], self.trusted.outputs, known)
         parting = find_parting(nodes, found, self.truth, self.limits, lambda names: self._show(names, self.rows))
+        if parting is None:  # the outputs hide it: only with every tensor shown it can be seen
+            parting = parting_at_once(nodes, found, self.truth, self.limits, self._show(tuple(known), self.rows))
         if parting is None:
             raise StageFailed(
                 "no tensor is beyond its limit when it is asked for alone: what failed is spread over the network, or "

@@ -23,6 +23,7 @@ from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
 from dmformer.verify.answers import Answers, ask
 from dmformer.verify.compare import Reference
+from dmformer.verify.modules import ModuleTruth
 from dmformer.verify.parity import Check, check_answers, references
 from dmformer.verify.reference import golden_pixels, make_golden
 
@@ -105,6 +106,10 @@ def verified_graph(source: GraphSource) -> VerifiedGraph:
             else:
                 reason = "the traced graph failed its checks, so there is nothing to compare a simplified one with"
                 simplification = Simplification(kept=False, reason=reason, nodes_before=_nodes(traced))
+        with source.stage("verify each layer"):
+            adapter = registry.available_adapter(registry.entry("onnxruntime"))
+            layers = ModuleTruth(source.form(), golden.inputs[:1])
+            kept.checks.extend(filter(None, [layers.check(lambda taps: adapter(kept.file, taps=taps))]))
     largest = kept.answers.largest
     if not isinstance(largest, DMFormerError):
         golden = replace(golden, files={"fp32": largest})

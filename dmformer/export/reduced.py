@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dmformer.errors import StageFailed
 from dmformer.export import onnx_file
 from dmformer.export.literal import literal_answers
 from dmformer.export.precision import compute_layers, modules_at
 from dmformer.verify.answers import Answers
 from dmformer.verify.bisect import first_beyond, graph_nodes, largest_share, tensor_limits
-from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference, reduced_limit
+from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference
 from dmformer.verify.emulate import emulate
 from dmformer.verify.interpret import interpret
 from dmformer.verify.parity import Check, as_check, check_answers, references
@@ -45,23 +46,24 @@ def reduced_golden(
         StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
     """
     ((name, _),) = golden.outputs.items()
+    tensors = check_tensors(precision, made, source.onnx, golden.inputs[:1])
     literal = literal_answers(made.onnx, golden.inputs)
-    reduced_limit(precision, literal, golden.outputs_float64)  # refuses what drowns in the precision's error
     batches = [] if source.calibration is None else source.calibration.images.spread(_EMULATION_IMAGES).batches(1)
     layers = modules_at(onnx_file.read(made.onnx), precision)
     modules = dict(form.named_modules())
     exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
-    emulated = emulate(form, precision, layers, golden.inputs, batches, exact)
     completed = replace(
         golden,
         files=golden.files | {precision: literal},
-        emulated=golden.emulated | {precision: {name: emulated}},
+        emulated=golden.emulated | {precision: {name: emulate(form, precision, layers, golden.inputs, batches, exact)}},
     )
-    pytorch = references(completed, precision)[0]
+    try:
+        pytorch = references(completed, precision)[0]
+    except StageFailed as error:
+        raise StageFailed(f"{error}; it begins at {tensors.reason}" if tensors.reason else str(error)) from error
     before = Reference("onnx fp32", golden.files["fp32"], pytorch.limits)
     answers = Answers("onnxruntime", precision, {len(golden.inputs): literal})
-    checks = check_answers("reduced", answers, [pytorch, before])
-    return completed, [*checks, check_tensors(precision, made, source.onnx, golden.inputs[:1])]
+    return completed, [*check_answers("reduced", answers, [pytorch, before]), tensors]
 
 
 def check_tensors(precision: str, made: Made, original: Path, row: NDArray[np.float32]) -> Check:

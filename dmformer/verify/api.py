@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.select import Choice
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Stage
+    from dmformer.verify.modules import ModuleTruth
 
 
 def verify(
@@ -81,6 +83,7 @@ def verify(
         checks = check_preprocessing(opened.manifest.preprocessing, golden)
     asked: ImageSet | None = None
     reference = golden
+    layers: ModuleTruth | None = None
     if weights is not None or images is not None:
         if images is not None:
             asked, reason = _labelled(opened, Path(images))
@@ -90,10 +93,24 @@ def verify(
             reference = _recompute(opened, checkpoint, golden, asked)
             checks.append(_check_description(opened, checkpoint))
             checks.append(_check_golden(golden, reference))
+            layers = _layers(opened, checkpoint, golden)
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
             checks.extend(_check_choice(choice, golden, reference, asked))
+            if layers is not None and choice.artifact.precision == "fp32":
+                found = layers.check(functools.partial(choice.runtime, None))
+                checks.extend([found] if found is not None else [])
     return report(checks, skipped)
+
+
+def _layers(bundle: Bundle, checkpoint: Checkpoint, golden: Golden) -> ModuleTruth:
+    """What each layer should give for the first golden image; showing an engine's inside needs the ONNX package."""
+    from dmformer.models.deploy import deploy
+    from dmformer.verify.modules import ModuleTruth
+
+    model = checkpoint.model()
+    size = bundle.manifest.preprocessing.image_size
+    return ModuleTruth(deploy(model, size) if bundle.manifest.model.deploy_form else model, golden.inputs[:1])
 
 
 def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: ImageSet | None) -> list[Check]:

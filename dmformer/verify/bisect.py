@@ -121,7 +121,7 @@ def find_parting(
         nonlocal runs, most
         runs, most = runs + 1, max(most, len(cut.tensors))
         shown = show(cut.tensors)
-        apart = [(name, _distance(shown[name], expected[name])) for name in cut.tensors]
+        apart = [(name, largest_difference(shown[name], expected[name])) for name in cut.tensors]
         return [(name, distance) for name, distance in apart if not distance <= limits[name]]
 
     good, bad = 0, len(found) - 1
@@ -147,6 +147,33 @@ def find_parting(
     )
 
 
+def parting_at_once(
+    nodes: Sequence[Node],
+    found: Sequence[Cut],
+    expected: Mapping[str, NDArray[Any]],
+    limits: Mapping[str, float],
+    shown: Mapping[str, NDArray[Any]],
+) -> Parting | None:
+    """The same from one run that showed every tensor; ``None`` where all agree."""
+    beyond = first_beyond(nodes, shown, expected, limits)
+    if beyond is None:
+        return None
+    node, name, distance = beyond
+    index = nodes.index(node)
+    good = max((cut for cut in found if cut.position < index), key=lambda cut: cut.position)
+    bad = min((cut for cut in found if cut.position >= index), key=lambda cut: cut.position)
+    return Parting(
+        good=good,
+        bad=bad,
+        nodes=tuple(nodes[good.position + 1 : bad.position + 1]),
+        tensor=name,
+        max_abs=distance if np.isfinite(distance) else None,
+        limit=limits[name],
+        runs=1,
+        most_shown=len(shown),
+    )
+
+
 def first_beyond(
     nodes: Sequence[Node],
     shown: Mapping[str, NDArray[Any]],
@@ -156,7 +183,7 @@ def first_beyond(
     """The first tensor beyond its limit where all can be shown at once: its node, its name, its largest difference."""
     for node in nodes:
         for name in node.outputs:
-            if name in shown and not (distance := _distance(shown[name], expected[name])) <= limits[name]:
+            if name in shown and not (distance := largest_difference(shown[name], expected[name])) <= limits[name]:
                 return node, name, distance
     return None
 
@@ -165,12 +192,12 @@ def largest_share(
     shown: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], limits: Mapping[str, float]
 ) -> tuple[str, float]:
     """The tensor nearest to its limit, or furthest beyond it, and its largest difference."""
-    apart = {name: _distance(array, expected[name]) for name, array in shown.items() if name in limits}
+    apart = {name: largest_difference(array, expected[name]) for name, array in shown.items() if name in limits}
     name = max(apart, key=lambda name: apart[name] / limits[name] if np.isfinite(apart[name]) else np.inf)
     return name, apart[name]
 
 
-def _distance(shown: NDArray[Any], expected: NDArray[Any]) -> float:
+def largest_difference(shown: NDArray[Any], expected: NDArray[Any]) -> float:
     """The largest difference; infinite where the shapes differ, NaN or infinite where a value is."""
     if shown.shape != expected.shape:
         return float("inf")
@@ -196,6 +223,6 @@ def tensor_limits(
         if not np.isfinite(exact).all():
             raise StageFailed(f"tensor {name!r} is NaN or infinite in PyTorch itself; expected numbers")
         floor = float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
-        error = _distance(emulated[name], exact)
+        error = largest_difference(emulated[name], exact)
         limits[name] = factor * max(error if np.isfinite(error) else 0.0, floor)
     return limits

@@ -1,0 +1,137 @@
+"""Layer by layer: every module of the network in PyTorch against the tensor that stands for it in an artifact.
+
+Outputs alone hide a fault in a layer that matters little for the images at hand; the layer itself does not. Tensors
+keep the name that the exporter gave them (``/stages.2/blocks/blocks.4/ffn/act/Gelu_output_0``) through simplification
+and conversion, and that leads to the module (``stages.2.blocks.4.ffn.act``).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmformer.errors import DMFormerError
+from dmformer.verify.bisect import largest_difference, largest_share, tensor_limits
+from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit
+from dmformer.verify.parity import PYTORCH, Check, as_check
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from dmformer.runtimes.base import Runtime
+
+
+def module_path(scoped: str) -> str:
+    """``/stages.2/blocks/blocks.0/dma/mix/Conv_output_0`` -> ``stages.2.blocks.0.dma.mix``.
+
+    The exporter names an element of a sequence after the sequence as well, which is left out.
+    """
+    *scopes, _ = scoped.strip("/").split("/")
+    pairs = itertools.pairwise([*scopes, ""])
+    return ".".join(
+        scope
+        for scope, following in pairs
+        if not (following.startswith(f"{scope}.") and following[len(scope) + 1 :].isdecimal())
+    )
+
+
+class ModuleTruth:
+    """What each layer of a network gives for one image, in float64, and how far it may be from that in float32.
+
+    Args:
+        model: the network in the form that was traced.
+        row: an image, (1, C, H, W).
+    """
+
+    def __init__(self, model: nn.Module, row: NDArray[np.float32]) -> None:
+        self.row = row
+        single = _layer_outputs(model, row)
+        self.truth = _layer_outputs(copy.deepcopy(model).double(), row.astype(np.float64))
+        self.limits = tensor_limits(self.truth, single, TENSOR_FACTORS["fp32"])
+        modules = dict(model.named_modules())
+        self._norm_after = {
+            name: following
+            for name, following in itertools.pairwise(self.truth)
+            if type(modules[following]).__name__ == "BatchNorm2d"
+        }
+
+    def check(self, runtime: Callable[[tuple[str, ...]], Runtime]) -> Check | None:
+        """A row for an artifact in float32: its layers against the network's.
+
+        Args:
+            runtime: makes the runtime, not yet open, that shows the inner tensors named.
+
+        Returns:
+            ``None`` where the engine shows nothing of its inside.
+        """
+        plain = runtime(())
+        try:
+            with plain:
+                tensors = self._tensors(plain.inner_tensors())
+            if not tensors:
+                return None
+            with runtime(tuple(tensors)) as opened:
+                (name,) = (spec.name for spec in opened.inputs)
+                answered = opened.run_rows({name: self.row})
+        except DMFormerError as error:
+            return as_check("layers", plain.name, "fp32", 1, Comparison(False, reason=str(error)), against=PYTORCH)
+        return self._compare(plain.name, {module: answered[tensor] for tensor, module in tensors.items()})
+
+    def _tensors(self, inner: frozenset[str]) -> dict[str, str]:
+        """The module that each tensor stands for.
+
+        The exporter folds a norm into the convolution before it, whose tensor then stands for the norm.
+        """
+        found = {name: module for name in sorted(inner) if (module := module_path(name)) in self.truth}
+        shown = set(found.values())
+        norms = {module: norm for module, norm in self._norm_after.items() if norm not in shown}
+        return {name: norms.get(module, module) for name, module in found.items()}
+
+    def _compare(self, runtime: str, shown: dict[str, NDArray[Any]]) -> Check:
+        module, distance = largest_share(shown, self.truth, self.limits)
+        beyond = [
+            name
+            for name in self.truth
+            if name in shown and not largest_difference(shown[name], self.truth[name]) <= self.limits[name]
+        ]
+        reason = None
+        if beyond:
+            module = beyond[0]
+            distance = largest_difference(shown[module], self.truth[module])
+            reason = (
+                f"{len(beyond)} of {len(shown)} layers differ, the first is module {module}: by {distance:.3g}, "
+                f"limit {self.limits[module]:.3g}"
+            )
+        factor = TENSOR_FACTORS["fp32"]
+        limit = Limit(self.limits[module], f"{factor:g} x float32 noise of module {module} in PyTorch, 1 image")
+        comparison = Comparison(not beyond, max_abs=distance if np.isfinite(distance) else None, reason=reason)
+        return as_check("layers", runtime, "fp32", 1, comparison, limit, PYTORCH)
+
+
+def _layer_outputs(model: nn.Module, row: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What each module without children gives, in the order in which they run; those that run twice are left out."""
+    import torch
+
+    found: dict[str, list[NDArray[Any]]] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, _given, output: found.setdefault(name, []).append(output.numpy().copy())
+
+    hooks = [
+        module.register_forward_hook(keep(name))
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    ]
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(row))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: outputs[0] for name, outputs in found.items() if len(outputs) == 1}
