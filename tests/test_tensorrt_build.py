@@ -266,6 +266,12 @@ def test_compute_capabilities_are_read_as_they_are_written(name: str, expected: 
 # --- the header -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def engine(exported: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """An engine that is read and not written into."""
+    return build(exported.output / "onnx/fp32/model.onnx", tmp_path_factory.mktemp("engine"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -274,26 +280,28 @@ def test_compute_capabilities_are_read_as_they_are_written(name: str, expected: 
         ({"flavour": "tensorrt"}, "the manifest says tensorrt"),
     ],
 )
-def test_a_plan_that_contradicts_the_manifest(fp32: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    made = build(fp32, tmp_path)
-    assert made.target is not None
-    wrong = msgspec.structs.replace(made.target, **change)
-    assert said in (plan.contradiction(made.files[0], wrong) or "")
+def test_a_plan_that_contradicts_the_manifest(engine: Converted, change: dict[str, Any], said: str) -> None:
+    assert engine.target is not None
+    wrong = msgspec.structs.replace(engine.target, **change)
+    assert said in (plan.contradiction(engine.files[0], wrong) or "")
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: data[:30]])
-def test_a_plan_that_was_damaged(fp32: Path, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
-    made = build(fp32, tmp_path)
-    assert made.target is not None
-    made.files[0].write_bytes(spoil(made.files[0].read_bytes()))
-    assert plan.contradiction(made.files[0], made.target)
+def test_a_plan_that_was_damaged(engine: Converted, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    assert engine.target is not None
+    assert plan.contradiction(engine.files[0], engine.target) is None
+    spoilt = tmp_path / engine.files[0].name
+    spoilt.write_bytes(spoil(engine.files[0].read_bytes()))
+    assert plan.contradiction(spoilt, engine.target)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
-def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(cli: Callable[..., Run], tmp_path: Path) -> None:
+def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(
+    cli: Callable[..., Run], inline: Callable[..., Run], tmp_path: Path
+) -> None:
     run = cli("export", "--format", "trt", "--target", "sm89", "--precision", "fp16", "--output", "b")
     assert run.code == 0, run.err
     said = " ".join(run.out.split())
@@ -307,15 +315,15 @@ def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(cli: Call
     assert ("onnx", "onnxruntime", "fp16") in {
         (check["stage"], check["runtime"], check["precision"]) for check in parity["checks"]
     }
-    run = cli("inspect", "b")
+    run = inline("inspect", "b")
     assert "SM 8.9, batch 1 to 8" in " ".join(run.out.split())
-    run = cli("doctor", "b")
+    run = inline("doctor", "b")
     assert run.code == 0
     for command in (["bench", "b", "--runtime", "trt"], ["verify", "b"], ["bench", "b"]):
-        run = cli(*command)
+        run = inline(*command)
         assert run.code == 3, command
         assert "no NVIDIA GPU" in run.error_line
-    assert "what can run here: torch, onnxruntime, openvino" in cli("bench", "b", "--runtime", "trt").error_line
+    assert "what can run here: torch, onnxruntime, openvino" in inline("bench", "b", "--runtime", "trt").error_line
 
 
 @pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
@@ -333,31 +341,33 @@ def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(cli: Call
     ],
 )
 def test_what_cannot_be_built_writes_nothing(
-    cli: Callable[..., Run], tmp_path: Path, arguments: list[str], code: int, message: str
+    inline: Callable[..., Run], tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    run = cli("export", *arguments, "--output", "b")
+    run = inline("export", *arguments, "--output", "b")
     assert run.code == code, run.err
     assert message in run.error_line
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
-def test_all_leaves_out_what_cannot_be_made_and_says_so(cli: Callable[..., Run]) -> None:
-    run = cli("export", "--format", "all", "--output", "b", "--dry-run")
+def test_all_leaves_out_what_cannot_be_made_and_says_so(inline: Callable[..., Run]) -> None:
+    run = inline("export", "--format", "all", "--output", "b", "--dry-run")
     assert run.code == 0
     assert "openvino/fp32/" in run.out
     assert "tensorrt/fp32/" not in run.out
     assert "tensorrt: TensorRT-RTX builds for the GPU of its machine: no NVIDIA GPU" in " ".join(run.err.split())
-    run = cli("export", "--format", "all", "--target", "sm89", "--output", "b", "--dry-run")
+    run = inline("export", "--format", "all", "--target", "sm89", "--output", "b", "--dry-run")
     assert "tensorrt/fp32/" in run.out
 
 
+@pytest.mark.usefixtures("quick")
 def test_from_python(tmp_path: Path) -> None:
     result = dmformer.export(formats=["onnx", "trt"], engine=EngineOptions.of(targets=["sm89"]), output=tmp_path / "b")
     assert [artifact.format for artifact in result.manifest.artifacts] == ["onnx", "tensorrt"]
     assert result.parity.passed
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_engine_that_cannot_be_built_takes_nothing_down_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,8 +391,9 @@ def test_an_engine_that_cannot_be_built_takes_nothing_down_with_it(
     assert not (tmp_path / "c").exists()
 
 
-def test_the_command_says_so_and_ends_with_1(cli: Callable[..., Run], tmp_path: Path) -> None:
-    run = cli("export", "--format", "onnx", "--format", "trt", "--target", "sm75", "--output", "b")
+@pytest.mark.usefixtures("quick")
+def test_the_command_says_so_and_ends_with_1(inline: Callable[..., Run], tmp_path: Path) -> None:
+    run = inline("export", "--format", "onnx", "--format", "trt", "--target", "sm75", "--output", "b")
     assert run.code == 1
     assert "head/Gemm" in run.error_line
     assert "the rest was written to b" in run.error_line
