@@ -204,6 +204,18 @@ def test_the_optimizer_gets_what_the_recipe_says(digits: Digits) -> None:
     assert all(found == {Recipe.weight_decay: matrices, 0.0: others} for found in decays)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_every_figure_of_the_recipe_is_used(digits: Digits) -> None:
+    """Another value gives other weights after two steps already."""
+    few = replace(digits, training=digits.training[:10], held_out=digits.held_out[:1])
+    plain = Recipe(epochs=1, batch_size=5)
+    others = {name: value / 2 for name, value in vars(plain).items() if isinstance(value, float)}
+    assert len(others) == 7
+    expected = train(plain, few)[0].head.weight
+    for name, value in {**others, "seed": 1, "drop_path": 0.5}.items():
+        assert not torch.equal(train(replace(plain, **{name: value}), few)[0].head.weight, expected), name
+
+
 def spots(inputs: torch.Tensor) -> NDArray[np.complex128]:
     """Where the spot of each image and channel is, as complex numbers: pixels right and down from the middle."""
     masses, axis = inputs.double(), torch.arange(32) - 15.5
