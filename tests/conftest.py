@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import os
+import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
@@ -30,6 +34,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
+
+Result = TypeVar("Result")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests come first, so that at the end no worker sits alone with one of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Result]) -> Result:
+    """What ``make`` gives for a new folder: made by the worker that asks first, and read by the others."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make(factory.mktemp(name))
+    folder = factory.getbasetemp().parent / name  # one above each worker's own
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        kept = folder.with_suffix(".pickle")
+        if not kept.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to make it
+            folder.mkdir()
+            kept.write_bytes(pickle.dumps(make(folder)))
+        made: Result = pickle.loads(kept.read_bytes())
+        return made
 
 
 @dataclass(frozen=True)
@@ -69,12 +96,85 @@ def cli(tmp_path: Path) -> Callable[..., Run]:
     return run
 
 
+@pytest.fixture
+def inline(tmp_path: Path) -> Callable[..., Run]:
+    """As ``cli``, but in this process, which has the engines' imports behind it: seconds less for each command.
+
+    For what a command says and does; not for signals, closed pipes, encodings, or what a process imports.
+    """
+    from dmformer.cli import main
+
+    def run(*arguments: object, cwd: Path = tmp_path, **environment: str) -> Run:
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+        handler = signal.getsignal(signal.SIGTERM)  # the command line sets its own
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            patch.delenv("COLUMNS", raising=False)  # xdist sets it
+            patch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["dmformer", *map(str, arguments)])
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            try:
+                with pytest.raises(SystemExit) as ended:
+                    main()
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+        assert isinstance(ended.value.code, int)
+        said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+        return Run(ended.value.code, *said)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Made:
+    """One export by the command line: the folder it ran in, its home, and what it said."""
+
+    folder: Path
+    state: str
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "made here"
+
+
+FORMATS = ("--format", "torch", "--format", "onnx", "--format", "ov", "--format", "ort")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The same as ``exported`` by the command line, in a process with another hash seed; not to be written into."""
+
+    def make(folder: Path) -> Made:
+        work, state = folder / "work", str(folder / "state")
+        work.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", "dmformer", "export", *FORMATS, "--output", "made here"],
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env={**os.environ, "XDG_STATE_HOME": state, "PYTHONHASHSEED": "7"},
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return Made(work, state, done)
+
+    return made_once(tmp_path_factory, "command-line", make)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """The demonstration checkpoint in every format that runs on any machine; shared, so not to be written into."""
     import dmformer
 
-    return dmformer.export(formats=["torch", "onnx", "openvino"], output=tmp_path_factory.mktemp("bundle") / "demo")
+    def make(folder: Path) -> ExportResult:
+        return dmformer.export(formats=["torch", "onnx", "openvino"], output=folder / "demo")
+
+    return made_once(tmp_path_factory, "exported", make)
 
 
 @pytest.fixture
@@ -136,16 +236,19 @@ def reduced(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> Expor
     """The demonstration checkpoint at every precision, without onnxsim and timing; shared, not to be spoilt."""
     import dmformer
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
-        patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
-        return dmformer.export(
-            formats=["onnx", "openvino"],
-            precisions=["fp32", "fp16", "int8"],
-            calibration=few_images,
-            max_accuracy_drop=5,
-            output=tmp_path_factory.mktemp("reduced") / "demo",
-        )
+    def make(folder: Path) -> ExportResult:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
+            patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+            return dmformer.export(
+                formats=["onnx", "openvino"],
+                precisions=["fp32", "fp16", "int8"],
+                calibration=few_images,
+                max_accuracy_drop=5,
+                output=folder / "demo",
+            )
+
+    return made_once(tmp_path_factory, "reduced", make)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.data.images import load_pixels
@@ -19,6 +20,7 @@ from dmformer.train.digits import (
     PREPROCESSING,
     Digits,
     Recipe,
+    _augment,
     accuracy,
     load_digits,
     main,
@@ -161,26 +163,119 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_short_run_learns_and_repeats(digits: Digits) -> None:
-    few = replace(digits, training=digits.training[:400], held_out=digits.held_out[:100])
-    recipe = Recipe(epochs=2, batch_size=25)
-    (first, reached), (second, again) = train(recipe, few), train(recipe, few)
-    assert reached > 0.4  # chance is 0.1
-    assert reached == again
+def test_training_repeats_and_never_sees_a_held_out_image(digits: Digits) -> None:
+    few = replace(digits, training=digits.training[:150], held_out=digits.held_out[:50])
+    spoilt = few.pixels.copy()
+    spoilt[digits.held_out] = 0
+    recipe = Recipe(epochs=1, batch_size=25)
+    (first, reached), (second, blind) = train(recipe, few), train(recipe, replace(few, pixels=spoilt))
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
     assert not first.training
+    inputs, labels = (torch.from_numpy(array[few.held_out]) for array in (few.pixels, few.labels))
+    assert reached == accuracy(second, torch.from_numpy(PREPROCESSING.normalize(inputs.numpy())), labels)
+    assert blind <= 0.3  # ten equal images of each class cannot be told apart
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_optimizer_gets_what_the_recipe_says(digits: Digits) -> None:
+    """Each step's learning rate and weight decay, as the optimizer itself saw them."""
+    rates: list[float] = []
+    decays: list[dict[float, int]] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1
+        rates.append(optimizer.param_groups[0]["lr"])
+        decays.append({group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups})
+
+    hook = register_optimizer_step_pre_hook(note)
+    few = replace(digits, training=digits.training[:25], held_out=digits.held_out[:1])
+    try:
+        model, _ = train(Recipe(epochs=5, batch_size=10), few)
+    finally:
+        hook.remove()
+    assert len(rates) == 5 * 3  # the last batch of an epoch is a small one
+    assert max(rates) == pytest.approx(Recipe.learning_rate, rel=0.1)
+    assert rates.index(max(rates)) in (1, 2)  # warm-up is short
+    assert rates[-1] < 1e-3 * Recipe.learning_rate
+    matrices = sum(parameter.ndim > 1 for parameter in model.parameters())
+    others = sum(parameter.ndim <= 1 for parameter in model.parameters())
+    assert all(found == {Recipe.weight_decay: matrices, 0.0: others} for found in decays)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_figure_of_the_recipe_is_used(digits: Digits) -> None:
+    """Another value gives other weights after two steps already."""
+    few = replace(digits, training=digits.training[:10], held_out=digits.held_out[:1])
+    plain = Recipe(epochs=1, batch_size=5)
+    others = {name: value / 2 for name, value in vars(plain).items() if isinstance(value, float)}
+    assert len(others) == 7
+    expected = train(plain, few)[0].head.weight
+    for name, value in {**others, "seed": 1, "drop_path": 0.5}.items():
+        assert not torch.equal(train(replace(plain, **{name: value}), few)[0].head.weight, expected), name
+
+
+def spots(inputs: torch.Tensor) -> NDArray[np.complex128]:
+    """Where the spot of each image and channel is, as complex numbers: pixels right and down from the middle."""
+    masses, axis = inputs.double(), torch.arange(32) - 15.5
+    right, down = (masses * axis).sum((2, 3)), (masses * axis[:, None]).sum((2, 3))
+    found: NDArray[np.complex128] = (torch.complex(right, down) / masses.sum((2, 3))).numpy()
+    return found
+
+
+@pytest.mark.parametrize("what", ["max_rotation_degrees", "max_zoom", "max_shift"])
+def test_augmentation_moves_images_as_far_as_the_recipe_says(what: str) -> None:
+    """Each of the three alone: it goes up to its limit and no further, and the other two stay where they are."""
+    still = dict.fromkeys(("max_rotation_degrees", "max_zoom", "max_shift"), 0.0)
+    axis = torch.arange(32) - 15.5
+    centres = (0, 0), (7, 0), (-3, -6)
+    image = torch.stack([torch.exp(-((axis - x) ** 2 + (axis[:, None] - y) ** 2) / 4) for x, y in centres])
+    images = image.repeat(500, 1, 1, 1)
+    torch.manual_seed(0)
+    np.testing.assert_allclose(_augment(images, Recipe(**still)), images, atol=1e-5)
+    limit = getattr(Recipe, what)
+    middle, *others = spots(_augment(images, Recipe(**{**still, what: limit}))).T
+    arms = [(spot - middle) / complex(*centre) for spot, centre in zip(others, centres[1:], strict=True)]
+    moved = {
+        "max_rotation_degrees": [np.degrees(np.angle(arm)) for arm in arms],
+        "max_zoom": [1 / np.abs(arm) - 1 for arm in arms],  # the recipe says how much more of the image is seen
+        "max_shift": [middle.real / 32, middle.imag / 32],
+    }
+    for name, found in moved.items():
+        for values in found:
+            if name == what:
+                assert values.min() == pytest.approx(-limit, rel=0.05)
+                assert values.max() == pytest.approx(limit, rel=0.05)
+            else:
+                np.testing.assert_allclose(values, 0, atol=0.05 * getattr(Recipe, name))
+
+
+def test_the_recipe_is_the_one_that_made_the_shipped_checkpoint(shipped: Checkpoint) -> None:
+    assert shipped.training["recipe"] == {"script": "dmformer.train.digits", **vars(Recipe())}
 
 
 @pytest.mark.slow
-def test_whole_recipe_reaches_the_shipped_accuracy(tmp_path: Path, shipped: Checkpoint) -> None:
-    reached = write(tmp_path, Recipe())
+@pytest.mark.usefixtures("one_thread")
+def test_the_recipe_learns_and_writes_what_ships(tmp_path: Path, shipped: Checkpoint) -> None:
+    """One epoch of the recipe's twelve, which reaches 86 to 90 %.
+
+    Not covered: that all twelve reach the 99.7 % of the shipped checkpoint. ``make digits`` shows that, in minutes.
+    """
+    recipe = Recipe(epochs=1)
+    reached = write(tmp_path, recipe)
+    assert reached > 0.75
     written = load_checkpoint(tmp_path / DEMONSTRATION_CHECKPOINT.name)
-    assert reached == pytest.approx(shipped.training["held_out_top1"], abs=0.005)
     assert written.training["held_out_top1"] == pytest.approx(reached, abs=1e-6)
-    assert "1438 images" in written.training["data"]
+    assert written.training == {
+        **shipped.training,
+        "held_out_top1": written.training["held_out_top1"],
+        "recipe": {"script": "dmformer.train.digits", **vars(recipe)},
+    }
     assert (written.config, written.preprocessing) == (shipped.config, shipped.preprocessing)
+    digits = load_digits()
+    correct = predictions(written, digits.pixels[digits.held_out]) == digits.labels[digits.held_out]
+    assert correct.mean() == pytest.approx(reached, abs=0.003)  # of the network as it is in the file
     for sample in sorted(SAMPLE_IMAGES.glob("*.png")):
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / "digits" / sample.name)), np.asarray(Image.open(sample))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dmformer.export.pipeline import ExportResult
+    from tests.conftest import Made
 
 FAKE_ONNXSIM = """
 import onnx, os, signal
@@ -74,6 +73,7 @@ def test_any_batch_really_runs(exported: ExportResult, batch: int) -> None:
     assert session.run(None, {"image": np.zeros((batch, 3, 32, 32), np.float32)})[0].shape == (batch, 10)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("deploy_form", [True, False])
 def test_node_names_lead_back_to_modules(exported: ExportResult, tmp_path: Path, deploy_form: bool) -> None:
     model: torch.nn.Module = load_checkpoint(DEMONSTRATION_CHECKPOINT).model()
@@ -112,16 +112,14 @@ def test_nothing_tells_of_the_machine_that_exported(exported: ExportResult) -> N
         assert not [trace for trace in traces if trace.encode() in data], path
 
 
-def test_the_same_inputs_give_the_same_bytes(exported: ExportResult, tmp_path: Path) -> None:
-    """In another process, with another hash seed and another output folder."""
-    script = "import sys, dmformer; dmformer.export(formats=['torch', 'onnx', 'openvino'], output=sys.argv[1])"
-    again = tmp_path / "again"
-    subprocess.run(
-        [sys.executable, "-c", script, str(again)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, timeout=300
+def test_the_same_inputs_give_the_same_bytes(exported: ExportResult, made: Made) -> None:
+    """From Python and from the command line: another process, hash seed, working folder and output folder."""
+    here, there = (
+        {path.relative_to(folder) for path in files_below(folder)} for folder in (exported.output, made.bundle)
     )
-    for path in files_below(exported.output):
-        name = path.relative_to(exported.output)
-        assert (again / name).read_bytes() == path.read_bytes(), name
+    assert here == there
+    for name in here:
+        assert (made.bundle / name).read_bytes() == (exported.output / name).read_bytes(), name
 
 
 def test_the_manifest_lists_every_file(exported: ExportResult) -> None:
@@ -166,6 +164,7 @@ def test_every_stage_is_a_row_of_the_parity_report(exported: ExportResult) -> No
     assert exported.manifest.simplification.kept
 
 
+@pytest.mark.usefixtures("quick")
 def test_random_weights_are_marked(tmp_path: Path) -> None:
     options = {"num_classes": 3, "gate_input": "x_prime", "branch_merge": "concat", "in_channels": 1}
     result = dmformer.export(arch="dmformer_nano", image_size=48, options=options, seed=5, output=tmp_path / "b")
@@ -176,6 +175,7 @@ def test_random_weights_are_marked(tmp_path: Path) -> None:
     assert result.parity.passed
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_checkpoint_with_assumptions_says_so(tmp_path: Path) -> None:
     model = dmformer.create_model("dmformer_nano", num_classes=2).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
@@ -185,6 +185,7 @@ def test_a_checkpoint_with_assumptions_says_so(tmp_path: Path) -> None:
     assert any("ImageNet" in note for note in result.manifest.model.notes)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmformer.verify.parity.compare", lambda *_: Comparison(False, reason="seeded"))
     with pytest.raises(CheckFailed, match=r"nothing was written: .* checks failed.*seeded"):
@@ -195,6 +196,7 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "b/manifest.json").is_file()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_baked_in_batch_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole pipeline: one failed check for each batch size but 1, and --force still writes."""
 
@@ -350,6 +352,7 @@ def test_verify_compares_on_images_that_are_given(exported: ExportResult) -> Non
     assert "on the same 15 images" in (last.limit_source or "")
 
 
+@pytest.mark.usefixtures("quick")
 def test_verify_on_images_needs_weights(tmp_path: Path) -> None:
     dmformer.export(output=tmp_path / "b")
     with pytest.raises(UsageError, match="give --weights FILE"):

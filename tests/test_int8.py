@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.errors import CheckFailed
 from dmformer.export import pipeline
 from dmformer.export.int8 import quantizable, to_int8
-from dmformer.export.precision import Calibration, typed_share
+from dmformer.export.precision import typed_share
 from dmformer.runtimes.openvino import OpenVinoRuntime
 from tests.bundles import one_line
 from tests.precisions import arrays, simulated, source_of, types
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.export.pipeline import ExportResult
+    from dmformer.export.precision import Calibration, PrecisionSource
     from dmformer.models.checkpoint import Checkpoint
     from tests.conftest import Run
 
@@ -36,6 +38,19 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def quantized(reduced: ExportResult) -> onnx.ModelProto:
     return onnx.load(reduced.output / "onnx/int8/model.onnx")
+
+
+@pytest.fixture(scope="module")
+def traced(
+    checkpoint: Checkpoint, golden: Golden, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> PrecisionSource:
+    return source_of(checkpoint, tmp_path_factory.mktemp("traced"), golden.inputs, calibration)
+
+
+@pytest.fixture
+def source(traced: PrecisionSource, tmp_path: Path) -> PrecisionSource:
+    """The demonstration checkpoint, traced once, with a scratch folder for each test."""
+    return replace(traced, scratch=tmp_path)
 
 
 def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -116,14 +131,8 @@ def test_int8_has_measured_every_block(reduced: ExportResult, quantized: onnx.Mo
     [([0.5], 0), ([0.6, 0.5], 1), ([3, 2, 0], 2), ([9, 3, 2, -1], 3), ([9] * 5 + [0.5], 5), ([9] * 8 + [0.1], 8)],
 )
 def test_int8_keeps_the_most_sensitive_blocks_until_the_budget_holds(
-    checkpoint: Checkpoint,
-    golden: Golden,
-    calibration: Calibration,
-    tmp_path: Path,
-    losses: list[float],
-    kept: int,
+    source: PrecisionSource, losses: list[float], kept: int
 ) -> None:
-    source = source_of(checkpoint, tmp_path / "s", golden.inputs, calibration)
     blocks = quantizable(onnx.load(source.onnx))
     with simulated(losses) as said:
         made = to_int8(source)
@@ -137,10 +146,7 @@ def test_int8_keeps_the_most_sensitive_blocks_until_the_budget_holds(
     assert made.promised == typed_share(model, "int8")
 
 
-def test_int8_beyond_any_budget_fails(
-    checkpoint: Checkpoint, golden: Golden, calibration: Calibration, tmp_path: Path
-) -> None:
-    source = source_of(checkpoint, tmp_path / "s", golden.inputs, calibration)
+def test_int8_beyond_any_budget_fails(source: PrecisionSource) -> None:
     with simulated([7.25]) as said, pytest.raises(CheckFailed, match=r"loses 7\.25 points with 1 of 9 blocks") as error:
         to_int8(source)
     assert "--max-accuracy-drop" in one_line(error.value)
@@ -214,8 +220,8 @@ def test_labels_measure_accuracy(reduced: ExportResult) -> None:
     assert len(rows) == len(set(rows)) == 6
 
 
-def test_int8_without_calibration_images_is_refused_before_any_work(tmp_path: Path, cli: Callable[..., Run]) -> None:
-    run = cli("export", "--weights", DEMONSTRATION_CHECKPOINT, "--precision", "int8", "--output", "b")
+def test_int8_without_calibration_images_is_refused_before_any_work(tmp_path: Path, inline: Callable[..., Run]) -> None:
+    run = inline("export", "--weights", DEMONSTRATION_CHECKPOINT, "--precision", "int8", "--output", "b")
     assert run.code == 2
     assert "--calibration DIR" in run.error_line
     assert run.err == run.error_line + "\n"  # no stage was begun

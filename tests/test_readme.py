@@ -16,8 +16,10 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from tests.conftest import Run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,9 +28,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = [line.partition("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+def commands_of(block: str) -> list[list[str]]:
+    lines = [line.partition("#")[0].split() for line in block.splitlines()]
     return [line for line in lines if line]
+
+
+def commands() -> list[list[str]]:
+    return [line for block in blocks("sh") for line in commands_of(block)]
 
 
 @pytest.fixture
@@ -43,28 +49,60 @@ def clone(tmp_path: Path, few_images: Path) -> Path:
     return folder
 
 
-# The command line as it is installed, but that each row is timed once and not three times.
-ONE_ROUND = "import dmformer.bench.api; dmformer.bench.api.ROUNDS = 1; from dmformer.cli import main; main()"
+# The command line as it is installed, but that each row is timed once and for a moment.
+BRIEFLY = """
+import dmformer.bench
+dmformer.bench.DEFAULT_DURATION_S = 0.1  # before anything takes it as a default
+import dmformer.bench.api, dmformer.export.speed
+dmformer.bench.api.ROUNDS = 1
+dmformer.export.speed.DURATION_S = 0.1
+from dmformer.cli import main
+main()
+"""
 
 
 def typed_in(clone: Path, line: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XDG_STATE_HOME": str(clone.parent / "state")}
-    command = [sys.executable, "-c", ONE_ROUND, *line[1:]]
+    command = [sys.executable, "-c", BRIEFLY, *line[1:]]
     return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+DMFORMER = [block for block in blocks("sh") if any(line[0] == "dmformer" for line in commands_of(block))]
+
+
 @pytest.mark.slow
-def test_the_commands_and_the_python_run(clone: Path) -> None:
-    typed = [line for line in commands() if line[0] == "dmformer"]
-    assert {line[1] for line in typed} == {"export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval"}
-    for line in typed:
-        done = typed_in(clone, line)
-        assert done.returncode == 0, (line, done.stderr)
-    assert msgspec.json.decode((clone / "parity.json").read_bytes())["passed"]
+@pytest.mark.parametrize("block", DMFORMER, ids=lambda block: " ".join(commands_of(block)[0][1:4]))
+def test_the_commands_run(block: str, clone: Path, inline: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the block; each block begins with an export, and needs none of the others.
+
+    In processes, as they are typed; of the later blocks in this one, but for bench, whose duration is a default.
+    """
+    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
+    monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.1)
+    for line in commands_of(block):
+        if block == DMFORMER[0] or line[1] == "bench":
+            done = typed_in(clone, line)
+            assert done.returncode == 0, (line, done.stderr)
+        else:
+            run = inline(*line[1:], cwd=clone, XDG_STATE_HOME=str(clone.parent / "state"))
+            assert run.code == 0, (line, run.err)
+    for report in clone.glob("parity.json"):
+        assert msgspec.json.decode(report.read_bytes())["passed"]
+
+
+def test_the_commands_are_all_there() -> None:
+    typed = [line[1] for line in commands() if line[0] == "dmformer"]
+    assert set(typed) == {"export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval"}
+    assert [commands_of(block)[0][1] for block in DMFORMER] == ["export"] * 4
+    assert sum("parity.json" in block for block in DMFORMER) == 1
+
+
+def test_the_python_runs(clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(clone)
+    assert blocks("python")
     for block in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", block], cwd=clone, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "name='7'" in done.stdout
+        exec(compile(block, "README.md", "exec"), {})
+        assert "name='7'" in capsys.readouterr().out
 
 
 def test_every_other_command_is_a_target_of_make(tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_a_device_needs_one_runtime_only(exported: ExportResult, tmp_path: Path)
     code = """
 import json
 import dmformer
+import dmformer.bench.api
 from dmformer.assets import SAMPLE_IMAGES
+dmformer.bench.api.ROUNDS = 1
 bundle = sys.argv[1]
 with dmformer.load(bundle) as predictor:
     (prediction,) = predictor.predict([SAMPLE_IMAGES / "3.png"], top_k=1)

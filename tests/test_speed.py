@@ -169,8 +169,9 @@ def test_what_was_not_timed_is_not_kept_instead_of_float32() -> None:
 def test_a_real_comparison_times_every_artifact(reduced: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "DURATION_S", 0.3)
     monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
-    found = compare_precisions(Bundle(reduced.output, reduced.manifest), silent)
-    assert len(found.report.results) == len(found.artifacts) == 6
+    two = tuple(made for made in reduced.manifest.artifacts if made.precision != "fp16")  # of each format
+    found = compare_precisions(Bundle(reduced.output, replace(reduced.manifest, artifacts=two)), silent)
+    assert len(found.report.results) == len(found.artifacts) == 4
     for made in found.artifacts:
         assert made.speed is not None
         assert made.speed.ratio > 0
