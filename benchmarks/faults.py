@@ -68,12 +68,14 @@ class Fault:
         name: what is wrong.
         module: where it sits; ``None`` where it sits in no node.
         inject: spoils a bundle, or gives patches under which the bundle is verified, or both.
+        runtime: in which it shows.
     """
 
     kind: str
     name: str
     module: str | None
     inject: Inject
+    runtime: str = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,7 @@ def approximate_gelu(_: Path) -> list[Any]:
 
 
 ENGINE = (
-    Fault("engine", "a weight in OpenVINO's own file", f"{BLOCK}.ffn.fc1", spoil_ir),
+    Fault("engine", "a weight in OpenVINO's own file", f"{BLOCK}.ffn.fc1", spoil_ir, "openvino"),
     Fault("engine", "a kernel that computes another GELU", "stages.0.blocks.0.ffn.act", approximate_gelu),
 )
 
@@ -552,11 +554,11 @@ class Bench:
             for patch in fault.inject(bundle):
                 patches.enter_context(patch)
             opened = open_bundle(bundle)
-            found = dmformer.verify(opened, weights=DEMONSTRATION_CHECKPOINT if fault.module else None)
-            if fault.module is not None:
-                cases = Path(folder) / "cases"
-                found = diagnose(opened, found, weights=DEMONSTRATION_CHECKPOINT, folder=cases, stage=silent)
-        return outcome(fault, found)
+            weights = DEMONSTRATION_CHECKPOINT if fault.module is not None else None
+            found = dmformer.verify(opened, runtimes=[fault.runtime], weights=weights)
+            if weights is not None:
+                found = diagnose(opened, found, weights=weights, folder=Path(folder) / "cases", stage=silent)
+            return outcome(fault, found)
 
     def in_precision(self, fault: Fault) -> Outcome:
         """Spoil the ONNX file at a precision as if its maker had, and check it as an export does."""
