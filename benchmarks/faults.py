@@ -648,9 +648,10 @@ def clean(seed: int, scratch: Path) -> list[str]:
         inputs=golden.inputs,
         calibration=Calibration(images, logits, score(logits, None, logits)),
         max_points_lost=100.0,
-        scratch=scratch,
+        scratch=scratch / f"scratch-{seed}",
         stage=silent,
     )
+    source.scratch.mkdir()
     for name in ("fp16", "int8"):
         made = make(name, source)
         model = checkpoint.model()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
 import dmformer
@@ -11,17 +15,24 @@ from benchmarks import faults
 from benchmarks.faults import IN_BUNDLES, PRECISION, Bench, Fault
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.reader import open_bundle
+from dmformer.errors import CheckFailed, UsageError
 from dmformer.export import diagnose as diagnosing
 from dmformer.export.diagnose import diagnose
+from dmformer.export.source import random_checkpoint
+from dmformer.models.checkpoint import save_checkpoint
 from dmformer.progress import silent
 from dmformer.verify.case import run_case
+from tests.bundles import adopt, one_line, rewrite
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from dmformer.export.pipeline import ExportResult
     from dmformer.verify.findings import Finding
+    from tests.conftest import Run
 
+SCHEMAS = Path(dmformer.__file__).parent / "schemas"
+TRUSTED = diagnosing._trusted
 BY_NAME = {fault.name: fault for fault in (*IN_BUNDLES, *PRECISION)}
 
 
@@ -29,12 +40,11 @@ BY_NAME = {fault.name: fault for fault in (*IN_BUNDLES, *PRECISION)}
 def traced_once() -> Any:
     """The graph that is trusted is the same for every fault of one checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
-        trusted = diagnosing._trusted
         known: dict[str, Any] = {}
 
         def once(bundle: Any, report: Any, weights: Any, scratch: Any) -> Any:
             if str(weights) not in known:
-                known[str(weights)] = trusted(bundle, report, weights, scratch)
+                known[str(weights)] = TRUSTED(bundle, report, weights, scratch)
             return known[str(weights)]
 
         patch.setattr(diagnosing, "_trusted", once)
@@ -136,3 +146,117 @@ def test_a_wrong_kernel_is_the_engines_fault(bundle: Path, tmp_path: Path) -> No
         assert any(not check.passed for check in run_case(tmp_path / "c/onnxruntime-fp32"))
     # The same case where the engine is right.
     assert all(check.passed for check in run_case(tmp_path / "c/onnxruntime-fp32"))
+
+
+def test_a_case_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None:
+    find(bundle, BY_NAME["1 % of a kernel"], tmp_path / "cases")
+    case = tmp_path / "cases/onnxruntime-fp32"
+    content = json.loads((case / "case.json").read_bytes())
+
+    def spoilt(name: str, change: Callable[[Path], object]) -> Path:
+        copied = tmp_path / name
+        shutil.copytree(case, copied)
+        change(copied)
+        return copied
+
+    for name, change, error, message in (
+        ("gone", lambda c: (c / "case.json").unlink(), UsageError, "no case"),
+        ("no-json", lambda c: (c / "case.json").write_text("{"), UsageError, "no case"),
+        ("no-arrays", lambda c: (c / "case.npz").write_bytes(b"PK"), UsageError, "no case"),
+        ("changed", lambda c: (c / "cut.onnx").write_bytes(b""), CheckFailed, "missing or changed"),
+        ("no-file", lambda c: (c / "cut.onnx").unlink(), CheckFailed, "missing or changed"),
+        (
+            "outside",
+            lambda c: (c / "case.json").write_text(
+                json.dumps(content | {"files": [content["files"][0] | {"path": "../cut.onnx"}]})
+            ),
+            UsageError,
+            "no case",
+        ),
+        (
+            "no-limits",
+            lambda c: (c / "case.json").write_text(json.dumps(content | {"limits": {}})),
+            UsageError,
+            "the case names",
+        ),
+        (
+            "other-runtime",
+            lambda c: (c / "case.json").write_text(json.dumps(content | {"runtime": "abacus"})),
+            UsageError,
+            "unknown runtime 'abacus'",
+        ),
+    ):
+        with pytest.raises(error, match=message) as raised:
+            run_case(spoilt(name, change))
+        one_line(raised.value)
+
+
+def test_bisection_needs_something_to_trust(reduced_bundle: Path, tmp_path: Path) -> None:
+    """Without weights the float32 ONNX file is trusted, where it passed."""
+    BY_NAME["a weight in OpenVINO's own file"].inject(reduced_bundle)
+    opened = open_bundle(reduced_bundle)
+    found = diagnose(opened, dmformer.verify(opened), weights=None, folder=tmp_path / "c", stage=silent)
+    (finding,) = found.findings
+    assert (finding.runtime, finding.module, finding.at_fault) == ("openvino", "stages.2.blocks.0.ffn.fc1", "artifact")
+    with pytest.raises(UsageError, match="expected a new or empty folder"):
+        diagnose(opened, dmformer.verify(opened), weights=None, folder=tmp_path / "c", stage=silent)
+
+
+def test_a_bundle_whose_own_onnx_file_failed_needs_weights(bundle: Path, tmp_path: Path) -> None:
+    shutil.rmtree(bundle / "torch")
+    rewrite(bundle, lambda c: c.update(artifacts=[made for made in c["artifacts"] if made["format"] != "torch"]))
+    BY_NAME["1 % of a kernel"].inject(bundle)
+    opened = open_bundle(bundle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnosing, "_trusted", TRUSTED)
+        with pytest.raises(UsageError, match=r"--bisect has nothing to trust.*--weights FILE"):
+            diagnose(opened, dmformer.verify(opened), weights=None, folder=tmp_path / "c", stage=silent)
+        other = random_checkpoint("dmformer_nano", {"num_classes": 10}, 32, seed=1)
+        save_checkpoint(tmp_path / "other.safetensors", other)
+        with pytest.raises(CheckFailed, match="the golden answers are not those of the checkpoint"):
+            diagnose(
+                opened,
+                dmformer.verify(opened),
+                weights=tmp_path / "other.safetensors",
+                folder=tmp_path / "c",
+                stage=silent,
+            )
+
+
+def test_fp16_that_was_spoilt_is_right_once_made_anew(reduced_bundle: Path, tmp_path: Path) -> None:
+    name = "onnx/fp16/model.onnx"
+    BY_NAME["half the bits of a layer"].inject(reduced_bundle / name)
+    adopt(reduced_bundle, name)
+    opened = open_bundle(reduced_bundle)
+    report = dmformer.verify(opened, runtimes=["ort"])
+    (finding,) = diagnose(
+        opened, report, weights=DEMONSTRATION_CHECKPOINT, folder=tmp_path / "c", stage=silent
+    ).findings
+    assert (finding.precision, finding.module, finding.at_fault) == ("fp16", "stages.1.blocks.0.ffn.fc1", "file")
+    assert finding.island is not None
+    assert finding.island.passed
+    assert finding.island.nodes == ()
+    assert "export again" in finding.explanation
+
+
+def test_the_command_bisects_and_runs_a_case(inline: Callable[..., Run], bundle: Path, tmp_path: Path) -> None:
+    BY_NAME["a dilation of 1"].inject(bundle)
+    run = inline("verify", bundle, "--runtime", "ort", "--bisect", "--json", "report.json")
+    assert run.code == 1, run.err
+    assert "checks failed; first: runtime in onnxruntime fp32 at batch 1, against PyTorch" in run.error_line
+    words = " ".join(run.out.split())
+    assert "FOUND onnxruntime fp32 parts at stages.0.blocks.0.dma.branches.1/Conv" in words
+    assert "dilations is [1, 1]; expected [2, 2]" in words
+    assert "to see it alone: dmformer verify --case dmformer-bisect/onnxruntime-fp32" in words
+    lines = run.out.splitlines()
+    assert "FAILED" in next(line for line in lines[3:] if "runtime" in line)  # what failed comes first
+    report = json.loads((tmp_path / "report.json").read_bytes())
+    jsonschema.validate(report, json.loads((SCHEMAS / "verify.json").read_bytes()))
+    assert report["findings"][0]["module"] == "stages.0.blocks.0.dma.branches.1"
+    run = inline("verify", "--case", "dmformer-bisect/onnxruntime-fp32")
+    assert run.code == 1
+    assert "FAILED" in run.out
+    assert "1 of 1 checks failed" in run.error_line
+    for wrong in (("verify", bundle, "--case", "x"), ("verify", "--case", "x", "--bisect"), ("verify", "--case", "x")):
+        assert inline(*wrong).code == 2
+    assert inline("verify", bundle, "--runtime", "ort", "--bisect").code == 2  # the cases are still there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,9 @@ from dmformer.export import fp16
 from dmformer.export.fp16 import LARGEST, tensor_peaks, to_fp16
 from dmformer.export.literal import literal_answers
 from dmformer.export.precision import typed_share
+from dmformer.export.reduced import prove
 from dmformer.models.checkpoint import Checkpoint, save_checkpoint
+from dmformer.models.deploy import deploy
 from dmformer.verify.compare import reduced_limit
 from tests.precisions import ATTENTION, rescaled, source_of, types
 
@@ -96,6 +99,24 @@ def test_fp16_that_overflows_is_refused(
     answers = literal_answers(made.onnx, golden.inputs)
     with pytest.raises(StageFailed, match="at fp16 output 'logits' is NaN or infinite"):
         reduced_limit("fp16", answers, golden.outputs_float64)
+
+
+def test_an_overflow_that_nobody_foresaw_becomes_an_island(
+    checkpoint: Checkpoint, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp16, "HEADROOM", 0.0)
+    loud = rescaled(checkpoint, 14)
+    source = source_of(loud, tmp_path / "s", golden.inputs)
+    answered = replace(golden, files={"fp32": golden.outputs})
+    made, completed, checks = prove("fp16", to_fp16(source), lambda: deploy(loud.model(), 32), source, answered)
+    assert all(check.passed for check in checks), checks
+    assert set(made.kept_in_fp32) == {
+        f"{ATTENTION}.expand/Conv",
+        *(f"{ATTENTION}.branches.{branch}/Conv" for branch in range(3)),
+    }
+    assert set(made.kept_in_fp32.values()) == {"beyond the error of float16 there"}
+    assert made.promised == pytest.approx(1 - len(made.kept_in_fp32) / 57)
+    assert np.isfinite(completed.files["fp16"]["logits"]).all()
 
 
 def test_the_literal_execution_overflows_where_float16_does(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ class _Search:
         folder.mkdir(parents=True)
         self._save(folder, parting, at_fault)
         if at_fault == "file" and self.precision == "fp16":
-            island = find_island(self.trusted.model, self.trusted.golden, self.choice.artifact.kept_in_fp32, folder)
+            island = find_island(self.trusted.model, self.rows, self.choice.artifact.kept_in_fp32, folder)
             if not island.nodes:
                 explanation += "; made anew from the float32 file it holds: export again"
         return Finding(

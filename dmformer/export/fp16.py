@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dmformer._optional import require
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
-from dmformer.export.precision import RANGE_IMAGES, Made, metadata_at, typed_share
+from dmformer.export.island import convert
+from dmformer.export.precision import RANGE_IMAGES, Made, typed_share
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 LARGEST = 65504.0
 HEADROOM = 8.0  # other images reach further than those that were looked at
-_ADDING_UP = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
 
 
 def to_fp16(source: PrecisionSource) -> Made:
@@ -54,27 +53,6 @@ def to_fp16(source: PrecisionSource) -> Made:
             "values float16 can hold: export fp32"
         )
     return Made(destination, share, kept)
-
-
-def convert(model: ModelProto, kept: Collection[str], destination: Path) -> ModelProto:
-    """Write a float32 graph, which is changed, in float16, but for the nodes named and those that add up a map."""
-    float16 = require("onnxruntime.transformers.float16", extra="onnxruntime", purpose="precision fp16")
-    metadata = metadata_at("fp16", model)
-    converted: ModelProto = float16.convert_float_to_float16(
-        model,
-        keep_io_types=True,
-        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_ADDING_UP],
-        node_block_list=list(kept),
-    )
-    graph = require("onnxruntime.transformers.onnx_model", extra="onnxruntime", purpose="precision fp16")
-    edited = graph.OnnxModel(converted)
-    # Between two nodes that stay in float32 the converter puts a cast to float16 and one back.
-    edited.remove_cascaded_cast_nodes()
-    edited.remove_useless_cast_nodes()
-    # It appends its casts at the end; the specification wants nodes in the order of their use.
-    edited.topological_sort(is_deterministic=True)
-    onnx_file.write(converted, destination, metadata)
-    return converted
 
 
 def tensor_peaks(path: Path, batches: Iterable[NDArray[np.float32]], scratch: Path) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Which nodes of a float16 graph have to stay in float32: proposed, rebuilt, and checked again, until it holds."""
+"""Which nodes of a float16 graph have to stay in float32: proposed, rebuilt, and checked again, until it holds.
+
+A float16 island too few is an infinity or a sum that has lost its digits, a float32 island too many costs time.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +10,76 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmformer.export.fp16 import convert
+from dmformer._optional import require
+from dmformer.export import onnx_file
 from dmformer.export.literal import literal_answers
-from dmformer.export.precision import compute_layers
-from dmformer.verify.bisect import cuts, find_parting, graph_nodes, tensor_limits
+from dmformer.export.precision import compute_layers, metadata_at
+from dmformer.verify.bisect import Node, cuts, find_parting, graph_nodes, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS
 from dmformer.verify.findings import Island
 from dmformer.verify.interpret import interpret
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
     from onnx import ModelProto
 
-    from dmformer.bundle.golden import Golden
-
 _MOST_ROUNDS = 32
+_ADDING_UP = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
 ISLAND = "fp16-island.onnx"
 
 
-def find_island(model: ModelProto, golden: Golden, known: Collection[str], folder: Path) -> Island:
-    """Keep nodes in float32, one place after another, until the float16 graph answers as PyTorch does.
+def convert(model: ModelProto, kept: Collection[str], destination: Path) -> ModelProto:
+    """Write a float32 graph, which is changed, in float16, but for the nodes named and those that add up a map."""
+    float16 = require("onnxruntime.transformers.float16", extra="onnxruntime", purpose="precision fp16")
+    metadata = metadata_at("fp16", model)
+    converted: ModelProto = float16.convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_ADDING_UP],
+        node_block_list=list(kept),
+    )
+    graph = require("onnxruntime.transformers.onnx_model", extra="onnxruntime", purpose="precision fp16")
+    edited = graph.OnnxModel(converted)
+    # Between two nodes that stay in float32 the converter puts a cast to float16 and one back.
+    edited.remove_cascaded_cast_nodes()
+    edited.remove_useless_cast_nodes()
+    # It appends its casts at the end; the specification wants nodes in the order of their use.
+    edited.topological_sort(is_deterministic=True)
+    onnx_file.write(converted, destination, metadata)
+    return converted
+
+
+def find_island(model: ModelProto, inputs: NDArray[np.float32], known: Collection[str], folder: Path) -> Island:
+    """Keep nodes in float32, one place after another, until the float16 graph is right in every tensor.
 
     Args:
         model: the float32 graph.
-        golden: images and PyTorch's answers.
+        inputs: images, (N, C, H, W).
         known: nodes that stay in float32 already; the island has those that have to be added to them.
         folder: where the rebuilt file is written.
     """
     nodes = graph_nodes(model)
     start, outputs = model.graph.input[0].name, [value.name for value in model.graph.output]
-    inputs = {start: golden.inputs}
-    truth = inputs | interpret(model, inputs, double=True)
+    given = {start: inputs}
+    truth = given | interpret(model, given, double=True)
     kept, path = list(known), folder / ISLAND
     for _ in range(_MOST_ROUNDS):
         made = convert(_copy(model), kept, path)
         shown = {name for node in made.graph.node for name in node.output} & set(truth)
-        values = literal_answers(path, golden.inputs, shown)
+        values = literal_answers(path, inputs, shown)
         layers = frozenset(name for name, typed in compute_layers(made).items() if typed == "fp16")
-        emulated = interpret(model, inputs, double=False, precision="fp16", layers=layers, exact=frozenset(kept))
-        limits = tensor_limits(truth, inputs | emulated, TENSOR_FACTORS["fp16"])
+        emulated = interpret(model, given, double=False, precision="fp16", layers=layers, exact=frozenset(kept))
+        limits = tensor_limits(truth, given | emulated, TENSOR_FACTORS["fp16"])
         show = functools.partial(_given, values)
         parting = find_parting(nodes, cuts(nodes, [start], outputs, shown), truth, limits, show)
-        more = [] if parting is None else [node.name for node in parting.nodes if node.name not in kept]
+        if parting is None:
+            break
+        # What leaves a node in float32 is cast to float16 for those that read it, under the same name.
+        readers = [node for node in nodes if parting.tensor in node.inputs]
+        more = _others(parting.nodes, kept) or _others(readers, kept)
         if not more:
             break
         kept += more
@@ -63,6 +91,10 @@ def find_island(model: ModelProto, golden: Golden, known: Collection[str], folde
         limit=max(limits[name] for name in outputs),
         file=ISLAND,
     )
+
+
+def _others(nodes: Sequence[Node], kept: Collection[str]) -> list[str]:
+    return [node.name for node in nodes if node.name not in kept]
 
 
 def _given(values: dict[str, NDArray[Any]], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:

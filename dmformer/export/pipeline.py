@@ -33,7 +33,7 @@ from dmformer.export.describe import describe_export
 from dmformer.export.formats import ConversionSource
 from dmformer.export.graph import GraphSource, VerifiedGraph, verified_graph
 from dmformer.export.precision import Calibration, Made, PrecisionSource, make
-from dmformer.export.reduced import reduced_golden
+from dmformer.export.reduced import prove
 from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, check_possible
 from dmformer.export.speed import compare_precisions, fastest
 from dmformer.progress import Stage, silent
@@ -185,7 +185,7 @@ class _Export:
         try:
             made = make(precision, source)
             with self.stage(f"literal execution of {precision}, emulation in PyTorch"):
-                golden, checks = reduced_golden(precision, made, graph.form(), source, golden)
+                made, golden, checks = prove(precision, made, graph.form, source, golden)
         except (CheckFailed, StageFailed) as error:
             if not self.request.choose_fastest:
                 raise

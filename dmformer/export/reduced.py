@@ -9,8 +9,9 @@ import numpy as np
 
 from dmformer.errors import StageFailed
 from dmformer.export import onnx_file
+from dmformer.export.island import find_island
 from dmformer.export.literal import literal_answers
-from dmformer.export.precision import compute_layers, modules_at
+from dmformer.export.precision import Made, compute_layers, modules_at, typed_share
 from dmformer.verify.answers import Answers
 from dmformer.verify.bisect import first_beyond, graph_nodes, largest_share, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference
@@ -19,15 +20,63 @@ from dmformer.verify.interpret import interpret
 from dmformer.verify.parity import Check, as_check, check_answers, references
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import nn
 
     from dmformer.bundle.golden import Golden
-    from dmformer.export.precision import Made, PrecisionSource
+    from dmformer.export.precision import PrecisionSource
 
 _EMULATION_IMAGES = 32  # calibration images, at most, on which the emulation of int8 measures ranges
+
+
+def prove(
+    precision: str, made: Made, form: Callable[[], nn.Module], source: PrecisionSource, golden: Golden
+) -> tuple[Made, Golden, list[Check]]:
+    """The file, golden outputs with its own, and its checks; a float16 file is mended where an island is enough.
+
+    Args:
+        precision: its name.
+        made: the ONNX file at it.
+        form: makes the network in the form that was traced.
+        source: what the file was made from.
+        golden: with the float32 file's answers.
+
+    Raises:
+        StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
+    """
+    broken: StageFailed | None = None
+    for _ in range(len(golden.inputs) + 1):
+        broken = None
+        try:
+            completed, checks = reduced_golden(precision, made, form(), source, golden)
+        except StageFailed as error:
+            broken = error
+        if precision != "fp16" or (broken is None and all(check.passed for check in checks)):
+            break
+        model = onnx_file.read(source.onnx)
+        island = find_island(model, _worst_row(made.onnx, golden), made.kept_in_fp32, source.scratch)
+        if not island.nodes:
+            break
+        reason = "beyond the error of float16 there"
+        share = typed_share(onnx_file.read(source.scratch / island.file), precision)
+        made = Made(source.scratch / island.file, share, made.kept_in_fp32 | dict.fromkeys(island.nodes, reason))
+    if broken is not None:
+        raise broken
+    return made, completed, checks
+
+
+def _worst_row(onnx: Path, golden: Golden) -> NDArray[np.float32]:
+    """The golden row whose answers are furthest from PyTorch's, (1, C, H, W)."""
+    apart = np.zeros(len(golden.inputs))
+    for name, answers in literal_answers(onnx, golden.inputs).items():
+        with np.errstate(invalid="ignore"):
+            distance = np.abs(answers - golden.outputs_float64[name]).reshape(len(answers), -1).max(1)
+        apart = np.maximum(apart, np.where(np.isfinite(distance), distance, np.inf))
+    worst = int(apart.argmax())
+    return golden.inputs[worst : worst + 1]
 
 
 def reduced_golden(

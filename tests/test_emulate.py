@@ -1,0 +1,148 @@
+"""Emulations and the interpreter: the measures that limits come from must be right themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from dmformer.errors import StageFailed
+from dmformer.export.source import random_checkpoint
+from dmformer.export.torch_onnx import trace
+from dmformer.models.deploy import deploy
+from dmformer.verify.emulate import emulate, quantized
+from dmformer.verify.interpret import interpret
+from dmformer.verify.modules import ModuleTruth, module_path
+from dmformer.verify.reference import golden_pixels, make_golden
+from tests.fakes import FakeRuntime
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dmformer.models.checkpoint import Checkpoint
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"branch_merge": "concat", "gate_input": "x_prime", "layer_scale": None},
+    {"inner_residual": False, "in_channels": 1},
+]
+
+
+@pytest.fixture(params=CONFIGS, ids=["default", "concat", "luma"], scope="module")
+def other(request: pytest.FixtureRequest) -> Checkpoint:
+    return random_checkpoint("dmformer_nano", {"num_classes": 6, **request.param}, 32, seed=4)
+
+
+@pytest.mark.parametrize("form", [True, False])
+def test_the_interpreter_is_the_network(other: Checkpoint, form: bool, tmp_path: Path) -> None:
+    model = other.model()
+    golden = make_golden(model, other.preprocessing, golden_pixels(other.preprocessing, []))
+    trace(other, deploy(model, 32) if form else other.model(), tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
+    values = interpret(graph, {"image": golden.inputs}, double=True)
+    assert set(values) == {name for node in graph.graph.node for name in node.output}
+    spread = np.ptp(golden.outputs_float64["logits"])
+    # Folded weights are rounded to float32 once more.
+    assert np.abs(values["logits"] - golden.outputs_float64["logits"]).max() < 1e-5 * spread
+    single = interpret(graph, {"image": golden.inputs}, double=False)
+    assert single["logits"].dtype == np.float32
+    assert 0 < np.abs(single["logits"] - values["logits"]).max() < 1e-4 * spread
+
+
+def test_the_interpreter_refuses_what_it_does_not_know() -> None:
+    node = onnx.helper.make_node("Softmax", ["image"], ["logits"], "strange")
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 2]) for n in ("image", "logits")]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]))
+    with pytest.raises(StageFailed, match="node 'strange' is Softmax; expected one of Add"):
+        interpret(model, {"image": np.zeros((1, 2), np.float32)}, double=True)
+
+
+def test_int8_has_a_symmetric_grid() -> None:
+    values = torch.tensor([-2.0, -1.0, -0.004, 0.0, 0.3, 1.0, 2.0])
+    found = quantized(values, torch.tensor(1.0))
+    steps = found * 127
+    assert torch.allclose(steps, steps.round(), atol=1e-5)
+    assert found.tolist() == pytest.approx([-128 / 127, -1, -1 / 127, 0, 38 / 127, 1, 1])
+    assert quantized(values, torch.tensor(0.0)).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_an_emulation_is_near_the_network_and_not_equal(checkpoint: Checkpoint, precision: str) -> None:
+    model = checkpoint.model()
+    golden = make_golden(model, checkpoint.preprocessing, golden_pixels(checkpoint.preprocessing, []))
+    form = deploy(model, 32)
+    layers = [name for name, module in form.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    exact = golden.outputs_float64["logits"]
+
+    def error(some: list[str]) -> float:
+        return float(np.abs(emulate(deploy(model, 32), precision, some, golden.inputs, [golden.inputs]) - exact).max())
+
+    found = error(layers)
+    noise = float(np.abs(golden.outputs["logits"] - exact).max())
+    assert 20 * noise < found < 0.3 * np.ptp(exact)
+    if precision == "int8":
+        assert error(layers[:3]) < found
+        assert error([]) < 20 * noise
+
+
+def test_modules_that_stay_in_float32_are_not_rounded(checkpoint: Checkpoint) -> None:
+    model = checkpoint.model()
+    inputs = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))
+    form = deploy(model, 32)
+    every = [name for name, module in form.named_modules() if not list(module.children())]
+    untouched = emulate(form, "fp16", [], inputs, [], every)
+    with torch.inference_mode():
+        expected = deploy(model, 32)(torch.from_numpy(inputs)).numpy()
+    np.testing.assert_array_equal(untouched, expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "module"),
+    [
+        ("/stages.2/blocks/blocks.4/dma/branches.1/Conv_output_0", "stages.2.blocks.4.dma.branches.1"),
+        ("/stages.0/downsample/conv1/Conv_output_0", "stages.0.downsample.conv1"),
+        ("/stages.0/downsample/downsample.conv1/Conv_output_0", "stages.0.downsample.downsample.conv1"),
+        ("/Flatten_output_0", ""),
+        ("logits", ""),
+    ],
+)
+def test_tensors_lead_to_modules(tensor: str, module: str) -> None:
+    assert module_path(tensor) == module
+
+
+class Layers(FakeRuntime):
+    """Shows inner tensors that it was given, some of them spoilt."""
+
+    def __init__(self, values: dict[str, np.ndarray], taps: tuple[str, ...]) -> None:
+        super().__init__()
+        self.values, self.taps = values, taps
+
+    def inner_tensors(self) -> frozenset[str]:
+        return frozenset(self.values)
+
+    def infer(self, inputs: Any) -> Any:
+        assert inputs
+        return {name: self.values[name] for name in self.taps}
+
+
+def test_layers_of_an_engine_that_shows_nothing_are_not_compared(checkpoint: Checkpoint) -> None:
+    row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:1]
+    truth = ModuleTruth(deploy(checkpoint.model(), 32), row)
+    assert truth.check(lambda taps: Layers({}, taps)) is None
+    assert truth.check(lambda taps: Layers({"/nothing/of/it_0": row}, taps)) is None
+
+
+def test_an_engine_that_cannot_show_its_layers_fails(checkpoint: Checkpoint) -> None:
+    row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:1]
+    truth = ModuleTruth(deploy(checkpoint.model(), 32), row)
+
+    class Broken(Layers):
+        def inner_tensors(self) -> frozenset[str]:
+            raise StageFailed("the engine hides")
+
+    check = truth.check(lambda taps: Broken({}, taps))
+    assert check is not None
+    assert (check.stage, check.passed, check.reason) == ("layers", False, "the engine hides")
