@@ -57,12 +57,12 @@ class Subject:
 
 @pytest.fixture(scope="module", params=["demonstration", "dmformer_s"])
 def subject(request: pytest.FixtureRequest) -> Subject:
-    """The trained demonstration checkpoint; DMFormer-S with lively weights, at 64 pixels to save time."""
+    """The trained demonstration checkpoint; DMFormer-S with lively weights, with fewer blocks and pixels to save time."""
     if request.param == "demonstration":
         checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
         pixels = golden_pixels(checkpoint.preprocessing, list_images(SAMPLE_IMAGES))
     else:
-        checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10}, image_size=64, seed=1)
+        checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10, "depths": [1, 1, 2, 1]}, image_size=64, seed=1)
         pixels = golden_pixels(checkpoint.preprocessing, [])
     return Subject(checkpoint, make_golden(checkpoint.model(), checkpoint.preprocessing, pixels))
 
@@ -79,7 +79,7 @@ def checks_of(subject: Subject, model: DMFormer, folder: Path, engines: Sequence
         checks.extend(
             check_answers(
                 "runtime",
-                ask(registry.available_adapter(row)(files[0]), subject.golden.inputs, consistency=False),
+                ask(registry.available_adapter(row)(files[0], threads=1), subject.golden.inputs, consistency=False),
                 references(subject.golden, "fp32"),
             )
         )
@@ -163,14 +163,8 @@ def test_a_fault_is_caught(subject: Subject, fault: str, tmp_path: Path) -> None
     checks = checks_of(subject, model, tmp_path, ENGINES)
     assert len(checks) == 6
     assert not any(check.passed for check in checks), checks
-
-
-def test_not_a_number_is_named_before_any_figure(subject: Subject, tmp_path: Path) -> None:
-    model = subject.checkpoint.model()
-    not_a_number(model)
-    for check in checks_of(subject, model, tmp_path, ["onnxruntime"]):
-        assert check.max_abs is None
-        assert "NaN" in (check.reason or "")
+    if fault == "a NaN weight":  # named before any figure
+        assert all(check.max_abs is None and "NaN" in (check.reason or "") for check in checks)
 
 
 def test_a_baked_in_batch_is_caught(subject: Subject, tmp_path: Path) -> None:
@@ -219,7 +213,7 @@ def test_one_percent_of_any_tensor_is_caught_unless_it_drowns_in_rounding(subjec
     (limit,) = float32_limit(golden.outputs, golden.outputs_float64).values()
     inputs = torch.from_numpy(golden.inputs)
     tensors = [(k, v) for k, v in model.state_dict().items() if v.is_floating_point()]
-    tensors = tensors[:: 1 if len(tensors) < 200 else 20]  # all of nano's, some of S's
+    tensors = tensors[:: 20 if subject.checkpoint.arch == "dmformer_s" else 1]  # all of nano's, some of S's
     missed = []
     for name, tensor in tensors:
         before = tensor.clone()
@@ -278,7 +272,7 @@ def test_no_check_is_no_pass() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_clean_exports_raise_no_alarm(seed: int, tmp_path: Path) -> None:
     """Random configurations and weights through trace and both engines; the whole pipeline is in test_export."""
     random = np.random.default_rng(seed)

@@ -86,16 +86,14 @@ def _verify(
 
 
 def _show(report: ParityReport, json_file: str | None) -> None:
-    """What failed comes first, row by row; what held is summed up by what it was compared with."""
+    """What failed comes first, stage by stage; what held is summed up by what it was compared with."""
     columns = ["", "stage", "runtime", "precision", "batch", "against", "max abs", "of limit", "cosine", "top-1"]
     listing = present.table("Parity with PyTorch", columns, numeric=columns[6:])
-    held: dict[tuple[object, ...], list[Check]] = {}
-    for check in report.checks:
-        if check.passed:
-            held.setdefault((check.runtime, check.precision, check.against, check.limit), []).append(check)
-        else:
-            present.add_row(listing, _cells([check]))
-    for group in held.values():
+    groups: dict[tuple[object, ...], list[Check]] = {}
+    for check in sorted(report.checks, key=lambda check: check.passed):
+        stage = None if check.passed else check.stage
+        groups.setdefault((stage, check.runtime, check.precision, check.against, check.limit), []).append(check)
+    for group in groups.values():
         present.add_row(listing, _cells(group))
     present.show(listing, json_file)
     for line in _remarks(report):
@@ -156,7 +154,11 @@ def _cells(group: Sequence[Check]) -> list[str | Text]:
         ", ".join(map(str, sorted({check.batch for check in group}))),
         first.against,
         f"{max(apart):.2g}" if apart else "-",
-        f"{max(apart) / first.limit:.0%}" if apart and first.limit else "-",
+        _share(max(apart) / first.limit) if apart and first.limit else "-",
         f"{min(cosines):.6f}" if cosines else "-",
         f"{min(agreements):.0%}" if agreements else "-",
     ]
+
+
+def _share(of_limit: float) -> str:
+    return f"{of_limit:.0%}" if of_limit < 10 else f"{of_limit:,.0f} x"
