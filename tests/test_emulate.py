@@ -129,14 +129,14 @@ class Layers(FakeRuntime):
 
 
 def test_layers_of_an_engine_that_shows_nothing_are_not_compared(checkpoint: Checkpoint) -> None:
-    row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:1]
+    row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:2]
     truth = ModuleTruth(deploy(checkpoint.model(), 32), row)
     assert truth.check(lambda taps: Layers({}, taps)) is None
     assert truth.check(lambda taps: Layers({"/nothing/of/it_0": row}, taps)) is None
 
 
 def test_an_engine_that_cannot_show_its_layers_fails(checkpoint: Checkpoint) -> None:
-    row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:1]
+    row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:2]
     truth = ModuleTruth(deploy(checkpoint.model(), 32), row)
 
     class Broken(Layers):

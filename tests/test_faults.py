@@ -21,6 +21,7 @@ from dmformer.export.diagnose import diagnose
 from dmformer.export.source import random_checkpoint
 from dmformer.models.checkpoint import save_checkpoint
 from dmformer.progress import silent
+from dmformer.verify import api as verifying
 from dmformer.verify.case import run_case
 from tests.bundles import adopt, one_line, rewrite
 
@@ -37,17 +38,23 @@ BY_NAME = {fault.name: fault for fault in (*IN_BUNDLES, *PRECISION)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Any:
-    """The graph that is trusted is the same for every fault of one checkpoint."""
+def made_once() -> Any:
+    """The graph and the layers that are trusted are the same for every fault of one checkpoint."""
+    known: dict[tuple[str, str], Any] = {}
+
+    def once(what: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def remembered(*arguments: Any) -> Any:
+            bundle, *_ = arguments
+            key = (what, bundle.manifest.model.checkpoint_sha256)
+            if key not in known:
+                known[key] = make(*arguments)
+            return known[key]
+
+        return remembered
+
     with pytest.MonkeyPatch.context() as patch:
-        known: dict[str, Any] = {}
-
-        def once(bundle: Any, report: Any, weights: Any, scratch: Any) -> Any:
-            if str(weights) not in known:
-                known[str(weights)] = TRUSTED(bundle, report, weights, scratch)
-            return known[str(weights)]
-
-        patch.setattr(diagnosing, "_trusted", once)
+        patch.setattr(diagnosing, "_trusted", once("graph", TRUSTED))
+        patch.setattr(verifying, "_layers", once("layers", verifying._layers))
         yield
 
 

@@ -57,7 +57,7 @@ class Subject:
 
 @pytest.fixture(scope="module", params=["demonstration", "dmformer_s"])
 def subject(request: pytest.FixtureRequest) -> Subject:
-    """The trained demonstration checkpoint; DMFormer-S with lively weights, with fewer blocks and pixels to save time."""
+    """The trained demonstration checkpoint; DMFormer-S with lively weights, fewer blocks and pixels."""
     if request.param == "demonstration":
         checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
         pixels = golden_pixels(checkpoint.preprocessing, list_images(SAMPLE_IMAGES))

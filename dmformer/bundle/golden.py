@@ -50,6 +50,11 @@ class Golden:
     sources: tuple[NDArray[np.uint8], ...] = ()
     source_pixels: NDArray[np.uint8] | None = None
 
+    @property
+    def first_and_last(self) -> NDArray[np.float32]:
+        """Inputs (2, C, H, W): a real image where there are some, and noise, in which no two channels are alike."""
+        return self.inputs[[0, -1]]
+
     def save(self, path: Path) -> None:
         """Write ``golden.npz``; the same content gives the same bytes."""
         arrays: dict[str, Any] = {"images": self.images, "inputs": self.inputs}

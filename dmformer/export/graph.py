@@ -108,7 +108,7 @@ def verified_graph(source: GraphSource) -> VerifiedGraph:
                 simplification = Simplification(kept=False, reason=reason, nodes_before=_nodes(traced))
         with source.stage("verify each layer"):
             adapter = registry.available_adapter(registry.entry("onnxruntime"))
-            layers = ModuleTruth(source.form(), golden.inputs[:1])
+            layers = ModuleTruth(source.form(), golden.first_and_last)
             kept.checks.extend(filter(None, [layers.check(lambda taps: adapter(kept.file, taps=taps))]))
     largest = kept.answers.largest
     if not isinstance(largest, DMFormerError):

@@ -95,7 +95,7 @@ def reduced_golden(
         StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
     """
     ((name, _),) = golden.outputs.items()
-    tensors = check_tensors(precision, made, source.onnx, golden.inputs[:1])
+    tensors = check_tensors(precision, made, source.onnx, golden.first_and_last)
     literal = literal_answers(made.onnx, golden.inputs)
     batches = [] if source.calibration is None else source.calibration.images.spread(_EMULATION_IMAGES).batches(1)
     layers = modules_at(onnx_file.read(made.onnx), precision)
@@ -115,7 +115,7 @@ def reduced_golden(
     return completed, [*check_answers("reduced", answers, [pytorch, before]), tensors]
 
 
-def check_tensors(precision: str, made: Made, original: Path, row: NDArray[np.float32]) -> Check:
+def check_tensors(precision: str, made: Made, original: Path, rows: NDArray[np.float32]) -> Check:
     """Whether every tensor of a file at a reduced precision is what the float32 file has, within the precision's error.
 
     A fault in one layer that hardly shows in the outputs shows here.
@@ -124,21 +124,24 @@ def check_tensors(precision: str, made: Made, original: Path, row: NDArray[np.fl
         precision: of the file.
         made: the file, and the nodes that stay in float32.
         original: the float32 file.
-        row: an image, (1, C, H, W).
+        rows: images, (N, C, H, W).
     """
     model, reduced = onnx_file.read(original), onnx_file.read(made.onnx)
-    inputs = {model.graph.input[0].name: row}
+    inputs = {model.graph.input[0].name: rows}
     truth = interpret(model, inputs, double=True)
     layers = frozenset(name for name, typed in compute_layers(reduced).items() if typed == precision)
     kept = frozenset(made.kept_in_fp32)
     emulated = interpret(model, inputs, double=False, precision=precision, layers=layers, exact=kept)
     limits = tensor_limits(truth, emulated, TENSOR_FACTORS[precision])
-    shown = literal_answers(made.onnx, row, {name for node in reduced.graph.node for name in node.output} & set(truth))
+    shown = literal_answers(made.onnx, rows, {name for node in reduced.graph.node for name in node.output} & set(truth))
     name, distance = largest_share(shown, truth, limits)
     beyond, reason = first_beyond(graph_nodes(model), shown, truth, limits), None
     if beyond is not None:
         node, name, distance = beyond
         reason = f"{node.name}: tensor {name} differs by {distance:.3g}, limit {limits[name]:.3g}"
     source = f"{TENSOR_FACTORS[precision]:g} x the error of tensor {name} at {precision}, emulated in PyTorch"
+    limit = Limit(limits[name], source)
     comparison = Comparison(beyond is None, max_abs=distance if np.isfinite(distance) else None, reason=reason)
-    return as_check("tensors", "onnxruntime", precision, 1, comparison, Limit(limits[name], source), "onnx fp32")
+    return as_check(
+        "tensors", "onnxruntime", precision, len(rows), comparison, Limit(limits[name], source), "onnx fp32"
+    )

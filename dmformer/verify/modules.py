@@ -16,7 +16,7 @@ import numpy as np
 from dmformer.errors import DMFormerError
 from dmformer.verify.bisect import largest_difference, largest_share, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit
-from dmformer.verify.parity import PYTORCH, Check, as_check
+from dmformer.verify.parity import Check, as_check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,17 +42,17 @@ def module_path(scoped: str) -> str:
 
 
 class ModuleTruth:
-    """What each layer of a network gives for one image, in float64, and how far it may be from that in float32.
+    """What each layer of a network gives for a few images, in float64, and how far it may be from that in float32.
 
     Args:
         model: the network in the form that was traced.
-        row: an image, (1, C, H, W).
+        rows: images, (N, C, H, W).
     """
 
-    def __init__(self, model: nn.Module, row: NDArray[np.float32]) -> None:
-        self.row = row
-        single = _layer_outputs(model, row)
-        self.truth = _layer_outputs(copy.deepcopy(model).double(), row.astype(np.float64))
+    def __init__(self, model: nn.Module, rows: NDArray[np.float32]) -> None:
+        self.rows = rows
+        single = _layer_outputs(model, rows)
+        self.truth = _layer_outputs(copy.deepcopy(model).double(), rows.astype(np.float64))
         self.limits = tensor_limits(self.truth, single, TENSOR_FACTORS["fp32"])
         modules = dict(model.named_modules())
         self._norm_after = {
@@ -78,9 +78,9 @@ class ModuleTruth:
                 return None
             with runtime(tuple(tensors)) as opened:
                 (name,) = (spec.name for spec in opened.inputs)
-                answered = opened.run_rows({name: self.row})
+                answered = opened.run_rows({name: self.rows})
         except DMFormerError as error:
-            return as_check("layers", plain.name, "fp32", 1, Comparison(False, reason=str(error)), against=PYTORCH)
+            return as_check("layers", plain.name, "fp32", len(self.rows), Comparison(False, reason=str(error)))
         return self._compare(plain.name, {module: answered[tensor] for tensor, module in tensors.items()})
 
     def _tensors(self, inner: frozenset[str]) -> dict[str, str]:
@@ -109,12 +109,14 @@ class ModuleTruth:
                 f"limit {self.limits[module]:.3g}"
             )
         factor = TENSOR_FACTORS["fp32"]
-        limit = Limit(self.limits[module], f"{factor:g} x float32 noise of module {module} in PyTorch, 1 image")
+        limit = Limit(
+            self.limits[module], f"{factor:g} x float32 noise of module {module} in PyTorch, {len(self.rows)} images"
+        )
         comparison = Comparison(not beyond, max_abs=distance if np.isfinite(distance) else None, reason=reason)
-        return as_check("layers", runtime, "fp32", 1, comparison, limit, PYTORCH)
+        return as_check("layers", runtime, "fp32", count, comparison, limit)
 
 
-def _layer_outputs(model: nn.Module, row: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def _layer_outputs(model: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """What each module without children gives, in the order in which they run; those that run twice are left out."""
     import torch
 
@@ -130,7 +132,7 @@ def _layer_outputs(model: nn.Module, row: NDArray[Any]) -> dict[str, NDArray[Any
     ]
     try:
         with torch.inference_mode():
-            model(torch.from_numpy(row))
+            model(torch.from_numpy(rows))
     finally:
         for hook in hooks:
             hook.remove()
