@@ -142,6 +142,4 @@ def check_tensors(precision: str, made: Made, original: Path, rows: NDArray[np.f
     source = f"{TENSOR_FACTORS[precision]:g} x the error of tensor {name} at {precision}, emulated in PyTorch"
     limit = Limit(limits[name], source)
     comparison = Comparison(beyond is None, max_abs=distance if np.isfinite(distance) else None, reason=reason)
-    return as_check(
-        "tensors", "onnxruntime", precision, len(rows), comparison, Limit(limits[name], source), "onnx fp32"
-    )
+    return as_check("tensors", "onnxruntime", precision, len(rows), comparison, limit, "onnx fp32")

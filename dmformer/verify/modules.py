@@ -108,10 +108,9 @@ class ModuleTruth:
                 f"{len(beyond)} of {len(shown)} layers differ, the first is module {module}: by {distance:.3g}, "
                 f"limit {self.limits[module]:.3g}"
             )
-        factor = TENSOR_FACTORS["fp32"]
-        limit = Limit(
-            self.limits[module], f"{factor:g} x float32 noise of module {module} in PyTorch, {len(self.rows)} images"
-        )
+        factor, count = TENSOR_FACTORS["fp32"], len(self.rows)
+        source = f"{factor:g} x float32 noise of module {module} in PyTorch, {count} images"
+        limit = Limit(self.limits[module], source)
         comparison = Comparison(not beyond, max_abs=distance if np.isfinite(distance) else None, reason=reason)
         return as_check("layers", runtime, "fp32", count, comparison, limit)
 
