@@ -13,7 +13,7 @@ from dmformer.errors import StageFailed
 from dmformer.export.source import random_checkpoint
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
-from dmformer.verify.emulate import emulate, quantized
+from dmformer.verify.emulate import emulate, input_peaks, quantized
 from dmformer.verify.interpret import interpret
 from dmformer.verify.modules import ModuleTruth, module_path
 from dmformer.verify.reference import golden_pixels, make_golden
@@ -77,8 +77,10 @@ def test_an_emulation_is_near_the_network_and_not_equal(checkpoint: Checkpoint, 
     layers = [name for name, module in form.named_modules() if isinstance(module, torch.nn.Conv2d)]
     exact = golden.outputs_float64["logits"]
 
+    peaks = input_peaks(form, layers, [golden.inputs])
+
     def error(some: list[str]) -> float:
-        return float(np.abs(emulate(deploy(model, 32), precision, some, golden.inputs, [golden.inputs]) - exact).max())
+        return float(np.abs(emulate(deploy(model, 32), precision, some, golden.inputs, peaks) - exact).max())
 
     found = error(layers)
     noise = float(np.abs(golden.outputs["logits"] - exact).max())
@@ -93,7 +95,7 @@ def test_modules_that_stay_in_float32_are_not_rounded(checkpoint: Checkpoint) ->
     inputs = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))
     form = deploy(model, 32)
     every = [name for name, module in form.named_modules() if not list(module.children())]
-    untouched = emulate(form, "fp16", [], inputs, [], every)
+    untouched = emulate(form, "fp16", [], inputs, {}, every)
     with torch.inference_mode():
         expected = deploy(model, 32)(torch.from_numpy(inputs)).numpy()
     np.testing.assert_array_equal(untouched, expected)

@@ -23,6 +23,7 @@ from dmformer.export.differences import differences
 from dmformer.export.island import find_island
 from dmformer.export.literal import literal_answers
 from dmformer.export.precision import compute_layers
+from dmformer.export.simplify import Simplifier
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes import registry
@@ -114,7 +115,13 @@ def _trusted(bundle: Bundle, report: ParityReport, weights: Path | None, scratch
         model = checkpoint.model()
         size = checkpoint.preprocessing.image_size
         path = scratch / "trusted.onnx"
-        trace(checkpoint, deploy(model, size) if bundle.manifest.model.deploy_form else model, path)
+        folded = bundle.manifest.model.deploy_form
+        trace(checkpoint, deploy(model, size) if folded else model, path)
+        if not folded and bundle.manifest.simplification.kept:
+            # It fuses what the deploy form has folded already; tensors keep their names and not their meaning.
+            with Simplifier() as simplifier:
+                simplifier.simplify(path, scratch / "simplified.onnx")
+            path = scratch / "simplified.onnx"
     else:
         rows = [check for check in report.checks if (check.runtime, check.precision) == ("onnxruntime", "fp32")]
         if not rows or not all(check.passed for check in rows) or not bundle.artifacts("onnx", "fp32"):

@@ -11,16 +11,16 @@ from dmformer.errors import StageFailed
 from dmformer.export import onnx_file
 from dmformer.export.island import find_island
 from dmformer.export.literal import literal_answers
-from dmformer.export.precision import Made, compute_layers, modules_at, typed_share
+from dmformer.export.precision import RANGE_IMAGES, Made, compute_layers, modules_at, typed_share
 from dmformer.verify.answers import Answers
 from dmformer.verify.bisect import first_beyond, graph_nodes, largest_share, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference
-from dmformer.verify.emulate import emulate
+from dmformer.verify.emulate import emulate, input_peaks
 from dmformer.verify.interpret import interpret
 from dmformer.verify.parity import Check, as_check, check_answers, references
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.export.precision import PrecisionSource
-
-_EMULATION_IMAGES = 32  # calibration images, at most, on which the emulation of int8 measures ranges
 
 
 def prove(
@@ -95,16 +93,21 @@ def reduced_golden(
         StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
     """
     ((name, _),) = golden.outputs.items()
-    tensors = check_tensors(precision, made, source.onnx, golden.first_and_last)
+    model = onnx_file.read(made.onnx)
+    layers = modules_at(model, precision)
+    peaks: dict[str, float] = {}
+    if precision == "int8":
+        assert source.calibration is not None
+        peaks = input_peaks(form, layers, source.calibration.images.spread(RANGE_IMAGES).batches(1))
+    tensors = check_tensors(precision, made, source.onnx, golden.first_and_last, peaks)
     literal = literal_answers(made.onnx, golden.inputs)
-    batches = [] if source.calibration is None else source.calibration.images.spread(_EMULATION_IMAGES).batches(1)
-    layers = modules_at(onnx_file.read(made.onnx), precision)
     modules = dict(form.named_modules())
     exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
+    emulated = emulate(form, precision, layers, golden.inputs, peaks, exact)
     completed = replace(
         golden,
         files=golden.files | {precision: literal},
-        emulated=golden.emulated | {precision: {name: emulate(form, precision, layers, golden.inputs, batches, exact)}},
+        emulated=golden.emulated | {precision: {name: emulated}},
     )
     try:
         pytorch = references(completed, precision)[0]
@@ -115,7 +118,9 @@ def reduced_golden(
     return completed, [*check_answers("reduced", answers, [pytorch, before]), tensors]
 
 
-def check_tensors(precision: str, made: Made, original: Path, rows: NDArray[np.float32]) -> Check:
+def check_tensors(
+    precision: str, made: Made, original: Path, rows: NDArray[np.float32], peaks: Mapping[str, float]
+) -> Check:
     """Whether every tensor of a file at a reduced precision is what the float32 file has, within the precision's error.
 
     A fault in one layer that hardly shows in the outputs shows here.
@@ -125,13 +130,15 @@ def check_tensors(precision: str, made: Made, original: Path, rows: NDArray[np.f
         made: the file, and the nodes that stay in float32.
         original: the float32 file.
         rows: images, (N, C, H, W).
+        peaks: for int8, how far the input of each module reaches on the calibration images.
     """
     model, reduced = onnx_file.read(original), onnx_file.read(made.onnx)
     inputs = {model.graph.input[0].name: rows}
     truth = interpret(model, inputs, double=True)
     layers = frozenset(name for name, typed in compute_layers(reduced).items() if typed == precision)
     kept = frozenset(made.kept_in_fp32)
-    emulated = interpret(model, inputs, double=False, precision=precision, layers=layers, exact=kept)
+    by_node = {name: peaks[module] for name in layers if (module := name.rpartition("/")[0]) in peaks}
+    emulated = interpret(model, inputs, double=False, precision=precision, layers=layers, exact=kept, peaks=by_node)
     limits = tensor_limits(truth, emulated, TENSOR_FACTORS[precision])
     shown = literal_answers(made.onnx, rows, {name for node in reduced.graph.node for name in node.output} & set(truth))
     name, distance = largest_share(shown, truth, limits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ def emulate(
     precision: str,
     layers: Collection[str],
     inputs: NDArray[np.float32],
-    batches: Iterable[NDArray[np.float32]],
+    peaks: Mapping[str, float],
     exact: Collection[str] = (),
 ) -> NDArray[np.float32]:
     """What a network answers at ``fp16`` or ``int8``.
@@ -34,7 +34,7 @@ def emulate(
             their weights, one scale for each output channel, and their inputs, one scale each.
         layers: names of the convolutions and linear layers that compute in it.
         inputs: (N, C, H, W).
-        batches: images (n, C, H, W) on which int8 measures the inputs' ranges.
+        peaks: for int8, how far the input of each layer reaches.
         exact: names of modules that stay in float32.
     """
     import torch
@@ -44,9 +44,32 @@ def emulate(
         if precision == "fp16":
             _round_to_float16(model, {name: modules[name] for name in layers}, {modules[name] for name in exact})
         else:
-            _round_to_int8(model, {name: modules[name] for name in layers}, batches)
+            _round_to_int8({name: modules[name] for name in layers}, peaks)
         answers: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
     return answers
+
+
+def input_peaks(model: nn.Module, layers: Collection[str], batches: Iterable[NDArray[np.float32]]) -> dict[str, float]:
+    """The largest absolute value in the input of each layer named, over batches of images (n, C, H, W)."""
+    import torch
+
+    peaks = dict.fromkeys(layers, 0.0)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def look(_module: nn.Module, given: tuple[Tensor]) -> None:
+            peaks[name] = max(peaks[name], float(given[0].abs().max()))
+
+        return look
+
+    watching = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in layers]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                model(torch.from_numpy(batch))
+    finally:
+        for hook in watching:
+            hook.remove()
+    return peaks
 
 
 def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module], exact: set[nn.Module]) -> None:
@@ -60,22 +83,9 @@ def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module], exact: set
             module.register_forward_hook(lambda _module, _inputs, output: output.half().float())
 
 
-def _round_to_int8(model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[NDArray[np.float32]]) -> None:
+def _round_to_int8(layers: dict[str, nn.Module], peaks: Mapping[str, float]) -> None:
     import torch
 
-    peaks = dict.fromkeys(layers, 0.0)
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def look(_module: nn.Module, given: tuple[Tensor]) -> None:
-            peaks[name] = max(peaks[name], float(given[0].abs().max()))
-
-        return look
-
-    watching = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    for batch in batches:
-        model(torch.from_numpy(batch))
-    for hook in watching:
-        hook.remove()
     for name, layer in layers.items():
         weight: Tensor = layer.get_parameter("weight")
         weight.copy_(quantized(weight, weight.flatten(1).abs().amax(1)[:, None, None, None]))  # (O, I, k, k)

@@ -30,6 +30,7 @@ def interpret(
     precision: str = "fp32",
     layers: frozenset[str] = frozenset(),
     exact: frozenset[str] = frozenset(),
+    peaks: Mapping[str, float] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Every tensor of a graph.
 
@@ -41,6 +42,7 @@ def interpret(
             weights and the first input of ``layers``.
         layers: names of the nodes that compute in it.
         exact: names of nodes whose results are not rounded.
+        peaks: for int8, how far the input of a node was found to reach; for others, as far as it does here.
 
     Raises:
         StageFailed: the graph has an operator that no DMFormer has.
@@ -59,7 +61,7 @@ def interpret(
                 raise StageFailed(f"node {node.name!r} is {node.op_type}; expected one of {', '.join(operators)}")
             given = [values[name] for name in node.input if name]
             if node.name in layers:
-                given = _reduced(given, precision)
+                given = _reduced(given, precision, (peaks or {}).get(node.name))
             attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
             result = operators[node.op_type](given, attributes)
             if precision == "fp16" and node.name not in exact:
@@ -70,13 +72,16 @@ def interpret(
     return found
 
 
-def _reduced(given: list[Tensor], precision: str) -> list[Tensor]:
+def _reduced(given: list[Tensor], precision: str, peak: float | None) -> list[Tensor]:
     """What a layer at a precision is given: input, weight (O, I, k, k) or (O, I), and perhaps a bias."""
+    import torch
+
     if precision == "fp16":
         return [given[0], *(tensor.half().to(tensor.dtype) for tensor in given[1:])]
     weight = given[1]
     peaks = weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (weight.ndim - 1))
-    return [quantized(given[0], given[0].abs().max()), quantized(weight, peaks), *given[2:]]
+    reach = given[0].abs().max() if peak is None else torch.tensor(peak, dtype=weight.dtype)
+    return [quantized(given[0], reach), quantized(weight, peaks), *given[2:]]
 
 
 def _operators() -> dict[str, Operator]:

@@ -55,10 +55,10 @@ class ModuleTruth:
         self.truth = _layer_outputs(copy.deepcopy(model).double(), rows.astype(np.float64))
         self.limits = tensor_limits(self.truth, single, TENSOR_FACTORS["fp32"])
         modules = dict(model.named_modules())
-        self._norm_after = {
+        self._fused_after = {
             name: following
             for name, following in itertools.pairwise(self.truth)
-            if type(modules[following]).__name__ == "BatchNorm2d"
+            if type(modules[following]).__name__ in ("BatchNorm2d", "LayerScale")
         }
 
     def check(self, runtime: Callable[[tuple[str, ...]], Runtime]) -> Check | None:
@@ -86,12 +86,13 @@ class ModuleTruth:
     def _tensors(self, inner: frozenset[str]) -> dict[str, str]:
         """The module that each tensor stands for.
 
-        The exporter folds a norm into the convolution before it, whose tensor then stands for the norm.
+        The exporter and the simplifier fold a norm or a layer scale into the convolution before it, whose tensor then
+        stands for that.
         """
         found = {name: module for name in sorted(inner) if (module := module_path(name)) in self.truth}
         shown = set(found.values())
-        norms = {module: norm for module, norm in self._norm_after.items() if norm not in shown}
-        return {name: norms.get(module, module) for name, module in found.items()}
+        fused = {module: after for module, after in self._fused_after.items() if after not in shown}
+        return {name: fused.get(module, module) for name, module in found.items()}
 
     def _compare(self, runtime: str, shown: dict[str, NDArray[Any]]) -> Check:
         module, distance = largest_share(shown, self.truth, self.limits)
