@@ -16,6 +16,7 @@ from dmformer.models.deploy import deploy
 from dmformer.verify.emulate import emulate, input_peaks, quantized
 from dmformer.verify.interpret import interpret
 from dmformer.verify.modules import ModuleTruth, module_path
+from dmformer.verify.parity import Check
 from dmformer.verify.reference import golden_pixels, make_golden
 from tests.fakes import FakeRuntime
 
@@ -133,8 +134,10 @@ class Layers(FakeRuntime):
 def test_layers_of_an_engine_that_shows_nothing_are_not_compared(checkpoint: Checkpoint) -> None:
     row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:2]
     truth = ModuleTruth(deploy(checkpoint.model(), 32), row)
-    assert truth.check(lambda taps: Layers({}, taps)) is None
-    assert truth.check(lambda taps: Layers({"/nothing/of/it_0": row}, taps)) is None
+    count = len(truth.truth)
+    assert truth.check(lambda taps: Layers({}, taps)) == f"layers in fake: 0 of {count} can be seen"
+    one = {"/stages.0/downsample/conv1/Conv_output_0": row}
+    assert truth.check(lambda taps: Layers(one, taps)) == f"layers in fake: 1 of {count} can be seen"
 
 
 def test_an_engine_that_cannot_show_its_layers_fails(checkpoint: Checkpoint) -> None:
@@ -146,5 +149,5 @@ def test_an_engine_that_cannot_show_its_layers_fails(checkpoint: Checkpoint) -> 
             raise StageFailed("the engine hides")
 
     check = truth.check(lambda taps: Broken({}, taps))
-    assert check is not None
+    assert isinstance(check, Check)
     assert (check.stage, check.passed, check.reason) == ("layers", False, "the engine hides")

@@ -121,8 +121,13 @@ def _check_arrays(golden: Golden, path: Path) -> None:
                 f"expected {np.dtype(dtype)} with a row for each image"
             )
     for source in golden.sources:
-        if source.dtype != np.uint8 or source.ndim != 3 or 0 in source.shape:
-            raise UsageError(f"{path}: a source image is {source.dtype} {source.shape}; expected uint8 (H, W, C)")
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise UsageError(f"{path}: a source image is {source.dtype} {source.shape}; expected uint8 (H, W, 3)")
+    pixels = golden.source_pixels
+    if pixels is not None and (pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(golden.sources)):
+        raise UsageError(
+            f"{path}: array 'source_pixels' is {pixels.dtype} {pixels.shape}; expected uint8 for each source"
+        )
 
 
 def _precisions(arrays: dict[str, NDArray[Any]], kind: str) -> list[str]:

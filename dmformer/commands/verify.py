@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dmformer._optional import require
 from dmformer.commands import _present as present
 from dmformer.errors import CheckFailed, UsageError
 
@@ -76,8 +77,11 @@ def _verify(
     from dmformer.verify.api import verify as run_verify
 
     opened = present.bundle_named(bundle)
+    if bisect:
+        for package in ("torch", "onnx"):
+            require(package, extra="export", purpose="--bisect")
     with present.stages() as shown:
-        report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, stage=shown.stage)
+        report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, layers=bisect, stage=shown.stage)
         if bisect and not report.passed:
             from dmformer.export.diagnose import diagnose
 
@@ -136,7 +140,7 @@ def _told(finding: Finding) -> Iterator[str]:
             f"  with {len(island.nodes)} more nodes in float32 the file {verdict}, {island.file} in the case's folder: "
             f"{', '.join(island.nodes)}"
         )
-    yield f"  found in {finding.runs} runs with at most {finding.most_shown} inner tensors shown"
+    yield f"  found in {finding.runs} runs with at most {finding.most_shown} inner tensors shown, and one with all"
     yield f"  to see it alone: dmformer verify --case {finding.case}"
 
 

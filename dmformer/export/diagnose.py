@@ -17,7 +17,7 @@ import numpy as np
 
 from dmformer.bundle.manifest import file_entry
 from dmformer.bundle.select import Choice, select
-from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError
+from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError, first_line
 from dmformer.export import onnx_file
 from dmformer.export.differences import differences
 from dmformer.export.island import find_island
@@ -27,12 +27,14 @@ from dmformer.export.simplify import Simplifier
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes import registry
+from dmformer.verify.answers import ask
 from dmformer.verify.bisect import Parting, cuts, find_parting, graph_nodes, parting_at_once, tensor_limits
-from dmformer.verify.case import Case, save_case
+from dmformer.verify.case import Case, run_case, save_case, staged_case
 from dmformer.verify.checkpoint import reference_checkpoint
 from dmformer.verify.compare import TENSOR_FACTORS, float32_limit
 from dmformer.verify.findings import Finding
 from dmformer.verify.interpret import interpret
+from dmformer.verify.parity import check_answers, references
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,45 +71,62 @@ class Trusted(NamedTuple):
 def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, folder: Path, stage: Stage) -> ParityReport:
     """The report with a finding for each artifact that failed, or a sentence why there is none.
 
+    Whatever goes wrong here is such a sentence: what was verified stays to be told.
+
     Args:
         bundle: that was verified.
         report: what was found.
         weights: the checkpoint, where the bundle has not the ``torch`` format; without either, the bundle's float32
-            ONNX file is trusted if it passed.
-        folder: where cases are written, one folder each; it does not exist, or is empty.
+            ONNX file is trusted if it answers as PyTorch did.
+        folder: where cases are written, one folder each; made where there is something to write.
         stage: told about each step.
-
-    Raises:
-        CheckFailed: the golden answers are not those of the checkpoint.
-        UnavailableError: a package is not installed.
-        UsageError: there is nothing to trust, or the folder holds something.
     """
     failed: dict[tuple[str, str], list[Check]] = {}
     for check in report.checks:
         if not check.passed and check.stage in _LOCATED:
             failed.setdefault((check.runtime, check.precision), []).append(check)
+    unsaid = list(report.skipped)
     if not failed:
-        return report
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: exists; expected a new or empty folder for the cases")
-    findings, unsaid = [], list(report.skipped)
+        stages = ", ".join(dict.fromkeys(check.stage for check in report.checks if not check.passed))
+        unsaid.append(f"bisection: what failed ({stages}) sits in no node of the graph")
+        return msgspec.structs.replace(report, skipped=tuple(unsaid))
+    findings = []
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
-        with stage("the graph that is trusted"):
-            trusted = _trusted(bundle, report, weights, Path(scratch))
+        try:
+            with stage("the graph that is trusted"):
+                trusted = _trusted(bundle, weights, Path(scratch))
+        except Exception as error:  # noqa: BLE001 - files under suspicion break parsers in ways of their own
+            unsaid.append(f"bisection: {first_line(error)}")
+            failed = {}
         for (runtime, precision), checks in failed.items():
-            (choice,) = [one for one in select(bundle, [runtime])[0] if one.artifact.precision == precision]
-            name = f"{runtime}-{precision}"
-            with stage(f"bisect {runtime} {precision}"):
-                try:
-                    search = _Search(choice, trusted, min(check.batch for check in checks), Path(scratch))
-                    findings.append(search.find(folder / name))
-                except (StageFailed, CheckFailed) as error:
-                    unsaid.append(f"bisection of {runtime} {precision}: {error}")
+            try:
+                with stage(f"bisect {runtime} {precision}"):
+                    findings.append(_bisect(bundle, trusted, checks, folder, Path(scratch)))
+            except Exception as error:  # noqa: BLE001 - as above
+                unsaid.append(f"bisection of {runtime} {precision}: {first_line(error)}")
     return msgspec.structs.replace(report, findings=tuple(findings), skipped=tuple(unsaid))
 
 
-def _trusted(bundle: Bundle, report: ParityReport, weights: Path | None, scratch: Path) -> Trusted:
-    """The checkpoint traced anew, or the bundle's float32 ONNX file where that passed."""
+def _bisect(bundle: Bundle, trusted: Trusted, checks: Sequence[Check], folder: Path, scratch: Path) -> Finding:
+    runtime, precision = checks[0].runtime, checks[0].precision
+    (choice,) = [one for one in select(bundle, [runtime])[0] if one.artifact.precision == precision]
+    smallest = min((check.batch for check in checks if check.stage == "runtime"), default=1)
+    if smallest > max(1, choice.runtime().batches[0]):
+        raise StageFailed(
+            f"it answers right row by row, and not in batches of {smallest}: look at the batching, not at a node"
+        )
+    search = _Search(choice, trusted, smallest, scratch)
+    with staged_case(folder / f"{runtime}-{precision}") as case:
+        return search.find(case, folder / f"{runtime}-{precision}")
+
+
+def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
+    """The checkpoint traced anew, or the bundle's float32 ONNX file where that answers as PyTorch did.
+
+    Raises:
+        CheckFailed: the golden answers are not those of the checkpoint.
+        UsageError: there is nothing to trust.
+    """
     golden = bundle.golden()
     if weights is not None or bundle.artifacts("torch"):
         given = reference_checkpoint(bundle, weights)
@@ -123,19 +142,25 @@ def _trusted(bundle: Bundle, report: ParityReport, weights: Path | None, scratch
                 simplifier.simplify(path, scratch / "simplified.onnx")
             path = scratch / "simplified.onnx"
     else:
-        rows = [check for check in report.checks if (check.runtime, check.precision) == ("onnxruntime", "fp32")]
-        if not rows or not all(check.passed for check in rows) or not bundle.artifacts("onnx", "fp32"):
+        files = bundle.artifacts("onnx", "fp32")
+        if not files or not _answers_right(bundle.load_path(files[0]), golden):
             raise UsageError(
-                "--bisect has nothing to trust: the bundle has no float32 ONNX file that passed; expected "
-                "--weights FILE, or a bundle exported with --format torch"
+                "--bisect has nothing to trust: the bundle has no float32 ONNX file that answers as PyTorch did; "
+                "expected --weights FILE, or a bundle exported with --format torch"
             )
-        path = bundle.load_path(bundle.artifacts("onnx", "fp32")[0])
+        path = bundle.load_path(files[0])
     trusted = Trusted(onnx_file.read(path), golden)
     exact = interpret(trusted.model, {trusted.input: golden.inputs}, double=True)
     for name, limit in float32_limit(golden.outputs, golden.outputs_float64).items():
         if not float(np.abs(exact[name] - golden.outputs_float64[name]).max()) <= limit.max_abs:
             raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made from")
     return trusted
+
+
+def _answers_right(path: Path, golden: Golden) -> bool:
+    adapter = registry.available_adapter(registry.entry("onnxruntime"))
+    answers = ask(adapter(path), golden.inputs, layers=False, consistency=False)
+    return all(check.passed for check in check_answers("onnx", answers, references(golden, "fp32")[:1]))
 
 
 class _Search:
@@ -177,7 +202,8 @@ class _Search:
         if self.precision != "fp32":
             layers = compute_layers(onnx_file.read(self.file) if self.file else model)
             reduced = frozenset(name for name, typed in layers.items() if typed == self.precision or not self.file)
-        emulated = inputs | interpret(model, inputs, double=False, precision=self.precision, layers=reduced)
+        kept = frozenset(self.choice.artifact.kept_in_fp32)
+        emulated = inputs | interpret(model, inputs, double=False, precision=self.precision, layers=reduced, exact=kept)
         return tensor_limits(self.truth, emulated, TENSOR_FACTORS[self.precision])
 
     def _show(self, names: list[str] | tuple[str, ...], rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -186,8 +212,8 @@ class _Search:
             (name,) = (spec.name for spec in runtime.inputs)
             return runtime.run_rows({name: rows}, max(self.batch, runtime.batches[0]))
 
-    def find(self, folder: Path) -> Finding:
-        """Search, judge, and save the case.
+    def find(self, folder: Path, known_as: Path) -> Finding:
+        """Search, judge, and save the case into ``folder``, which will be ``known_as``.
 
         Raises:
             StageFailed: the engine shows nothing of its inside, or the failure does not show again.
@@ -200,12 +226,13 @@ class _Search:
         known = {*inner, *self.trusted.outputs} & set(self.truth)
         found = cuts(nodes, [self.trusted.input], self.trusted.outputs, known)
         parting = find_parting(nodes, found, self.truth, self.limits, lambda names: self._show(names, self.rows))
-        if parting is None:  # the outputs hide it: only with every tensor shown it can be seen
-            parting = parting_at_once(nodes, found, self.truth, self.limits, self._show(tuple(known), self.rows))
+        # What a small fault does may sink below the limit and come up again further on, where the halving finds it.
+        at_once = parting_at_once(nodes, found, self.truth, self.limits, self._show(tuple(known), self.rows))
+        if at_once is not None and (parting is None or at_once.bad.position < parting.bad.position):
+            parting = at_once
         if parting is None:
             raise StageFailed(
-                "no tensor is beyond its limit when it is asked for alone: what failed is spread over the network, or "
-                "lies in the batching"
+                "no tensor is beyond its limit when it is asked for alone: what failed is spread over the network"
             )
         at_fault, explanation = self._judge(parting)
         names = [node.name for node in parting.nodes]
@@ -213,8 +240,9 @@ class _Search:
         if at_fault == "file" and self.file is not None:
             unlike = differences(onnx_file.read(self.file), self.trusted.model, names)
         island = None
-        folder.mkdir(parents=True)
         self._save(folder, parting, at_fault)
+        if all(check.passed for check in run_case(folder)):
+            explanation += "; the case alone does not show it"
         if at_fault == "file" and self.precision == "fp16":
             island = find_island(self.trusted.model, self.rows, self.choice.artifact.kept_in_fp32, folder)
             if not island.nodes:
@@ -233,7 +261,7 @@ class _Search:
             at_fault=at_fault,
             explanation=explanation,
             differences=tuple(unlike),
-            case=str(folder),
+            case=str(known_as),
             island=island,
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dmformer.bundle.golden import Golden
 from dmformer.bundle.manifest import Simplification
-from dmformer.errors import DMFormerError
+from dmformer.errors import DMFormerError, StageFailed
 from dmformer.export import onnx_file
 from dmformer.export.formats import versions
 from dmformer.export.simplify import Simplifier
@@ -109,7 +109,10 @@ def verified_graph(source: GraphSource) -> VerifiedGraph:
         with source.stage("verify each layer"):
             adapter = registry.available_adapter(registry.entry("onnxruntime"))
             layers = ModuleTruth(source.form(), golden.first_and_last)
-            kept.checks.extend(filter(None, [layers.check(lambda taps: adapter(kept.file, taps=taps))]))
+            found = layers.check(lambda taps: adapter(kept.file, taps=taps))
+            if isinstance(found, str):
+                raise StageFailed(f"{found}; expected nearly all of them in a file that was just traced")
+            kept.checks.append(found)
     largest = kept.answers.largest
     if not isinstance(largest, DMFormerError):
         golden = replace(golden, files={"fp32": largest})

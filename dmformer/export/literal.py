@@ -11,6 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from dmformer._optional import require
+from dmformer.errors import StageFailed, first_line
 from dmformer.export import onnx_file
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def _run(
     single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    session = ort.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = list(node.output)
-    return dict(zip(names, session.run(names, given), strict=True))
+    try:
+        session = ort.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return dict(zip(names, session.run(names, given), strict=True))
+    except Exception as error:
+        raise StageFailed(f"node {node.name!r} cannot be executed by itself: {first_line(error)}") from error

@@ -54,6 +54,7 @@ def verify(
     runtimes: Sequence[str] = (),
     weights: str | Path | None = None,
     images: str | Path | None = None,
+    layers: bool = False,
     stage: Stage = silent,
 ) -> ParityReport:
     """Compare what the runtimes of a bundle answer with what PyTorch answers.
@@ -65,8 +66,8 @@ def verify(
         runtimes: names of runtimes; otherwise every one that can run on this machine.
         weights: a checkpoint to compare with; the golden outputs are compared with it too.
         images: a folder of images to compare on beside the golden ones, at most 64 of them, spread evenly over the
-            folder; needs PyTorch, and ``weights`` or a bundle
-            with the ``torch`` format.
+            folder; needs PyTorch, and ``weights`` or a bundle with the ``torch`` format.
+        layers: compare with the checkpoint of the ``torch`` format, layer by layer, where the bundle has it.
         stage: told about each step.
 
     Raises:
@@ -83,8 +84,8 @@ def verify(
         checks = check_preprocessing(opened.manifest.preprocessing, golden)
     asked: ImageSet | None = None
     reference = golden
-    layers: ModuleTruth | None = None
-    if weights is not None or images is not None:
+    truth: ModuleTruth | None = None
+    if weights is not None or images is not None or (layers and opened.artifacts("torch")):
         if images is not None:
             asked, reason = _labelled(opened, Path(images))
             skipped += [reason] if reason else []
@@ -93,13 +94,14 @@ def verify(
             reference = _recompute(opened, checkpoint, golden, asked)
             checks.append(_check_description(opened, checkpoint))
             checks.append(_check_golden(golden, reference))
-            layers = _layers(opened, checkpoint, golden)
+            truth = _layers(opened, checkpoint, golden)
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
             checks.extend(_check_choice(choice, golden, reference, asked))
-            if layers is not None and choice.artifact.precision == "fp32":
-                found = layers.check(functools.partial(choice.runtime, None))
-                checks.extend([found] if found is not None else [])
+            if truth is not None and choice.artifact.precision == "fp32":
+                found = truth.check(functools.partial(choice.runtime, None))
+                skipped += [found] if isinstance(found, str) else []
+                checks += [found] if isinstance(found, Check) else []
     return report(checks, skipped)
 
 
@@ -133,7 +135,7 @@ def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: Imag
     else:
         pytorch = replace(references(golden, precision)[0], outputs=others)
     checks.append(check_decisions(rest, answers.others, pytorch))
-    if asked.labels is not None and answers.others[name].shape == others[name].shape:
+    if asked.labels is not None and name in answers.others and answers.others[name].shape == others[name].shape:
         evidence = choice.bundle.manifest.evidence.accuracy
         found = paired(answers.others[name], others[name], asked.labels)
         checks.append(check_paired(rest, found, len(asked), evidence.max_points_lost if evidence else 0.0))

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
+# Of the network's largest value: what is smaller counts as this much where an error is measured against the value.
+_LEAST_PEAK = 1e-4
+
+
 class Node(NamedTuple):
     """A node of a graph; inputs are tensors, weights left out."""
 
@@ -219,10 +223,12 @@ def tensor_limits(
         StageFailed: the truth itself is not finite.
     """
     limits = {}
+    peaks = {name: float(np.abs(exact).max()) for name, exact in truth.items()}
+    least = _LEAST_PEAK * max((peak for peak in peaks.values() if np.isfinite(peak)), default=0.0)
     for name, exact in truth.items():
         if not np.isfinite(exact).all():
             raise StageFailed(f"tensor {name!r} is NaN or infinite in PyTorch itself; expected numbers")
-        floor = float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
+        floor = float(np.finfo(np.float32).eps) * max(peaks[name], least)
         error = largest_difference(emulated[name], exact)
         limits[name] = factor * max(error if np.isfinite(error) else 0.0, floor)
     return limits

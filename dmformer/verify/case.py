@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,8 +22,7 @@ from dmformer.verify.compare import Limit, compare
 from dmformer.verify.parity import Check, as_check
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -43,6 +46,21 @@ class Case(Struct, frozen=True, kw_only=True):
     files: tuple[FileEntry, ...]
     node: str
     limits: dict[str, float]
+
+
+@contextmanager
+def staged_case(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``folder`` when all is written, in the place of an older case; or nothing does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    staging.chmod(0o755)  # it was made for this user alone
+    try:
+        yield staging
+        if (folder / CASE).is_file():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def save_case(
@@ -79,13 +97,27 @@ def run_case(folder: Path) -> list[Check]:
         raise UsageError(
             f"{folder}: the case names {sorted(case.limits)} and has {sorted(expected)}; run --bisect again"
         )
-    adapter = registry.available_adapter(registry.entry(case.runtime))
+    if wrong := [name for name, array in arrays.items() if array.ndim == 0 or array.dtype.kind not in "fiu"]:
+        raise UsageError(f"{folder}: array {wrong[0]!r} is {arrays[wrong[0]].dtype}; expected numbers, rows first")
+    shown = _run(case, folder, {name.removeprefix("inputs/"): array for name, array in arrays.items()}, tuple(expected))
     checks = []
-    with adapter(folder / case.files[0].path, precision=case.precision, taps=tuple(expected)) as runtime:
-        given = {spec.name: arrays[f"inputs/{spec.name}"] for spec in runtime.inputs if f"inputs/{spec.name}" in arrays}
-        shown = runtime.run(given)
     for name, array in expected.items():
         limit = Limit(case.limits[name], "saved with the case")
         comparison = compare(shown[name].astype(np.float64), array.astype(np.float64), limit)
         checks.append(as_check(name, case.runtime, case.precision, len(array), comparison, limit, "expected"))
     return checks
+
+
+def _run(
+    case: Case, folder: Path, given: Mapping[str, NDArray[Any]], names: tuple[str, ...]
+) -> dict[str, NDArray[Any]]:
+    """What the model gives for the tensors named; what is no output of it has to be shown, which may need ONNX."""
+    adapter = registry.available_adapter(registry.entry(case.runtime))
+    path = folder / case.files[0].path
+    with adapter(path, precision=case.precision) as runtime:
+        inner = [name for name in names if name not in {spec.name for spec in runtime.outputs}]
+        inputs = {spec.name: given[spec.name] for spec in runtime.inputs if spec.name in given}
+        if not inner:
+            return runtime.run(inputs)
+    with adapter(path, precision=case.precision, taps=inner) as runtime:
+        return runtime.run(inputs)

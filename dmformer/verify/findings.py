@@ -12,8 +12,8 @@ class Island(Struct, frozen=True, kw_only=True):
 
     Attributes:
         nodes: their names, beside those that do already; none where making the file anew was enough.
-        passed: whether the file that was made anew with them in float32 holds its checks against PyTorch.
-        max_abs: its largest difference from PyTorch; ``None`` where it is not finite.
+        passed: whether the file that was made anew with them in float32 is right in every tensor, executed literally.
+        max_abs: its outputs' largest difference from the truth; ``None`` where it is not finite.
         limit: what is allowed.
         file: the file, in the folder of the case.
     """

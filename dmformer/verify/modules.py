@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmformer.errors import DMFormerError
+from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.verify.bisect import largest_difference, largest_share, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit
 from dmformer.verify.parity import Check, as_check
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dmformer.runtimes.base import Runtime
+
+_LEAST_SHOWN = 0.8  # of the layers; what has no tensor of its own (identities, what was folded) is not missed
 
 
 def module_path(scoped: str) -> str:
@@ -61,24 +63,23 @@ class ModuleTruth:
             if type(modules[following]).__name__ in ("BatchNorm2d", "LayerScale")
         }
 
-    def check(self, runtime: Callable[[tuple[str, ...]], Runtime]) -> Check | None:
-        """A row for an artifact in float32: its layers against the network's.
+    def check(self, runtime: Callable[[tuple[str, ...]], Runtime]) -> Check | str:
+        """A row for an artifact in float32: its layers against the network's; or why they cannot be compared.
 
         Args:
             runtime: makes the runtime, not yet open, that shows the inner tensors named.
-
-        Returns:
-            ``None`` where the engine shows nothing of its inside.
         """
         plain = runtime(())
         try:
             with plain:
                 tensors = self._tensors(plain.inner_tensors())
-            if not tensors:
-                return None
+            if len(tensors) < _LEAST_SHOWN * len(self.truth):
+                return f"layers in {plain.name}: {len(tensors)} of {len(self.truth)} can be seen"
             with runtime(tuple(tensors)) as opened:
                 (name,) = (spec.name for spec in opened.inputs)
                 answered = opened.run_rows({name: self.rows})
+        except UnavailableError as error:
+            return f"layers in {plain.name}: {error}"
         except DMFormerError as error:
             return as_check("layers", plain.name, "fp32", len(self.rows), Comparison(False, reason=str(error)))
         return self._compare(plain.name, {module: answered[tensor] for tensor, module in tensors.items()})

@@ -190,7 +190,7 @@ def check_decisions(answers: Answers, outputs: Any, reference: Reference) -> Che
     broken: str | None = None
     if isinstance(outputs, DMFormerError):
         broken = str(outputs)
-    elif outputs[name].shape != expected.shape or not np.isfinite(outputs[name]).all():
+    elif name not in outputs or outputs[name].shape != expected.shape or not np.isfinite(outputs[name]).all():
         broken = "answers of another shape, or NaN or infinite, decide nothing"
     if broken is not None:
         failed = Comparison(False, reason=broken)
@@ -231,8 +231,13 @@ def check_artifact(
     except UsageError as error:
         nothing = Comparison(False, reason=str(error))
         return [as_check("runtime", answers.runtime, answers.precision, batch, nothing) for batch in answers.by_batch]
+    missing = []
+    if answers.precision not in golden.files:
+        reason = f"no golden outputs of the ONNX file at {answers.precision}; export the bundle again"
+        missing.append(as_check("runtime", answers.runtime, answers.precision, 1, Comparison(False, reason=reason)))
     return [
         *check_answers("runtime", answers, compared_with),
+        *missing,
         *check_consistency(answers, compared_with),
         check_decisions(answers, answers.largest, compared_with[0]),
         check_layers(answers, promised, cannot_compute),
@@ -254,7 +259,7 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Ch
         try:
             made = np.stack([preprocessing.pixels(_as_image(source, Image)) for source in golden.sources])
             comparison = _compare_pixels(made, golden.source_pixels)
-        except (UsageError, ValueError) as error:
+        except (UsageError, ValueError, TypeError) as error:
             comparison = Comparison(False, reason=f"the golden source images cannot be preprocessed: {error}")
     pixels = as_check("pixels", "numpy", "uint8", len(golden.sources), comparison, exact, "training")
     peak = max(1.0, float(np.abs(golden.inputs).max()))
