@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dmformer
-from benchmarks.fault_kinds import FP32, IN_BUNDLES, PRECISION, Fault, Outcome
+from benchmarks.fault_kinds import FP32, Fault, Outcome
+from benchmarks.fault_kinds_elsewhere import IN_BUNDLES, PRECISION
 from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.reader import open_bundle
 from dmformer.data.labelled import image_set

@@ -14,7 +14,8 @@ import pytest
 
 import dmformer
 from benchmarks import faults
-from benchmarks.fault_kinds import IN_BUNDLES, PRECISION, Fault, spoil_weights
+from benchmarks.fault_kinds import Fault, spoil_weights
+from benchmarks.fault_kinds_elsewhere import IN_BUNDLES, PRECISION
 from benchmarks.faults import Bench
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.reader import open_bundle

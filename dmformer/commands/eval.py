@@ -59,6 +59,14 @@ def _show(report: EvalReport, json_file: str | None) -> None:
         ]
         present.add_row(listing, cells)
     present.show(listing, json_file)
+    for result in report.results:
+        if result.paired is not None and (result.paired.torch_only or result.paired.runtime_only):
+            pair = result.paired
+            present.show(
+                f"{result.runtime} {result.precision}: PyTorch alone is right on {pair.torch_only} images, the runtime "
+                f"alone on {pair.runtime_only} (McNemar's exact test: p = {pair.p_value:.2g})",
+                json_file,
+            )
     for note in report.notes:
         present.say(f"note: {note}")
     for reason in report.skipped:
