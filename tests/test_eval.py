@@ -12,12 +12,14 @@ import msgspec
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
+from msgspec.structs import replace
 from PIL import Image
 
 import dmformer
 from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.bundle.manifest import Accuracy
 from dmformer.bundle.reader import open_bundle
+from dmformer.commands.eval import _show as show_eval
 from dmformer.data.labelled import image_set
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -26,7 +28,7 @@ from dmformer.models.lively import lively_
 from dmformer.progress import silent
 from dmformer.runtimes import base, registry
 from dmformer.train.digits import CLASSES, PREPROCESSING, load_digits, write_images
-from dmformer.verify.accuracy import logits_of, wilson_interval
+from dmformer.verify.accuracy import Paired, logits_of, wilson_interval
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
 from tests.bundles import lengthen, one_line, rewrite
 
@@ -81,6 +83,16 @@ def test_int8_and_fp16_lose_at_most_half_a_point_in_every_runtime(reduced: Expor
     exact = found.results[0].top1
     assert exact is not None
     assert all(row.top1 is not None and row.top1 >= exact - 0.005 for row in found.results)
+
+
+def test_each_runtime_is_paired_with_pytorch(report: EvalReport, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in report.results:
+        assert row.paired == Paired(torch_only=0, runtime_only=0, p_value=1.0)
+    show_eval(report, None)
+    assert "McNemar" not in capsys.readouterr().out
+    worse = replace(report.results[-1], paired=Paired(torch_only=10, runtime_only=0, p_value=0.002))
+    show_eval(replace(report, results=(worse,)), None)
+    assert "PyTorch alone is right on 10 images, the runtime alone on 0" in " ".join(capsys.readouterr().out.split())
 
 
 def test_float32_is_as_accurate_as_the_checkpoint_says(report: EvalReport, held_out: Path) -> None:
