@@ -77,7 +77,7 @@ class ModuleTruth:
                 return f"layers in {plain.name}: {len(tensors)} of {len(self.truth)} can be seen"
             with runtime(tuple(tensors)) as opened:
                 (name,) = (spec.name for spec in opened.inputs)
-                answered = opened.run_rows({name: self.rows})
+                answered = opened.run_rows({name: self.rows}, opened.batches[0])
         except UnavailableError as error:
             return f"layers in {plain.name}: {error}"
         except DMFormerError as error:
