@@ -7,7 +7,6 @@ and conversion, and that leads to the module (``stages.2.blocks.4.ffn.act``).
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.verify.bisect import largest_difference, largest_share, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit
 from dmformer.verify.parity import Check, as_check
+from dmformer.verify.reference import in_double
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,7 @@ class ModuleTruth:
     def __init__(self, model: nn.Module, rows: NDArray[np.float32]) -> None:
         self.rows = rows
         single = _layer_outputs(model, rows)
-        self.truth = _layer_outputs(copy.deepcopy(model).double(), rows.astype(np.float64))
+        self.truth = _layer_outputs(in_double(model), rows.astype(np.float64))
         self.limits = tensor_limits(self.truth, single, TENSOR_FACTORS["fp32"])
         modules = dict(model.named_modules())
         self._fused_after = {

@@ -96,13 +96,21 @@ def torch_logits(model: DMFormer, images: ImageSet, advance: Callable[[], object
         return collect(images, answer, advance, not_finite)
 
 
-def _in_float64(model: DMFormer, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+def in_double(model: nn.Module) -> nn.Module:
+    """A copy of a network in float64, with depth-wise convolutions by :func:`depthwise`."""
     import torch
 
     double = copy.deepcopy(model).double()
     for module in double.modules():
         if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels == module.out_channels:
             module.forward = functools.partial(_depthwise, module)  # type: ignore[method-assign]
+    return double
+
+
+def _in_float64(model: DMFormer, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    import torch
+
+    double = in_double(model)
 
     def run(row: NDArray[np.float32]) -> NDArray[np.float64]:
         with torch.inference_mode():  # holds for one thread
