@@ -55,6 +55,11 @@ class Golden:
         """Inputs (2, C, H, W): a real image where there are some, and noise, in which no two channels are alike."""
         return self.inputs[[0, -1]]
 
+    @property
+    def noise(self) -> NDArray[np.float32]:
+        """The last of the inputs, (1, C, H, W)."""
+        return self.inputs[-1:]
+
     def save(self, path: Path) -> None:
         """Write ``golden.npz``; the same content gives the same bytes."""
         arrays: dict[str, Any] = {"images": self.images, "inputs": self.inputs}

@@ -54,6 +54,7 @@ def ask(
     runtime: Runtime,
     inputs: NDArray[np.float32],
     *,
+    sizes: Sequence[int] | None = None,
     layers: bool = True,
     consistency: bool = True,
     others: NDArray[np.float32] | None = None,
@@ -65,6 +66,7 @@ def ask(
     Args:
         runtime: not open yet.
         inputs: (N, C, H, W).
+        sizes: of batches, ascending; otherwise smallest, a middle and the largest of the artifact.
         layers: read back in which precision each layer ran.
         consistency: ask again, shuffled, and with equal rows.
         others: more rows, asked once.
@@ -72,7 +74,7 @@ def ask(
     Raises:
         UnavailableError: the runtime cannot run on this machine.
     """
-    sizes = _batch_sizes(runtime)
+    sizes = sizes or _batch_sizes(runtime)
     by_batch: dict[int, Outputs | DMFormerError] = {}
     found: dict[str, int] = {}
     apart: dict[str, float] = {}

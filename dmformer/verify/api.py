@@ -112,7 +112,7 @@ def _layers(bundle: Bundle, checkpoint: Checkpoint, golden: Golden) -> ModuleTru
 
     model = checkpoint.model()
     size = bundle.manifest.preprocessing.image_size
-    return ModuleTruth(deploy(model, size) if bundle.manifest.model.deploy_form else model, golden.first_and_last)
+    return ModuleTruth(deploy(model, size) if bundle.manifest.model.deploy_form else model, golden.noise)
 
 
 def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: ImageSet | None) -> list[Check]:
