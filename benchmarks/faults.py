@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -78,14 +78,16 @@ class Bench:
         name = fault.kind.split()[1]
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             source = self.source()
-            made = self._made.setdefault(name, make(name, source)) if name not in self._made else self._made[name]
+            if name not in self._made:
+                self._made[name] = make(name, source)
+            made = self._made[name]
             path = Path(shutil.copy(made.onnx, folder))
             fault.inject(path)
-            model = self.checkpoint.model()
-            form = deploy(model, self.checkpoint.preprocessing.image_size)
             golden = open_bundle(self.bundle).golden()
             try:
-                _, checks = reduced_golden(name, replace(made, onnx=path), form, source, golden)
+                _, checks = reduced_golden(
+                    name, replace(made, onnx=path), form(self.checkpoint, folded=True), source, golden
+                )
             except StageFailed as error:
                 module = str(error).partition("it begins at ")[2].partition("/")[0]
                 return Outcome(fault, ("reduced",), (module,), (str(error),))
@@ -132,15 +134,9 @@ def form(checkpoint: Checkpoint, folded: bool) -> nn.Module:
     return deploy(model, checkpoint.preprocessing.image_size) if folded else model
 
 
-def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
-    """Export a random configuration at every precision through both engines.
-
-    Returns:
-        What failed, which should be nothing; and the precisions that were refused, because they drown the network.
-    """
-    refused: list[str] = []
-    random = np.random.default_rng(seed)
-    options = {
+def random_options(random: np.random.Generator) -> dict[str, Any]:
+    """Fields of a configuration that other networks than the default have."""
+    return {
         "num_classes": int(random.integers(2, 40)),
         "expansion": int(random.integers(1, 4)),
         "branch_merge": str(random.choice(["sum", "concat"])),
@@ -149,6 +145,17 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
         "layer_scale": [None, 0.01][int(random.integers(2))],
         "depths": [int(depth) for depth in random.integers(1, 4, 4)],
     }
+
+
+def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
+    """Export a random configuration at every precision through both engines.
+
+    Returns:
+        What failed, which should be nothing; and the precisions that were refused, because they drown the network.
+    """
+    refused: list[str] = []
+    random = np.random.default_rng(seed)
+    options = random_options(random)
     size = int(random.choice([32, 64, 80]))
     folded = bool(random.integers(4))  # one in four is not
     output = scratch / f"clean-{seed}"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import dmformer
+from benchmarks.faults import random_options
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.bundle.golden import Golden, load_golden
 from dmformer.data.images import list_images
@@ -276,15 +277,7 @@ def test_no_check_is_no_pass() -> None:
 def test_clean_exports_raise_no_alarm(seed: int, tmp_path: Path) -> None:
     """Random configurations and weights through trace and both engines; the whole pipeline is in test_export."""
     random = np.random.default_rng(seed)
-    options = {
-        "num_classes": int(random.integers(2, 40)),
-        "expansion": int(random.integers(1, 4)),
-        "branch_merge": str(random.choice(["sum", "concat"])),
-        "inner_residual": bool(random.integers(2)),
-        "gate_input": str(random.choice(["x", "x_prime"])),
-        "layer_scale": [None, 0.01][int(random.integers(2))],
-        "depths": [int(depth) for depth in random.integers(1, 4, 4)],
-    }
+    options = random_options(random)
     checkpoint = random_checkpoint("dmformer_nano", options, image_size=int(random.choice([32, 64, 80])), seed=seed)
     model = checkpoint.model()
     golden = make_golden(model, checkpoint.preprocessing, golden_pixels(checkpoint.preprocessing, []))

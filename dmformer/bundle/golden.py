@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -59,6 +60,16 @@ class Golden:
     def noise(self) -> NDArray[np.float32]:
         """The last of the inputs, (1, C, H, W)."""
         return self.inputs[-1:]
+
+    def worst_row(self, answers: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The input whose answers are furthest from PyTorch's in float64, (1, C, H, W)."""
+        apart = np.zeros(len(self.inputs))
+        for name, exact in self.outputs_float64.items():
+            with np.errstate(invalid="ignore"):
+                distance = np.abs(answers[name] - exact).reshape(len(exact), -1).max(1)
+            apart = np.maximum(apart, np.where(np.isfinite(distance), distance, np.inf))
+        worst = int(apart.argmax())
+        return self.inputs[worst : worst + 1]
 
     def save(self, path: Path) -> None:
         """Write ``golden.npz``; the same content gives the same bytes."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import numpy as np
 
 from dmformer.bundle.manifest import file_entry
 from dmformer.bundle.select import Choice, select
@@ -31,7 +30,7 @@ from dmformer.verify.answers import ask
 from dmformer.verify.bisect import Parting, cuts, find_parting, graph_nodes, parting_at_once, tensor_limits
 from dmformer.verify.case import Case, run_case, save_case, staged_case
 from dmformer.verify.checkpoint import reference_checkpoint
-from dmformer.verify.compare import TENSOR_FACTORS, float32_limit
+from dmformer.verify.compare import TENSOR_FACTORS, float32_limit, largest_difference
 from dmformer.verify.findings import Finding
 from dmformer.verify.interpret import interpret
 from dmformer.verify.parity import check_answers, references
@@ -39,6 +38,7 @@ from dmformer.verify.parity import check_answers, references
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
     from onnx import ModelProto
 
@@ -152,7 +152,7 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
     trusted = Trusted(onnx_file.read(path), golden)
     exact = interpret(trusted.model, {trusted.input: golden.inputs}, double=True)
     for name, limit in float32_limit(golden.outputs, golden.outputs_float64).items():
-        if not float(np.abs(exact[name] - golden.outputs_float64[name]).max()) <= limit.max_abs:
+        if not largest_difference(exact[name], golden.outputs_float64[name]) <= limit.max_abs:
             raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made from")
     return trusted
 
@@ -188,13 +188,7 @@ class _Search:
         inputs = self.trusted.golden.inputs
         if self.batch > 1:
             return inputs
-        shown = self._show(self.trusted.outputs, inputs)
-        apart = np.zeros(len(inputs))
-        for name, array in self.trusted.golden.outputs_float64.items():
-            rows = np.abs(shown[name].reshape(len(inputs), -1) - array.reshape(len(inputs), -1)).max(1)
-            apart = np.maximum(apart, np.where(np.isfinite(rows), rows, np.inf))
-        worst = int(apart.argmax())
-        return inputs[worst : worst + 1]
+        return self.trusted.golden.worst_row(self._show(self.trusted.outputs, inputs))
 
     def _limits(self) -> dict[str, float]:
         model, inputs = self.trusted.model, {self.trusted.input: self.rows}
@@ -286,12 +280,7 @@ class _Search:
         )
 
     def _differs(self, shown: Mapping[str, NDArray[Any]], names: Sequence[str]) -> bool:
-        with np.errstate(invalid="ignore"):
-            return not all(
-                shown[name].shape == self.truth[name].shape
-                and float(np.abs(shown[name] - self.truth[name]).max()) <= self.limits[name]
-                for name in names
-            )
+        return not all(largest_difference(shown[name], self.truth[name]) <= self.limits[name] for name in names)
 
     def _piece(self, parting: Parting, path: Path) -> tuple[Path, dict[str, NDArray[Any]]]:
         """The part of the ONNX file between the two cuts, and what it is to be given."""

@@ -95,7 +95,8 @@ def verified_graph(source: GraphSource) -> VerifiedGraph:
         (pytorch,) = references(golden, "fp32")
         simplifying = pool.submit(simplifier.simplify, traced, simplified)
         with source.stage("verify PyTorch's forms and the traced ONNX"):
-            checks, before = _check_forms(source, golden, pytorch)
+            form = source.form() if source.deploy_form else source.model
+            checks, before = _check_forms(source, form, golden, pytorch)
             answers = _ask_onnxruntime(traced, golden, whole=False)
             checks += check_answers("traced", answers, [pytorch, *before])
         with source.stage("simplify and verify"):
@@ -108,7 +109,7 @@ def verified_graph(source: GraphSource) -> VerifiedGraph:
                 simplification = Simplification(kept=False, reason=reason, nodes_before=_nodes(traced))
         with source.stage("verify each layer"):
             adapter = registry.available_adapter(registry.entry("onnxruntime"))
-            layers = ModuleTruth(source.form(), golden.noise)
+            layers = ModuleTruth(form, golden.noise)
             found = layers.check(lambda taps: adapter(kept.file, taps=taps))
             if isinstance(found, str):
                 raise StageFailed(f"{found}; expected nearly all of them in a file that was just traced")
@@ -130,11 +131,13 @@ def _reference(source: GraphSource) -> Golden:
     return make_golden(source.model, preprocessing, golden_pixels(preprocessing, source.images))
 
 
-def _check_forms(source: GraphSource, golden: Golden, pytorch: Reference) -> tuple[list[Check], list[Reference]]:
+def _check_forms(
+    source: GraphSource, form: nn.Module, golden: Golden, pytorch: Reference
+) -> tuple[list[Check], list[Reference]]:
     """The network at each batch size, and the form that is traced; gives the last as what comes before the trace."""
     forms: dict[str, nn.Module] = {"training form": source.model}
     if source.deploy_form:
-        forms["deploy form"] = source.form()
+        forms["deploy form"] = form
     checks: list[Check] = []
     before: list[Reference] = []
     for name, model in forms.items():

@@ -55,7 +55,9 @@ def prove(
         if precision != "fp16" or (broken is None and all(check.passed for check in checks)):
             break
         model = onnx_file.read(source.onnx)
-        island = find_island(model, _worst_row(made.onnx, golden), made.kept_in_fp32, source.scratch)
+        island = find_island(
+            model, golden.worst_row(literal_answers(made.onnx, golden.inputs)), made.kept_in_fp32, source.scratch
+        )
         if not island.nodes:
             break
         reason = "beyond the error of float16 there"
@@ -64,17 +66,6 @@ def prove(
     if broken is not None:
         raise broken
     return made, completed, checks
-
-
-def _worst_row(onnx: Path, golden: Golden) -> NDArray[np.float32]:
-    """The golden row whose answers are furthest from PyTorch's, (1, C, H, W)."""
-    apart = np.zeros(len(golden.inputs))
-    for name, answers in literal_answers(onnx, golden.inputs).items():
-        with np.errstate(invalid="ignore"):
-            distance = np.abs(answers - golden.outputs_float64[name]).reshape(len(answers), -1).max(1)
-        apart = np.maximum(apart, np.where(np.isfinite(distance), distance, np.inf))
-    worst = int(apart.argmax())
-    return golden.inputs[worst : worst + 1]
 
 
 def reduced_golden(

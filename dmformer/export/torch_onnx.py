@@ -8,7 +8,6 @@ deprecated, so its use is confined to this file and torch's version is bounded i
 
 from __future__ import annotations
 
-import itertools
 import re
 import warnings
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.export import onnx_file
 from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
+from dmformer.verify.modules import module_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,12 +92,7 @@ def _name_after_modules(graph: GraphProto, modules: set[str]) -> None:
         if re.fullmatch(r"Identity_\d+", node.name):  # stands for a parameter that equals another one
             module, operator = node.output[0].rpartition(".")[0], "Identity_" + node.output[0].rpartition(".")[2]
         else:
-            *scopes, operator = node.name.strip("/").split("/")
-            module = ".".join(
-                scope
-                for scope, following in itertools.pairwise([*scopes, ""])
-                if not re.fullmatch(re.escape(scope) + r"\.\d+", following)
-            )
+            module, operator = module_path(node.name), node.name.rpartition("/")[2]
         if module not in modules:
             raise StageFailed(f"ONNX node {node.name!r} leads to module {module!r}, which the network does not have")
         node.name = f"{module}/{operator}"

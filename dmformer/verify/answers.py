@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmformer.errors import DMFormerError, UnavailableError
+from dmformer.verify.compare import largest_difference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,12 +117,7 @@ def _apart(
     first = inputs[np.arange(middle) % len(inputs)]
     once, again = runtime.run({name: first}), runtime.run({name: first})
     return {
-        "rows": max(_distance(answer, np.broadcast_to(answer[:1], answer.shape)) for answer in equal.values()),
-        "shuffled": max(_distance(answer, answers[key][order]) for key, answer in shuffled.items()),
-        "repeated": max(_distance(answer, once[key]) for key, answer in again.items()),
+        "rows": max(largest_difference(answer, np.broadcast_to(answer[:1], answer.shape)) for answer in equal.values()),
+        "shuffled": max(largest_difference(answer, answers[key][order]) for key, answer in shuffled.items()),
+        "repeated": max(largest_difference(answer, once[key]) for key, answer in again.items()),
     }
-
-
-def _distance(answer: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """The largest difference; infinite between shapes that do not fit, NaN where a value is none."""
-    return float(np.abs(answer - wanted).max()) if answer.shape == wanted.shape else float("inf")

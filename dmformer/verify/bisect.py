@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dmformer.errors import StageFailed
+from dmformer.verify.compare import largest_difference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -139,16 +140,7 @@ def find_parting(
         else:
             good = middle
     name, distance = min(worst, key=lambda pair: next(i for i, node in enumerate(nodes) if pair[0] in node.outputs))
-    return Parting(
-        good=found[good],
-        bad=found[bad],
-        nodes=tuple(nodes[found[good].position + 1 : found[bad].position + 1]),
-        tensor=name,
-        max_abs=distance if np.isfinite(distance) else None,
-        limit=limits[name],
-        runs=runs,
-        most_shown=most,
-    )
+    return _parting(nodes, found[good], found[bad], (name, distance, limits[name]), runs, most)
 
 
 def parting_at_once(
@@ -166,15 +158,22 @@ def parting_at_once(
     index = nodes.index(node)
     good = max((cut for cut in found if cut.position < index), key=lambda cut: cut.position)
     bad = min((cut for cut in found if cut.position >= index), key=lambda cut: cut.position)
+    return _parting(nodes, good, bad, (name, distance, limits[name]), 1, len(shown))
+
+
+def _parting(
+    nodes: Sequence[Node], good: Cut, bad: Cut, apart: tuple[str, float, float], runs: int, most_shown: int
+) -> Parting:
+    tensor, distance, limit = apart
     return Parting(
         good=good,
         bad=bad,
         nodes=tuple(nodes[good.position + 1 : bad.position + 1]),
-        tensor=name,
+        tensor=tensor,
         max_abs=distance if np.isfinite(distance) else None,
-        limit=limits[name],
-        runs=1,
-        most_shown=len(shown),
+        limit=limit,
+        runs=runs,
+        most_shown=most_shown,
     )
 
 
@@ -199,14 +198,6 @@ def largest_share(
     apart = {name: largest_difference(array, expected[name]) for name, array in shown.items() if name in limits}
     name = max(apart, key=lambda name: apart[name] / limits[name] if np.isfinite(apart[name]) else np.inf)
     return name, apart[name]
-
-
-def largest_difference(shown: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The largest difference; infinite where the shapes differ, NaN or infinite where a value is."""
-    if shown.shape != expected.shape:
-        return float("inf")
-    with np.errstate(invalid="ignore"):
-        return float(np.abs(shown.astype(np.float64) - expected).max())
 
 
 def tensor_limits(

@@ -179,6 +179,14 @@ def compare(candidate: NDArray[Any], reference: NDArray[Any], limit: Limit) -> C
     )
 
 
+def largest_difference(shown: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The largest difference; infinite where the shapes differ, NaN or infinite where a value is."""
+    if shown.shape != expected.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(shown.astype(np.float64) - expected).max())
+
+
 def _rows(array: NDArray[Any]) -> NDArray[np.float64]:
     return array.reshape(len(array), -1).astype(np.float64)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer.errors import DMFormerError, UnavailableError
-from dmformer.verify.bisect import largest_difference, largest_share, tensor_limits
-from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit
+from dmformer.verify.bisect import largest_share, tensor_limits
+from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, largest_difference
 from dmformer.verify.parity import Check, as_check
 from dmformer.verify.reference import in_double
 

@@ -21,6 +21,7 @@ from dmformer.verify.compare import (
     compare,
     emulated_limit,
     float32_limit,
+    largest_difference,
     reduced_limit,
 )
 from dmformer.verify.decisions import Decisions, decide
@@ -161,10 +162,7 @@ def check_consistency(answers: Answers, compared_with: Sequence[Reference]) -> l
     apart = dict(answers.apart)
     largest, alone = answers.largest, answers.by_batch[min(answers.by_batch)]
     if len(answers.by_batch) > 1 and not isinstance(largest, DMFormerError) and not isinstance(alone, DMFormerError):
-        apart["batches"] = max(
-            float(np.abs(largest[name] - alone[name]).max()) if largest[name].shape == alone[name].shape else np.inf
-            for name in largest
-        )
+        apart["batches"] = max(largest_difference(largest[name], alone[name]) for name in largest)
     limits = [max(one.limits.values(), key=lambda limit: limit.max_abs) for one in compared_with]
     limit = min(limits, key=lambda limit: limit.max_abs)
     checks = []
@@ -257,7 +255,7 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Ch
         comparison = Comparison(False, reason="the bundle has no golden source images; export it again")
     else:
         try:
-            made = np.stack([preprocessing.pixels(_as_image(source, Image)) for source in golden.sources])
+            made = np.stack([preprocessing.pixels(Image.fromarray(source)) for source in golden.sources])
             comparison = _compare_pixels(made, golden.source_pixels)
         except (UsageError, ValueError, TypeError) as error:
             comparison = Comparison(False, reason=f"the golden source images cannot be preprocessed: {error}")
@@ -269,10 +267,6 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Ch
     except (ValueError, IndexError) as error:
         comparison = Comparison(False, reason=f"the golden images cannot be normalised: {error}")
     return [pixels, as_check("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit, "training")]
-
-
-def _as_image(source: NDArray[np.uint8], image: Any) -> Any:
-    return image.fromarray(source[:, :, 0] if source.shape[2] == 1 else source)
 
 
 def _compare_pixels(made: NDArray[np.uint8], expected: NDArray[np.uint8]) -> Comparison:
