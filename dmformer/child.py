@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dmformer.errors import StageFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -25,15 +25,17 @@ class Child:
     Args:
         module: of this package, run as ``__main__``.
         inherit: file descriptors that the process gets too, under the same numbers.
+        environment: of the process; otherwise that of this one.
     """
 
-    def __init__(self, module: str, inherit: Sequence[int] = ()) -> None:
+    def __init__(self, module: str, inherit: Sequence[int] = (), environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             self.command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=tuple(inherit),
+            env=environment,
         )
 
     @staticmethod

@@ -14,7 +14,9 @@ from dmformer.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino")
+_PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+_FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cores() -> int:
@@ -47,6 +49,10 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cores": usable_cores(),
+        "cpu_quota_cores": cpu_quota(),
+        "governor": _read(_FREQUENCY / "scaling_governor"),
+        "frequency_mhz": _frequencies(),
+        "memory_mb": _memory_mb(),
         "architecture": platform.machine(),
         "os": f"{platform.system()} {platform.release()}",
         "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -54,10 +60,45 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def gpu_state() -> dict[str, Any] | None:
-    """Clocks, temperature, power and what holds the clocks back of the first NVIDIA GPU, as JSON types.
+def cpu_quota() -> float | None:
+    """Cores' worth of time that the control group allows; ``None`` where it sets no bound.
 
-    ``None`` where there is no GPU, or no ``nvidia-ml-py`` to ask it, and for each figure that the GPU does not give.
+    A process that has used it up is put to sleep for the rest of the period, which shows as latencies of tens of
+    milliseconds now and then.
+    """
+    quota, _, period = (_read(_QUOTA) or "max").partition(" ")
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _frequencies() -> dict[str, float] | None:
+    """Of the first core, in MHz: at this moment, and at most. Virtual machines tell at best the first."""
+    told = {"now": _read(_FREQUENCY / "scaling_cur_freq"), "most": _read(_FREQUENCY / "cpuinfo_max_freq")}
+    found = {name: int(khz) / 1000 for name, khz in told.items() if khz}
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.startswith("cpu MHz"):
+            found.setdefault("now", float(line.partition(":")[2]))
+    return found or None
+
+
+def _memory_mb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 20))
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def gpu_state() -> dict[str, Any] | None:
+    """The state of the first NVIDIA GPU, as JSON types: clocks, temperature, power, and what holds the clocks back.
+
+    With the memory in use, of all processes, in MiB. ``None`` where there is no GPU, or no ``nvidia-ml-py`` to ask it,
+    and for each figure that the GPU does not give.
     """
     try:
         import pynvml
@@ -79,6 +120,7 @@ def gpu_state() -> dict[str, Any] | None:
         "sm_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
         "memory_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
         "temperature_c": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "memory_used_mb": lambda gpu: pynvml.nvmlDeviceGetMemoryInfo(gpu).used / (1 << 20),
         "power_w": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
         "throttle": held_back,
     }

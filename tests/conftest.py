@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
+from tests.workers import QUICK, script_workers
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from dmformer.export.speed import Timed
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Stage
+    from tests.workers import Worker
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: workers whose OpenMP threads outnumber the cores wait for one another at every operator.
@@ -287,3 +290,9 @@ def calibration(checkpoint: Checkpoint, few_images: Path) -> Calibration:
 def reduced_bundle(reduced: ExportResult, tmp_path: Path) -> Path:
     """A copy of the bundle with every precision that a test may spoil."""
     return Path(shutil.copytree(reduced.output, tmp_path / "reduced"))
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """``bench`` with a script in the place of its worker; gives the list of the jobs that it was given."""
+    return lambda script=QUICK: script_workers(monkeypatch, script)

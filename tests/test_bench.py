@@ -1,274 +1,40 @@
-"""Benchmarks: figures from samples, settling, timing one runtime, and processes that fail."""
+"""Rounds of processes: what is started, what goes wrong in them, and what the report makes of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
 import dmformer
 from dmformer.bench import api, measure
-from dmformer.bench.measure import Measurement, settled
-from dmformer.bench.report import Result, latency, round_ratios, summarise
+from dmformer.bench import limits as machine_limits
+from dmformer.bench.configuration import Configuration
+from dmformer.bench.plan import Request, plan_bench
 from dmformer.bench.worker import Answer, Job
 from dmformer.bench.worker import run as run_job
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
-from dmformer.child import Child
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.machine import describe_machine
 from dmformer.progress import silent
-from dmformer.runtimes.base import Details, TensorSpec
+from tests import workers
 from tests.bundles import rewrite
-from tests.fakes import FakeRuntime
+from tests.test_bench_figures import measurement
+from tests.workers import WORKER, Orders, Worker
 
 if TYPE_CHECKING:
+    from dmformer.bundle.manifest import Artifact
     from dmformer.export.pipeline import ExportResult
 
 SCHEMA = Path(dmformer.__file__).parent / "schemas" / "bench.json"
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 6, 7, 63, 64, 661, 662, 1000])
-def test_percentiles_are_numpys_where_there_are_enough_samples(count: int) -> None:
-    samples = np.random.default_rng(count).integers(1_000_000, 50_000_000, count)
-    found = latency(samples.tolist())
-    for name, least in (("p50", 7), ("p90", 64), ("p99", 662)):
-        expected = np.percentile(samples, int(name[1:])) / 1e6 if count >= least else None
-        assert getattr(found, name) == (None if expected is None else pytest.approx(expected))
-    assert found.mean == pytest.approx(samples.mean() / 1e6)
-    assert (found.min, found.max) == pytest.approx((samples.min() / 1e6, samples.max() / 1e6))
-
-
-def test_nothing_is_clipped() -> None:
-    found = latency([1_000_000] * 99 + [10_000_000_000])
-    assert found.max == 10_000
-    assert found.mean == pytest.approx(100.99)
-    assert found.p50 == 1
-
-
-def measurement(latencies: list[int], **changed: Any) -> Measurement:
-    told: dict[str, Any] = {
-        "device": "CPU", "threads": 1, "version": "1", "load_ms": 1.0, "first_inference_ms": 1.0, "stable": True,
-        "peak_rss_mb": 1.0,
-    }  # fmt: skip
-    return Measurement(latencies_ns=latencies, **(told | changed))
-
-
-PLANNED = Result(runtime="fake", precision="fp32", batch=4, threads=1, artifact_sha256="0" * 64, status="ok")
-
-
-def test_rounds_are_pooled() -> None:
-    rounds = [
-        measurement([1_000_000] * 4, load_ms=1, first_inference_ms=7, peak_rss_mb=5, layers={"fp16": 9, "fp32": 2}),
-        measurement([3_000_000] * 4, load_ms=9, first_inference_ms=5, peak_rss_mb=7),
-        measurement([2_000_000] * 2, load_ms=2, first_inference_ms=6, peak_rss_mb=6),
-    ]
-    found = summarise(PLANNED, rounds)
-    assert (found.status, found.reason, found.samples) == ("ok", None, 10)
-    assert found.latency_ms is not None
-    assert found.latency_ms.mean == pytest.approx(2)
-    assert found.throughput_ips == pytest.approx(4 * 10 / 0.020)
-    assert (found.load_ms, found.first_inference_ms, found.peak_rss_mb) == (2, 6, 7)
-    assert found.layers == {"fp16": 9, "fp32": 2}  # only the first round proves them
-    assert [len(samples) for samples in found.samples_ns] == [4, 4, 2]
-
-
-def test_one_round_that_did_not_settle_makes_the_row_unstable() -> None:
-    found = summarise(PLANNED, [measurement([1] * 10), measurement([1] * 10, stable=False)])
-    assert found.status == "unstable"
-    assert found.reason is not None
-    assert found.latency_ms is not None
-
-
-def test_ratios_are_of_medians_round_by_round() -> None:
-    candidate, baseline = [[1, 2, 900], [30], [4, 4]], [[4, 4, 4], [10, 20], [1, 1, 2, 2]]
-    assert round_ratios(candidate, baseline) == [0.5, 2.0, pytest.approx(8 / 3)]
-    with pytest.raises(ValueError, match="zip"):
-        round_ratios(candidate, baseline[:2])
-
-
-# --- settling ---------------------------------------------------------------------------------------------------------
-
-
-def noisy(spread: float, count: int) -> list[int]:
-    values = 1e6 * (1 + spread * np.random.default_rng(0).uniform(-1, 1, count))
-    return [int(value) for value in values]
-
-
-@pytest.mark.parametrize(
-    ("latencies", "expected"),
-    [
-        pytest.param([], False, id="nothing"),
-        pytest.param([100] * 14, False, id="too few"),
-        pytest.param([100] * 15, True, id="flat"),
-        pytest.param([100_000 - 200 * i for i in range(100)], False, id="falling"),
-        pytest.param([100_000 + 200 * i for i in range(100)], False, id="rising"),
-        pytest.param([9000 - 80 * i for i in range(100)] + [1000] * 60, True, id="falling, then flat"),
-        pytest.param([1000] * 60 + [1000 + 50 * i for i in range(60)], False, id="flat, then rising"),
-        pytest.param(noisy(0.01, 100), True, id="a little noise"),
-        pytest.param(noisy(0.9, 60), False, id="much noise"),
-        pytest.param(([100] * 9 + [100_000]) * 10, True, id="lonely spikes"),
-        pytest.param([1000] * 10 + [1030] * 5, True, id="within 3 %"),
-        pytest.param([1000] * 10 + [1031] * 5, False, id="beyond 3 %"),
-        pytest.param([1000] * 80 + [1031] * 10 + [1000] * 10, False, id="window of a tenth"),
-        pytest.param([9999] + [1000] * 15, True, id="only the last windows"),
-    ],
-)
-def test_settled(latencies: list[int], expected: bool) -> None:
-    assert settled(latencies) is expected
-
-
-def test_a_warm_up_that_never_settles_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    latencies = iter(range(1_000, 100_000_000, 1_000))
-    calls: list[int] = []
-
-    def call() -> int:
-        calls.append(next(latencies) ** 2)
-        return calls[-1]
-
-    assert measure._warm_up(call) is False
-    assert len(calls) == measure.WARM_UP_LIMIT * measure.WARM_UP_CALLS + 1
-
-
-# --- timing one runtime -----------------------------------------------------------------------------------------------
-
-
-class Fake(FakeRuntime):
-    """Notes what it is called with."""
-
-    precisions = ("fp32", "fp16")
-    input_spec = TensorSpec("x", "float32", ("batch", 2))
-    output_spec = TensorSpec("y", "float32", ("batch", 2))
-
-    def __init__(self, *, threads_used: int = 1, precision: str = "fp32", layers: dict[str, int] | None = None) -> None:
-        super().__init__(precision=precision)
-        self.threads_used = threads_used
-        self.shown = {"fp32": 9} if layers is None else layers
-        self.seen: list[np.ndarray] = []
-        self.proofs = 0
-
-    @property
-    def details(self) -> Details:
-        return Details(device="CPU", threads=self.threads_used, version="1")
-
-    def read_layers(self) -> dict[str, int]:
-        self.proofs += 1
-        return self.shown
-
-    def infer(self, inputs: Any) -> Any:
-        self.seen.append(inputs["x"])
-        return {"y": inputs["x"] + 1}
-
-
-ROWS = np.arange(10, dtype=np.float32).reshape(5, 2)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No least time of warm-up, and one that settles at once."""
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    monkeypatch.setattr(measure, "settled", lambda latencies: len(latencies) >= 1)
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("batch", "least_calls"), [(1, 30), (2, 7), (12, 1)])
-def test_calls_are_counted_apart(batch: int, least_calls: int) -> None:
-    runtime = Fake()
-    found = measure.measure(runtime, ROWS, batch, 0.0, least_calls)
-    assert len(found.latencies_ns) == least_calls
-    assert len(runtime.seen) == 1 + measure.WARM_UP_CALLS + least_calls
-    assert all(len(array) == batch for array in runtime.seen)
-    assert all(sample > 0 for sample in found.latencies_ns)
-    assert runtime.closed == 1
-    assert (found.device, found.threads, found.version, found.stable) == ("CPU", 1, "1", True)
-    assert found.load_ms > 0
-    assert found.first_inference_ms > 0
-    assert found.peak_rss_mb > 1
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("batch", [1, 2, 5, 12])
-def test_inputs_differ_from_call_to_call(batch: int) -> None:
-    runtime = Fake()
-    measure.measure(runtime, ROWS, batch, 0.0, 5)
-    for one, other in zip(runtime.seen, runtime.seen[1:], strict=False):
-        assert not np.array_equal(one, other)
-    assert {float(array[0, 0]) for array in runtime.seen} == {0, 2, 4, 6, 8}
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_duration_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10_000))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    found = measure.measure(Fake(), ROWS, 1, 50.0, 3)
-    assert 40 <= len(found.latencies_ns) <= 60
-
-
-def test_other_threads_than_asked_are_not_timed() -> None:
-    runtime = Fake(threads_used=2)
-    with pytest.raises(StageFailed, match="fake runs on 2 threads; expected 1"):
-        measure.measure(runtime, ROWS, 1, 0.0, 1)
-    assert not runtime.seen
-    assert runtime.closed == 1
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("promised", "proofs"), [(None, 0), (0.0, 1), (1.0, 1)])
-def test_the_proof_of_the_precision_is_asked_for_or_left_out(promised: float | None, proofs: int) -> None:
-    runtime = Fake(layers={"fp32": 7})
-    found = measure.measure(runtime, ROWS, 1, 0.0, 1, promised)
-    assert runtime.proofs == proofs
-    assert found.layers == ({"fp32": 7} if proofs else {})
-
-
-@pytest.mark.parametrize(
-    ("layers", "promised", "expected"),
-    [
-        ({"fp16": 8, "fp32": 2}, 0.9, "fp16 in 80% of 10 compute layers .8 fp16, 2 fp32.; promised 90%"),
-        ({"fp32": 10}, 1.0, "fp16 in 0%"),
-        ({}, 0.5, "no compute layer"),
-    ],
-)
-def test_fewer_layers_than_promised_are_not_timed(layers: dict[str, int], promised: float, expected: str) -> None:
-    runtime = Fake(precision="fp16", layers=layers)
-    with pytest.raises(StageFailed, match=expected):
-        measure.measure(runtime, ROWS, 1, 0.0, 1, promised)
-    assert not runtime.seen
-    assert runtime.closed == 1
-
-
-@pytest.mark.usefixtures("quick")
-def test_as_many_layers_as_promised_are_timed() -> None:
-    found = measure.measure(Fake(precision="fp16", layers={"fp16": 9, "fp32": 1}), ROWS, 1, 0.0, 1, 0.9)
-    assert found.layers == {"fp16": 9, "fp32": 1}
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_runtime_that_says_why_it_cannot_compute_a_precision_is_timed() -> None:
-    class Frank(Fake):
-        @classmethod
-        def cannot_compute(cls, precision: str) -> str | None:
-            return "no such arithmetic" if precision == "fp16" else None
-
-    found = measure.measure(Frank(precision="fp16", layers={"fp32": 10}), ROWS, 1, 0.0, 1, 1.0)
-    assert found.layers == {"fp32": 10}
-    with pytest.raises(StageFailed, match="fp32 in 0%"):  # the reason is one of that precision only
-        measure.measure(Frank(precision="fp32", layers={"fp16": 10}), ROWS, 1, 0.0, 1, 1.0)
-
-
-# --- the whole --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -278,11 +44,16 @@ def report(exported: ExportResult) -> Any:
         return dmformer.bench(exported.output, runtimes=["ort"], duration_s=0.3)
 
 
+def assert_valid(report: Any) -> Any:
+    document = json.loads(msgspec.json.encode(report))
+    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(document)
+    return document
+
+
 def test_a_real_run_is_valid_against_its_schema(report: Any) -> None:
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    document = json.loads(msgspec.json.encode(report))
+    document = assert_valid(report)
     Draft202012Validator.check_schema(schema)
-    Draft202012Validator(schema).validate(document)
     document["results"][0].pop("status")
     assert not Draft202012Validator(schema).is_valid(document)
 
@@ -301,6 +72,9 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
     assert row.layers["fp32"] > 50
     assert len(row.layers) == 1
     assert min(row.load_ms, row.first_inference_ms, row.throughput_ips, row.peak_rss_mb) > 0
+    assert row.share_of_limit == pytest.approx(row.attainable_ms / row.call_ms, rel=0.5)  # the machine's speed varies
+    assert 0.001 < row.share_of_limit < 1.5
+    assert (report.arch, report.rounds, report.limits.threads) == ("dmformer_nano", 2, row.threads)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +87,14 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
         ({"duration_s": math.nan}, "duration"),
         ({"duration_s": math.inf}, "duration"),
         ({"threads": 0}, "threads"),
+        ({"rounds": 0}, "0 rounds"),
+        ({"limit_s": 0}, "time limit"),
+        ({"limit_s": math.nan}, "time limit"),
+        ({"modes": ["fast"]}, "mode 'fast'; expected one of compute, end-to-end, throughput"),
+        ({"modes": ["compute"], "streams": [2]}, "2 streams for mode compute"),
+        ({"modes": ["throughput"], "streams": [0]}, "0 streams"),
+        ({"streams": [100_000]}, "100000 streams"),
+        ({"images": "no-such-folder"}, "no-such-folder"),
         ({"runtimes": ["tflite"]}, "unknown runtime"),
         ({"precisions": ["int8"]}, "nothing at int8"),
     ],
@@ -320,29 +102,19 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
 def test_arguments_that_cannot_be_used(
     exported: ExportResult, arguments: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_run", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "run", lambda *_, **__: pytest.fail("the work was begun"))
     with pytest.raises(UsageError, match=expected):
         dmformer.bench(exported.output, **arguments)
 
 
 def test_a_damaged_file_is_found_before_anything_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_run", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "run", lambda *_, **__: pytest.fail("the work was begun"))
     with (bundle / "onnx/fp32/model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):
         dmformer.bench(bundle, runtimes=["ov", "ort"])
 
 
-# A worker for onnxruntime that goes wrong; any other answers at once.
-WORKER = """
-import json, os, signal, sys, time
-job = json.load(sys.stdin)
-if job["runtime"] == "onnxruntime":
-    WRONG
-answer = {"measurement": {"device": "CPU", "threads": 1, "version": "1", "load_ms": 1, "first_inference_ms": 1,
-          "stable": True, "latencies_ns": [1000000] * 30, "peak_rss_mb": 1}}
-open(job["answer"], "w").write(json.dumps(answer))
-"""
 WRONGS = {
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
     "aborted": ("os.abort()", "ended by signal 6"),
@@ -355,35 +127,8 @@ WRONGS = {
 }
 
 
-Orders = list[dict[str, Any]]
-Worker = Callable[[str], Orders]
-
-
-@pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
-    """Put a script in the worker's place; returns the list of the jobs that it was given."""
-
-    def replace(script: str) -> Orders:
-        orders: Orders = []
-
-        class Scripted(Child):
-            @staticmethod
-            def command(module: str) -> list[str]:
-                assert module == "dmformer.bench.worker"
-                return [sys.executable, "-S", "-c", script]
-
-            def work(self, order: bytes, timeout_s: float) -> None:
-                orders.append(json.loads(order))
-                super().work(order, timeout_s)
-
-        monkeypatch.setattr(api, "Child", Scripted)
-        return orders
-
-    return replace
-
-
 def runtimes_of(orders: Orders) -> list[str]:
-    return [order["runtime"] for order in orders]
+    return [order["configuration"]["runtime"] for order in orders]
 
 
 @pytest.mark.parametrize("kind", WRONGS)
@@ -391,40 +136,98 @@ def test_a_process_that_goes_wrong_is_a_failed_row(
     exported: ExportResult, kind: str, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, expected = WRONGS[kind]
+    options = {"duration_s": 0.03}
     if kind == "hangs":
-        monkeypatch.setattr(api, "PROCESS_LIMIT_S", 2)
+        options["limit_s"] = 2
     orders = worker(WORKER.replace("WRONG", code))
-    found = dmformer.bench(exported.output, runtimes=["ort", "ov"], duration_s=0.03)  # it lengthens the time limit
+    found = dmformer.bench(exported.output, runtimes=["ort", "ov"], **options)
     failed, good = found.results
     assert (failed.runtime, failed.status, failed.samples, failed.latency_ms) == ("onnxruntime", "failed", 0, None)
     assert failed.reason is not None
     assert re.search(expected, failed.reason)
     assert (good.runtime, good.status, good.samples) == ("openvino", "ok", 90)
     # Each run of the first configuration is tried once.
-    assert runtimes_of(orders) == ["onnxruntime", "openvino", "onnxruntime", "openvino", "openvino"]
+    assert sorted(runtimes_of(orders)) == ["onnxruntime"] * 2 + ["openvino"] * 3
     assert found.noise_floor is None
 
 
 def test_rounds_are_interleaved(exported: ExportResult, worker: Worker) -> None:
-    orders = worker(WORKER.replace("WRONG", "pass"))
-    stages: list[str] = []
+    orders = worker()
+    stages: list[Any] = []
 
     def stage(name: str, parts: int | None = None) -> Any:
-        stages.append(name)
+        stages.append((name, parts))
         return silent(name, parts)
 
     found = dmformer.bench(exported.output, runtimes=["ov", "ort"], batches=[1, 4, 1], stage=stage)
     once = [("openvino", 1), ("openvino", 4), ("onnxruntime", 1), ("onnxruntime", 4)]
     assert [(row.runtime, row.batch) for row in found.results] == once
-    assert [(order["runtime"], order["batch"]) for order in orders] == [*once, once[0]] * api.ROUNDS
-    assert len(stages) == 15
-    assert stages[0] == stages[4] == f"openvino fp32 batch 1, round 1 of {api.ROUNDS}"
+    asked = [(order["configuration"]["runtime"], order["configuration"]["batch"]) for order in orders]
+    runs = [*once, once[0]]
+    assert asked == [*runs, *runs[1:], *runs[:1], *runs[3:], *runs[:3]]  # each round begins elsewhere
+    # Three rounds of five, and of the machine's limits.
+    assert stages == [("4 rows in 3 rounds, 18 processes", 18)]
 
 
 def test_only_the_first_round_proves_the_precision(exported: ExportResult, worker: Worker) -> None:
-    orders = worker(WORKER.replace("WRONG", "pass"))
+    orders = worker()
     dmformer.bench(exported.output, runtimes=["ov", "ort"])
     assert [order["prove_precision"] for order in orders] == [True] * 3 + [False] * 6
+
+
+def stopping(orders: Orders, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the process after so many is at work."""
+    scripted = api.Child
+
+    class Stopped(scripted):  # type: ignore[misc,valid-type]
+        def work(self, order: bytes, timeout_s: float) -> None:
+            if len(orders) == after and "configuration" in json.loads(order):
+                raise KeyboardInterrupt
+            super().work(order, timeout_s)
+
+    monkeypatch.setattr(api, "Child", Stopped)
+
+
+@pytest.mark.parametrize(
+    ("after", "samples"),
+    [(0, [0, 0]), (1, [30, 0]), (2, [30, 30]), (4, [30, 60]), (8, [90, 60])],
+)
+def test_ctrl_c_leaves_the_rounds_that_finished(
+    exported: ExportResult, worker: Worker, monkeypatch: pytest.MonkeyPatch, after: int, samples: list[int]
+) -> None:
+    stopping(worker(), after, monkeypatch)
+    found = dmformer.bench(exported.output, runtimes=["ov", "ort"])
+    assert found.partial
+    assert [row.samples for row in found.results] == samples
+    assert [row.status for row in found.results] == ["ok" if count else "not run" for count in samples]
+    assert_valid(found)
+
+
+def test_a_run_to_the_end_is_not_partial(report: Any) -> None:
+    assert not report.partial
+
+
+def test_limits_that_cannot_be_measured_are_told(
+    exported: ExportResult, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker()
+    monkeypatch.setattr(workers, "LIMITS", "import os; os.abort()")
+    found = dmformer.bench(exported.output, runtimes=["ov"])
+    (row,) = found.results
+    assert (row.status, row.share_of_limit, found.limits) == ("ok", None, None)
+    assert found.notes == ("the machine's limits were not measured: the process was ended by signal 6 (SIGABRT)",)
+
+
+def test_a_plan_announces_what_it_takes(exported: ExportResult) -> None:
+    plan = plan_bench(exported.output, Request(runtimes=["ov", "ort"], rounds=4, limit_s=50, profile=True))
+    assert plan.processes == 4 * (2 + 1 + 1) + 2
+    assert plan.longest_s == 50 * plan.processes
+    assert 10 < plan.expected_s < 60
+    assert plan_bench(exported.output, Request(batches=[1 << 16])).expected_s > 2 * plan.expected_s
+
+
+def test_the_demonstration_is_expected_to_take_less_than_a_minute(exported: ExportResult) -> None:
+    assert plan_bench(exported.output, Request()).expected_s < 60
 
 
 # --- the noise floor --------------------------------------------------------------------------------------------------
@@ -439,7 +242,8 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Rounds:
 
     def replace(answers: dict[str, list[Answer]]) -> None:
         left = {runtime: iter(found) for runtime, found in answers.items()}
-        monkeypatch.setattr(api, "_run", lambda _, planned, *__, **___: next(left[planned.runtime]))
+        monkeypatch.setattr(api._Work, "measure", lambda _, row, **__: next(left[row.runtime]))
+        monkeypatch.setattr(api._Work, "limits", lambda _: machine_limits.Answer(error="not asked"))
 
     return replace
 
@@ -515,20 +319,27 @@ def test_a_bundle_that_changed_after_planning_is_a_failed_row(bundle: Path, monk
     assert "the bundle changed" in row.reason
 
 
+def asked_of(artifact: Artifact, **changed: Any) -> Configuration:
+    fields = {"runtime": "onnxruntime", "precision": "fp32", "batch": 1, "threads": 1}
+    return Configuration(**(fields | {"artifact_sha256": artifact.sha256} | changed))
+
+
 def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (artifact,) = open_bundle(bundle).artifacts("onnx")
     job = Job(
-        bundle=str(bundle), runtime="onnxruntime", precision="fp32", artifact_sha256=artifact.sha256,
-        batch=1, threads=1, duration_s=0.0, least_calls=1, prove_precision=True,
-        answer="unused",
+        bundle=str(bundle), configuration=asked_of(artifact), images=(), duration_s=0.0, least_calls=1, limit_s=60,
+        prove_precision=True, profile=False, answer="unused",
     )  # fmt: skip
     monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    proven = run_job(job)
+    proven = run_job(job).measurement
+    assert proven is not None
     assert proven.device == "CPUExecutionProvider"
     assert set(proven.layers) == {"fp32"}
-    assert run_job(msgspec.structs.replace(job, prove_precision=False)).layers == {}
+    unproven = run_job(msgspec.structs.replace(job, prove_precision=False)).measurement
+    assert unproven is not None
+    assert unproven.layers == {}
     with pytest.raises(StageFailed, match="the bundle changed"):
-        run_job(msgspec.structs.replace(job, artifact_sha256="0" * 64))
+        run_job(msgspec.structs.replace(job, configuration=asked_of(artifact, artifact_sha256="0" * 64)))
     with (bundle / artifact.files[0].path).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):

@@ -13,9 +13,10 @@ from dmformer.errors import StageFailed
 from dmformer.export.source import random_checkpoint
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
+from dmformer.runtimes.layers import module_path
 from dmformer.verify.emulate import emulate, input_peaks, quantized
 from dmformer.verify.interpret import interpret
-from dmformer.verify.modules import ModuleTruth, module_path
+from dmformer.verify.modules import ModuleTruth
 from dmformer.verify.parity import Check
 from dmformer.verify.reference import golden_pixels, make_golden
 from tests.fakes import FakeRuntime

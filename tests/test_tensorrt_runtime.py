@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from dmformer.assets import SAMPLE_IMAGES
-from dmformer.bench.measure import measure
+from dmformer.bench.measure import Extent, measure, network_alone
 from dmformer.bundle.golden import load_golden
 from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.predictor import choose, load
@@ -20,7 +21,7 @@ from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.export.tensorrt_build import complaints, explained, strongly_typed
 from dmformer.runtimes import cuda
 from dmformer.runtimes.base import TensorSpec
-from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_told
+from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_told, layers_with_nodes
 from dmformer.verify.api import verify
 from tests import gpu_double
 from tests.bundles import one_line, rewrite
@@ -109,8 +110,26 @@ def test_the_device_is_timed_without_transfers(runtime: TensorRtRuntime, rows: N
 
 
 def test_a_measurement_has_times_of_the_device(runtime: TensorRtRuntime, rows: NDArray[np.float32]) -> None:
-    found = measure(runtime, rows, batch=1, duration_s=0.01, least_calls=8)
+    found = measure([(runtime, network_alone(runtime, "image", rows, 1))], Extent(duration_s=0.01, least_calls=8))
     assert found.device_ns == [250_000] * len(found.latencies_ns)
+
+
+def test_kernels_are_named_after_the_nodes_they_came_from(
+    runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32], onnx_file: Path
+) -> None:
+    nodes = [node.name for node in onnx.load(onnx_file).graph.node]
+    with runtime:
+        for _ in range(3):
+            answer(runtime, rows[:1])  # a graph is recorded, which the profiler must not replay
+        launched = device.calls.count("cudaGraphLaunch")
+        found = runtime.kernels([{"image": rows[:1]}] * 3)
+        assert device.calls.count("cudaGraphLaunch") == launched
+        expected = answer(runtime, rows[:1])
+        np.testing.assert_array_equal(answer(runtime, rows[:1]), expected)
+        assert device.calls.count("cudaGraphLaunch") == launched + 1  # and later ones are replayed again
+    assert [kernel.name for kernel in found] == nodes
+    assert all(kernel.ns == (250_000,) * 3 for kernel in found)
+    assert {kernel.operator for kernel in found} >= {"Conv", "Relu", "Gemm"}
 
 
 def test_calls_come_in_the_order_of_the_protocol(
@@ -407,8 +426,8 @@ def test_layers_are_read_from_the_inspector_of_every_flavour() -> None:
         {"Inputs": [], "Metadata": "[ONNX Layer: z/Conv]"},
         "a layer without details",
     ]
-    assert layers_told(json.dumps({"Layers": layers})) == {"fp16": 3, "int8": 1}
-    assert layers_told("{}") == {}
+    assert layers_told(layers_with_nodes(json.dumps({"Layers": layers}))) == {"fp16": 3, "int8": 1}
+    assert layers_told(layers_with_nodes("{}")) == {}
 
 
 def test_a_gpu_that_does_not_answer_is_none(device: Device) -> None:
@@ -428,7 +447,7 @@ def test_bindings_that_are_newer_than_the_driver_say_so(device: Device) -> None:
 
 def test_raw_control_characters_of_the_inspector() -> None:
     told = '{"Layers": [{"Inputs": [{"Datatype": "Half"}], "Metadata": "[ONNX Layer: x/Conv]\x1e[ONNX Layer: y/Add]"}]}'
-    assert layers_told(told) == {"fp16": 1}
+    assert layers_told(layers_with_nodes(told)) == {"fp16": 1}
 
 
 def test_what_failed_first_is_told(runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]) -> None:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
-import numpy as np
 
-from dmformer.bench import DEFAULT_DURATION_S
-from dmformer.bench.measure import SAMPLES_FOR, Measurement
-from dmformer.bench.report import BenchReport, Result, round_ratios, summarise
+from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
+from dmformer.bench import limits as machine_limits
+from dmformer.bench.limits import Limits, environment_for, least_work
+from dmformer.bench.plan import Plan, Request, plan_bench
+from dmformer.bench.report import BenchReport, Result, median_limits, standings, summarise
+from dmformer.bench.statistics import noise_floor
 from dmformer.bench.worker import Answer, Job
-from dmformer.bundle.reader import Bundle, open_bundle
-from dmformer.bundle.select import select
 from dmformer.child import Child
-from dmformer.errors import StageFailed, UsageError
-from dmformer.machine import check_threads, describe_machine, usable_cores
+from dmformer.errors import StageFailed
+from dmformer.machine import describe_machine
 from dmformer.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from dmformer.progress import Stage
+    from dmformer.bench.configuration import Configuration
+    from dmformer.bundle.reader import Bundle
+    from dmformer.progress import Advance, Stage
 
-ROUNDS = 3
-PROCESS_LIMIT_S = 900
+ROUNDS = DEFAULT_ROUNDS
+_KILL_AFTER = 2  # times the limit of a process's calls: what loads longer than it may call is stuck
+
+Told = TypeVar("Told", Answer, machine_limits.Answer)
 
 
 def bench(
@@ -36,107 +42,235 @@ def bench(
     runtimes: Sequence[str] = (),
     precisions: Sequence[str] = (),
     batches: Sequence[int] = (1,),
+    modes: Sequence[str] = (),
+    streams: Sequence[int] = (),
     threads: int | None = None,
+    rounds: int | None = None,
     duration_s: float = DEFAULT_DURATION_S,
+    limit_s: float = DEFAULT_LIMIT_S,
+    images: str | Path | None = None,
+    profile: bool = False,
     stage: Stage = silent,
 ) -> BenchReport:
-    """Time the runtimes of a bundle on its golden inputs.
+    """Time the runtimes of a bundle.
 
-    Each configuration runs in :data:`ROUNDS` processes of its own, one round of all configurations after the other, so
-    that no runtime disturbs another and a slow minute of the machine hits all of them.
+    Each configuration runs in several processes of its own, one round of all configurations after the other, so that
+    no runtime disturbs another and a slow minute of the machine hits all of them. What the machine can do at best is
+    measured in each round too.
 
     Args:
         bundle: a bundle's folder.
         runtimes: names of runtimes, or ``all``; otherwise every one that can run on this machine.
         precisions: otherwise every one there is.
         batches: batch sizes.
-        threads: for one inference; otherwise all cores.
+        modes: out of :data:`dmformer.bench.configuration.MODES`; otherwise ``compute``.
+        streams: calls under way at once, for the mode ``throughput``; otherwise one for each core.
+        threads: for one inference, or for all streams together; otherwise all cores.
+        rounds: otherwise :data:`ROUNDS`.
         duration_s: least time of steady state for each configuration, over all rounds, in seconds.
-        stage: told about each round of each configuration.
+        limit_s: seconds after which a process is ended.
+        images: folder of images to ask about; otherwise the bundle's golden images.
+        profile: whether to find out where the time goes, too.
+        stage: told about the run; it advances with each process.
 
     Returns:
-        A row for each configuration; one whose process failed has the status ``failed``.
+        A row for each configuration; one whose process failed has the status ``failed``. After Ctrl-C what the rounds
+        that finished gave, marked partial.
 
     Raises:
         CheckFailed: a file is not what the manifest says.
         UnavailableError: a runtime that was named, or every one, cannot run on this machine.
         UsageError: an argument cannot be used.
     """
-    if not batches or min(batches) < 1:
-        raise UsageError(f"batch sizes {list(batches)}; expected at least 1")
-    if not 0 < duration_s < math.inf:
-        raise UsageError(f"duration {duration_s:g} s; expected more than 0")
-    check_threads(threads)
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    chosen, skipped = select(opened, runtimes, precisions)
-    for choice in chosen:
-        opened.load_path(choice.artifact)  # a damaged file is found before anything is timed
-    planned = [
-        Result(
-            runtime=choice.entry.name,
-            precision=choice.artifact.precision,
-            batch=batch,
-            threads=threads if threads is not None else usable_cores(),
-            artifact_sha256=choice.artifact.sha256,
-            status="ok",
-        )
-        for choice in chosen
-        for batch in dict.fromkeys(batches)
-    ]
-    before = describe_machine()
-    runs = [*planned, planned[0]]  # the first one twice, for the noise floor
-    answers: list[list[Answer]] = [[] for _ in runs]
-    for number in range(1, ROUNDS + 1):
-        for run, found in zip(runs, answers, strict=True):
-            with stage(f"{run.runtime} {run.precision} batch {run.batch}, round {number} of {ROUNDS}"):
-                if not found or found[-1].measurement:  # a configuration that failed is not tried again
-                    found.append(_run(opened, run, duration_s, first=not found))
-    *results, again = (_result(run, found) for run, found in zip(runs, answers, strict=True))
+    request = Request(
+        runtimes=runtimes,
+        precisions=precisions,
+        batches=batches,
+        modes=modes,
+        streams=streams,
+        threads=threads,
+        rounds=ROUNDS if rounds is None else rounds,
+        duration_s=duration_s,
+        limit_s=limit_s,
+        images=images,
+        profile=profile,
+    )
+    return run(plan_bench(bundle, request), stage)
+
+
+@dataclass
+class _Found:
+    """What the processes of a run gave so far; the last list of answers is of the first configuration, once more."""
+
+    answers: list[list[Answer]]
+    limits: list[Limits | None] = field(default_factory=list)
+    profiles: dict[int, Answer] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    partial: bool = False
+
+
+def run(plan: Plan, stage: Stage = silent) -> BenchReport:
+    """Carry a plan out; see :func:`bench`."""
+    environment = describe_machine()
+    begun = datetime.now(timezone.utc)
+    found = _Found([[] for _ in range(len(plan.configurations) + 1)])
+    with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
+        work = _Work(plan, Path(folder))
+        name = f"{len(plan.configurations)} rows in {plan.rounds} rounds, {plan.processes} processes"
+        with stage(name, plan.processes) as advance:
+            try:
+                _fill(found, work, advance)
+            except KeyboardInterrupt:
+                found.partial = True
+    return _report(plan, found, environment, begun)
+
+
+def _fill(found: _Found, work: _Work, advance: Advance) -> None:
+    plan = work.plan
+    for number in range(plan.rounds):
+        if all(answers and answers[-1].error for answers in found.answers):
+            break
+        told = work.limits()
+        found.limits.append(told.limits)
+        if told.error and not number:
+            found.notes.append(f"the machine's limits were not measured: {told.error}")
+        advance()
+        again = False
+        for place in plan.order(number):
+            answers = found.answers[-1 if place == 0 and again else place]
+            again = again or place == 0
+            if not answers or answers[-1].measurement:  # a configuration that failed is not tried again
+                answers.append(work.measure(plan.configurations[place], first=not answers))
+            advance()
+    for place in plan.profiled:
+        if found.answers[place][-1].measurement:
+            found.profiles[place] = work.profile(plan.configurations[place])
+        advance()
+
+
+class _Work:
+    """Starts the processes of a run."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.images = tuple(str(path.absolute()) for path in plan.images)
+        if not self.images and any(row.mode == "end-to-end" for row in plan.configurations):
+            self.images = self._golden_images()
+        self.cores = max(row.cores for row in plan.configurations)
+        peaks = ((row.runtime, row.precision) for row in plan.configurations if row.precision != "fp32")
+        self.peaks = tuple(dict.fromkeys(peaks))
+
+    def limits(self) -> machine_limits.Answer:
+        """The machine's limits, now."""
+        with self._answer() as path:
+            order = machine_limits.Order(threads=self.cores, peaks=self.peaks, answer=str(path))
+            environment = environment_for(self.cores)
+            return self._ask("dmformer.bench.limits", order, path, machine_limits.Answer, environment)
+
+    def measure(self, row: Configuration, *, first: bool) -> Answer:
+        """One round of one configuration; the first one proves the precision."""
+        return self._work(row, prove_precision=first, profile=False)
+
+    def profile(self, row: Configuration) -> Answer:
+        """Where its time goes."""
+        return self._work(row, prove_precision=False, profile=True)
+
+    def _work(self, row: Configuration, *, prove_precision: bool, profile: bool) -> Answer:
+        plan = self.plan
+        with self._answer() as path:
+            job = Job(
+                bundle=str(plan.bundle.root.absolute()),
+                configuration=row,
+                images=self.images,
+                duration_s=plan.duration_s / plan.rounds,
+                least_calls=plan.least_calls,
+                limit_s=plan.limit_s / _KILL_AFTER,
+                prove_precision=prove_precision,
+                profile=profile,
+                answer=str(path),
+            )
+            return self._ask("dmformer.bench.worker", job, path, Answer)
+
+    def _ask(
+        self,
+        module: str,
+        order: msgspec.Struct,
+        path: Path,
+        kind: type[Told],
+        environment: dict[str, str] | None = None,
+    ) -> Told:
+        try:
+            with Child(module, environment=environment) as child:
+                child.work(msgspec.json.encode(order), self.plan.limit_s)
+        except StageFailed as error:
+            return kind(error=str(error))
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except (OSError, msgspec.DecodeError):
+            return kind(error="the process ended without an answer")
+
+    @contextmanager
+    def _answer(self) -> Iterator[Path]:
+        path = self.folder / "answer.json"
+        path.unlink(missing_ok=True)
+        yield path
+
+    def _golden_images(self) -> tuple[str, ...]:
+        from PIL import Image
+
+        found = []
+        for number, pixels in enumerate(self.plan.bundle.golden().images):
+            path = self.folder / f"{number}.png"
+            Image.fromarray(pixels.squeeze()).save(path)
+            found.append(str(path))
+        return tuple(found)
+
+
+def _report(plan: Plan, found: _Found, environment: dict[str, object], begun: datetime) -> BenchReport:
+    manifest = plan.bundle.manifest
+    artifacts = {artifact.sha256: artifact for artifact in manifest.artifacts}
+    results = []
+    for place, (row, answers) in enumerate(zip(plan.configurations, found.answers, strict=False)):
+        work = least_work(manifest, artifacts[row.artifact_sha256], row.batch)
+        result = _result(row, answers, found.limits, work)
+        if (told := found.profiles.get(place)) is not None:
+            result = msgspec.structs.replace(result, profile=told.profile, profile_reason=told.error)
+        results.append(result)
+    again = [answer.measurement for answer in found.answers[-1] if answer.measurement]
+    both = results[0].timed and len(again) == len(found.answers[-1]) > 0
+    noise = noise_floor(results[0].call_ns, _again(plan, found).call_ns) if both else None
     return BenchReport(
-        environment=before,
+        environment=environment,
         results=tuple(results),
-        noise_floor=_noise_floor(results[0], again),
-        skipped=tuple(skipped),
+        limits=median_limits(found.limits),
+        noise_floor=noise,
+        standings=standings(results, noise),
+        rounds=plan.rounds,
+        partial=found.partial,
+        arch=manifest.model.arch,
+        measured_at=begun.isoformat(timespec="seconds"),
+        images=str(plan.images[0].parent) if plan.images else None,
+        skipped=plan.skipped,
+        notes=tuple(found.notes),
     )
 
 
-def _noise_floor(first: Result, again: Result) -> float | None:
-    if "failed" in (first.status, again.status):
-        return None
-    # The median, as for the ratio of two configurations: one disturbed round of three moves neither.
-    return float(np.median([abs(ratio - 1) for ratio in round_ratios(again.samples_ns, first.samples_ns)]))
+def _again(plan: Plan, found: _Found) -> Result:
+    return _result(plan.configurations[0], found.answers[-1], (), None)
 
 
-def _run(bundle: Bundle, result: Result, duration_s: float, *, first: bool) -> Answer:
-    """One round in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
-        answer = Path(folder) / "answer.json"
-        job = Job(
-            bundle=str(bundle.root.absolute()),
-            runtime=result.runtime,
-            precision=result.precision,
-            artifact_sha256=result.artifact_sha256,
-            batch=result.batch,
-            threads=result.threads,
-            duration_s=duration_s / ROUNDS,
-            least_calls=-(-SAMPLES_FOR["p90"] // ROUNDS),
-            prove_precision=first,
-            answer=str(answer),
-        )
-        try:
-            with Child("dmformer.bench.worker") as worker:
-                worker.work(msgspec.json.encode(job), PROCESS_LIMIT_S + 2 * job.duration_s)
-        except StageFailed as error:
-            return Answer(error=str(error))
-        try:
-            return msgspec.json.decode(answer.read_bytes(), type=Answer)
-        except (OSError, msgspec.DecodeError):
-            return Answer(error="the process ended without an answer")
-
-
-def _result(planned: Result, answers: Sequence[Answer]) -> Result:
+def _result(
+    row: Configuration,
+    answers: Sequence[Answer],
+    limits: Sequence[Limits | None],
+    work: tuple[float, float] | None,
+) -> Result:
+    planned = Result(**msgspec.structs.asdict(row), status="not run")
     for answer in answers:
         if answer.measurement is None:
             return msgspec.structs.replace(planned, status="failed", reason=answer.error)
-    rounds: list[Measurement] = [answer.measurement for answer in answers if answer.measurement]
-    return summarise(planned, rounds)
+    rounds = [answer.measurement for answer in answers if answer.measurement]
+    if not rounds:
+        return msgspec.structs.replace(planned, reason="stopped before its first round ended")
+    return summarise(planned, rounds, limits, work)

@@ -1,4 +1,4 @@
-"""Time one runtime in this process: load, first inference and steady state apart.
+"""Time one configuration in this process: load, first inference and steady state apart.
 
 The method is that of the established tools, with their weak spots mended: warm-up by time, calls and stability (most
 tools: a handful of calls); enough samples for each percentile that is printed (MLPerf's early-stopping table); raw
@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +26,13 @@ from dmformer.machine import gpu_state
 from dmformer.runtimes.layers import shortfall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from dmformer.runtimes.base import Runtime
+
+    Ask = Callable[[], object]
 
 # Samples below which a percentile is not known with 99 % confidence (MLPerf LoadGen, early stopping).
 SAMPLES_FOR = {"p50": 7, "p90": 64, "p99": 662}
@@ -48,10 +55,11 @@ class Measurement(Struct, frozen=True, kw_only=True):
         load_ms: from opening the artifact to being ready, the engine's own import left out.
         first_inference_ms: the first call, which may allocate and compile.
         stable: whether the warm-up settled.
-        latencies_ns: each timed call, in order.
+        latencies_ns: each timed call, in the order in which they ended.
+        wall_ns: how long the timed calls took together; less than their sum where several were under way at once.
         gpu: its state right after the timed calls; ``None`` on a CPU, or where it cannot be asked.
-        device_ns: each timed call on the device alone, without transfers; empty on a CPU.
-        layers: compute layers by the precision in which they run; empty where that was not read back.
+        device_ns: each timed call on the device alone, without transfers; empty on a CPU, and for several streams.
+        layers: compute layers by the precision in which they ran; empty where that was not read back.
         peak_rss_mb: largest resident memory of the whole process, Python included, in MiB.
     """
 
@@ -62,72 +70,160 @@ class Measurement(Struct, frozen=True, kw_only=True):
     first_inference_ms: float
     stable: bool
     latencies_ns: list[int]
+    wall_ns: int
     peak_rss_mb: float
     layers: dict[str, int] = {}
     device_ns: list[int] = []
     gpu: dict[str, Any] | None = None
 
 
-def measure(
-    runtime: Runtime,
-    inputs: NDArray[np.float32],
-    batch: int,
-    duration_s: float,
-    least_calls: int,
-    promised: float | None = None,
-) -> Measurement:
-    """Load and time a runtime that is not open yet.
+@dataclass(frozen=True)
+class Extent:
+    """How long to measure.
 
-    Args:
-        runtime: what to time.
-        inputs: rows to make batches of, (N, C, H, W).
-        batch: rows in each call.
+    Attributes:
         duration_s: least time of the steady state, in seconds.
         least_calls: least number of timed calls.
+        deadline_s: when to stop in any case, on the clock of ``time.perf_counter``.
+    """
+
+    duration_s: float
+    least_calls: int
+    deadline_s: float = float("inf")
+
+    @property
+    def over(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.perf_counter() > self.deadline_s
+
+
+@dataclass
+class _Steady:
+    """What the steady state gave."""
+
+    stable: bool
+    latencies_ns: list[int] = field(default_factory=list)
+    device_ns: list[int] = field(default_factory=list)
+    wall_ns: int = 0
+
+
+def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: float | None = None) -> Measurement:
+    """Load and time runtimes that are not open yet.
+
+    Args:
+        streams: each a runtime and what makes one call of it, legal while it is open. Several are kept busy at once.
+        extent: how long to measure.
         promised: least share of the compute layers that must run in the artifact's precision, 0..1; ``None`` leaves
             out the proof, which may take as long as loading.
 
     Raises:
         StageFailed: the runtime failed, or runs otherwise than it was asked to.
     """
-    start = time.perf_counter_ns()
-    with runtime:
+    with ExitStack() as opened:
+        (runtime, ask), *others = streams
+        start = time.perf_counter_ns()
+        opened.enter_context(runtime)
         load_ns = time.perf_counter_ns() - start
         used = runtime.details
         if used.threads != runtime.threads:
             raise StageFailed(f"{runtime.name} runs on {used.threads} threads; expected {runtime.threads}")
         layers = _proven_layers(runtime, promised) if promised is not None else {}
-        name = runtime.inputs[0].name
-        feeds = _batches(inputs, batch)
-
-        def call() -> int:
-            feed = {name: next(feeds)}
-            before = time.perf_counter_ns()
-            runtime.run(feed)
-            return time.perf_counter_ns() - before
-
-        first_ns = call()
-        stable = _warm_up(call)
-        latencies: list[int] = []
-        on_device: list[int] = []
-        begun = time.perf_counter()
-        while len(latencies) < least_calls or time.perf_counter() - begun < duration_s:
-            latencies.append(call())
-            if (taken := runtime.device_ns) is not None:
-                on_device.append(taken)
+        first_ns = _timed(ask)
+        for other, _ in others:
+            opened.enter_context(other)
+        steady = _side_by_side([ask for _, ask in streams], extent) if others else _alone(runtime, ask, extent)
         return Measurement(
             device=used.device,
             threads=used.threads,
             version=used.version,
             load_ms=load_ns / 1e6,
             first_inference_ms=first_ns / 1e6,
-            stable=stable,
-            latencies_ns=latencies,
+            stable=steady.stable,
+            latencies_ns=steady.latencies_ns,
+            wall_ns=steady.wall_ns,
             peak_rss_mb=_peak_rss_mb(),
             layers=layers,
-            device_ns=on_device,
-            gpu=gpu_state() if on_device else None,
+            device_ns=steady.device_ns,
+            gpu=gpu_state() if runtime.device_ns is not None else None,
         )
+
+
+def batches(inputs: NDArray[np.float32], batch: int) -> list[NDArray[np.float32]]:
+    """Batches, each starting one row further on; made beforehand, so that making them is not timed."""
+    count = len(inputs)
+    return [np.ascontiguousarray(inputs[np.arange(start, start + batch) % count]) for start in range(count)]
+
+
+def network_alone(runtime: Runtime, name: str, inputs: NDArray[np.float32], batch: int) -> Ask:
+    """A call of the network with the next batch of ``inputs`` (N, C, H, W)."""
+    feeds = cycle({name: array} for array in batches(inputs, batch))
+    return lambda: runtime.run(next(feeds))
+
+
+def _timed(ask: Ask) -> int:
+    before = time.perf_counter_ns()
+    ask()
+    return time.perf_counter_ns() - before
+
+
+def _alone(runtime: Runtime, ask: Ask, extent: Extent) -> _Steady:
+    """One call after the other, in this thread."""
+    found = _Steady(_warm_up(lambda: _timed(ask), extent))
+    begun = time.perf_counter()
+    while not found.latencies_ns or not extent.over:
+        enough = len(found.latencies_ns) >= extent.least_calls
+        if enough and time.perf_counter() - begun >= extent.duration_s:
+            break
+        found.latencies_ns.append(_timed(ask))
+        if (taken := runtime.device_ns) is not None:
+            found.device_ns.append(taken)
+    found.wall_ns = sum(found.latencies_ns)
+    return found
+
+
+def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
+    """A thread for each stream. All are busy from the first timed call to the last; a call counts if it ended between.
+
+    The clock starts when every stream's warm-up has ended, and streams run on until it stops.
+    """
+    warm = threading.Barrier(len(asks) + 1)
+    stop = threading.Event()
+    ended: list[tuple[int, int]] = []  # when, and how long it took; appending is atomic
+    stable: list[bool] = []
+
+    def work(ask: Ask) -> None:
+        try:
+            stable.append(_warm_up(lambda: _timed(ask), extent))
+            warm.wait()
+        except BaseException:
+            warm.abort()  # else the others would wait for this one
+            raise
+        while not stop.is_set():
+            taken = _timed(ask)
+            ended.append((time.perf_counter_ns(), taken))
+
+    with ThreadPoolExecutor(len(asks)) as pool:
+        running = [pool.submit(work, ask) for ask in asks]
+        try:
+            warm.wait()
+            begun = time.perf_counter_ns()
+            while not extent.over and not any(run.done() for run in running):
+                wall_ns = time.perf_counter_ns() - begun
+                if len(ended) >= extent.least_calls and wall_ns >= extent.duration_s * 1e9:
+                    break
+                time.sleep(0.005)
+            wall_ns = time.perf_counter_ns() - begun
+        except threading.BrokenBarrierError:
+            begun = wall_ns = 0
+        finally:
+            stop.set()
+        for run in running:
+            if not isinstance(run.exception(), (threading.BrokenBarrierError, type(None))):
+                run.result()
+    counted = [taken for when, taken in ended if when <= begun + wall_ns]
+    if not counted:
+        raise StageFailed(f"no call of {len(asks)} streams ended in time; expected a longer limit, or fewer streams")
+    return _Steady(all(stable), counted, [], wall_ns)
 
 
 def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
@@ -138,19 +234,11 @@ def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
     return layers
 
 
-def _batches(inputs: NDArray[np.float32], batch: int) -> Iterator[NDArray[np.float32]]:
-    """Endless batches, each starting one row further on; made beforehand, so that making them is not timed."""
-    count = len(inputs)
-    made = [np.ascontiguousarray(inputs[np.arange(start, start + batch) % count]) for start in range(count)]
-    while True:
-        yield from made
-
-
-def _warm_up(call: Callable[[], int]) -> bool:
+def _warm_up(call: Callable[[], int], extent: Extent) -> bool:
     """Call until time, calls and stability are reached; False if the last never was."""
     latencies: list[int] = []
     begun = time.perf_counter()
-    while True:
+    while not extent.over:
         latencies.append(call())
         elapsed = time.perf_counter() - begun
         if elapsed < WARM_UP_S or len(latencies) < WARM_UP_CALLS:
@@ -159,6 +247,7 @@ def _warm_up(call: Callable[[], int]) -> bool:
             return True
         if elapsed > WARM_UP_LIMIT * WARM_UP_S and len(latencies) > WARM_UP_LIMIT * WARM_UP_CALLS:
             return False
+    return False
 
 
 def settled(latencies: list[int]) -> bool:

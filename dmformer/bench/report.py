@@ -8,7 +8,10 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dmformer.bench.measure import SAMPLES_FOR
+from dmformer.bench.configuration import Configuration
+from dmformer.bench.limits import Limits, attainable_ms
+from dmformer.bench.profile import Profile
+from dmformer.bench.statistics import Latency, Ratio, latency, paired_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,33 +19,20 @@ if TYPE_CHECKING:
     from dmformer.bench.measure import Measurement
 
 
-class Latency(Struct, frozen=True, kw_only=True):
-    """Milliseconds for one call. A percentile is ``null`` where there are too few samples to know it."""
+class Result(Configuration, frozen=True, kw_only=True):
+    """One configuration. Where ``status`` is ``failed`` or ``not run``, the figures are ``null``.
 
-    p50: float | None
-    p90: float | None
-    p99: float | None
-    mean: float
-    min: float
-    max: float
-
-
-class Result(Struct, frozen=True, kw_only=True):
-    """One configuration. Where ``status`` is ``failed``, ``reason`` says why and the figures are ``null``.
-
-    ``layers`` has the compute layers by the precision in which they ran, ``samples_ns`` the raw latencies, a list for
-    each process. ``device_latency_ms`` is the time on a GPU alone, from events: without transfers and without the host.
-    ``gpu`` has clocks, temperature and what held the clocks back, read right after the calls of each process.
-    ``attainable_ms`` and ``share_of_limit`` are ``null`` in this version, which does not measure the
-    machine's limits.
+    ``reason`` says why a row failed, or what is to be known of it. ``layers`` has the compute layers by the precision
+    in which they ran, ``samples_ns`` the raw latencies, a list for each process. ``device_latency_ms`` is the time on a
+    GPU alone, from events: without transfers and without the host. ``gpu`` has clocks, temperature, memory in use and
+    what held the clocks back, read right after the calls of each process. ``operations`` and ``least_bytes`` are what
+    one call cannot do without, ``attainable_ms`` the least time that this machine's limits admit for them, all threads
+    used, and ``share_of_limit`` that time over the measured one, the median over rounds with limits measured in the
+    same round. Both are ``null`` on a GPU, and where the rate at the row's precision is not known. ``profile_reason``
+    says why there is no profile where one was asked for.
     """
 
-    runtime: str
-    precision: str
-    batch: int
-    threads: int
-    artifact_sha256: str
-    status: Literal["ok", "unstable", "failed"]
+    status: Literal["ok", "unstable", "failed", "not run"]
     reason: str | None = None
     device: str | None = None
     engine_version: str | None = None
@@ -53,53 +43,113 @@ class Result(Struct, frozen=True, kw_only=True):
     load_ms: float | None = None
     first_inference_ms: float | None = None
     peak_rss_mb: float | None = None
-    layers: dict[str, int] = {}
+    layers: dict[str, int] = msgspec.field(default_factory=dict)
+    operations: float | None = None
+    least_bytes: float | None = None
     attainable_ms: float | None = None
     share_of_limit: float | None = None
     samples_ns: tuple[tuple[int, ...], ...] = ()
+    wall_ns: tuple[int, ...] = ()
     gpu: tuple[dict[str, Any], ...] = ()
+    profile: Profile | None = None
+    profile_reason: str | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether there are figures."""
+        return self.latency_ms is not None
+
+    @property
+    def call_ns(self) -> tuple[tuple[int, ...], ...]:
+        """What this mode is judged by, for each round: every call; for several streams the mean time for each."""
+        if self.mode != "throughput":
+            return self.samples_ns
+        return tuple((round(wall / len(samples)),) for wall, samples in zip(self.wall_ns, self.samples_ns, strict=True))
+
+    @property
+    def call_ms(self) -> float | None:
+        """Milliseconds of one call: the median; for several streams the time that passes between two that end."""
+        if self.latency_ms is None:
+            return None
+        if self.mode == "throughput":
+            return sum(self.wall_ns) / self.samples / 1e6
+        return self.latency_ms.p50 if self.latency_ms.p50 is not None else self.latency_ms.mean
+
+
+class Standing(Ratio, frozen=True, kw_only=True):
+    """How long a row takes over the quickest of those with its batch, mode and streams; rows by their place."""
+
+    row: int
+    quickest: int
+
+
+class Change(Ratio, frozen=True, kw_only=True):
+    """A row that both runs have: how long it takes now over what it took; rows by their place in this run."""
+
+    row: int
+    before_ms: float
+    now_ms: float
+    same_artifact: bool
+
+
+class Comparison(Struct, frozen=True, kw_only=True):
+    """This run against an earlier one.
+
+    ``machine_ratio`` is what the machine's matrix product attains now over what it attained then: a machine that is
+    slower today shows here. ``missing`` has the rows of the earlier run that this one lacks or could not time.
+    """
+
+    baseline: str
+    changes: tuple[Change, ...]
+    missing: tuple[str, ...]
+    machine_ratio: float | None
 
 
 class BenchReport(Struct, frozen=True, kw_only=True):
     """All configurations of one run.
 
     The first configuration is run twice in each round. ``noise_floor`` is the distance of the ratio of its two medians
-    from 1, the median over rounds: smaller differences between configurations are ties. ``limits`` is ``null`` in this
-    version. ``skipped`` has a sentence for each artifact that no runtime here can run.
+    from 1, the median over rounds: smaller differences between configurations are ties. ``limits`` are the medians over
+    rounds. ``partial`` marks a run that was stopped: its rows have the rounds that finished. ``skipped`` has a sentence
+    for each artifact that no runtime here can run, ``notes`` for whatever else is to be known.
     """
 
     environment: dict[str, Any]
     results: tuple[Result, ...]
-    limits: dict[str, float] | None = None
+    limits: Limits | None = None
     noise_floor: float | None = None
+    standings: tuple[Standing, ...] = ()
+    rounds: int = 0
+    partial: bool = False
+    arch: str = ""
+    measured_at: str = ""
+    command: str | None = None
+    images: str | None = None
+    comparison: Comparison | None = None
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def latency(samples_ns: Sequence[int]) -> Latency:
-    """Figures in milliseconds from raw nanoseconds; nothing is clipped."""
-    values = np.asarray(samples_ns, np.float64) / 1e6
+def summarise(
+    planned: Result,
+    rounds: Sequence[Measurement],
+    limits: Sequence[Limits | None] = (),
+    work: tuple[float, float] | None = None,
+) -> Result:
+    """Fill a configuration's figures in from its rounds; load and first inference are medians over the rounds.
 
-    def percentile(name: str) -> float | None:
-        return float(np.percentile(values, int(name[1:]))) if len(values) >= SAMPLES_FOR[name] else None
-
-    return Latency(
-        p50=percentile("p50"),
-        p90=percentile("p90"),
-        p99=percentile("p99"),
-        mean=float(values.mean()),
-        min=float(values.min()),
-        max=float(values.max()),
-    )
-
-
-def summarise(result: Result, rounds: Sequence[Measurement]) -> Result:
-    """Fill a configuration's figures in from its rounds; load and first inference are medians over the rounds."""
+    Args:
+        planned: the row, without figures.
+        rounds: what was measured.
+        limits: of the machine, in the same rounds.
+        work: operations and bytes that one call cannot do without.
+    """
     pooled = [sample for measured in rounds for sample in measured.latencies_ns]
     on_device = [sample for measured in rounds for sample in measured.device_ns]
     stable = all(measured.stable for measured in rounds)
     reason = None if stable else "the warm-up did not settle within 3 %: the machine is busy or its clock changes"
-    return msgspec.structs.replace(
-        result,
+    result = msgspec.structs.replace(
+        planned,
         status="ok" if stable else "unstable",
         reason=reason,
         device=rounds[0].device,
@@ -107,16 +157,61 @@ def summarise(result: Result, rounds: Sequence[Measurement]) -> Result:
         latency_ms=latency(pooled),
         device_latency_ms=latency(on_device) if on_device else None,
         samples=len(pooled),
-        throughput_ips=result.batch * len(pooled) / (sum(pooled) / 1e9),
+        throughput_ips=planned.batch * len(pooled) / (sum(measured.wall_ns for measured in rounds) / 1e9),
         load_ms=float(np.median([measured.load_ms for measured in rounds])),
         first_inference_ms=float(np.median([measured.first_inference_ms for measured in rounds])),
         layers=rounds[0].layers,
         peak_rss_mb=max(measured.peak_rss_mb for measured in rounds),
         gpu=tuple(measured.gpu for measured in rounds if measured.gpu is not None),
         samples_ns=tuple(tuple(measured.latencies_ns) for measured in rounds),
+        wall_ns=tuple(measured.wall_ns for measured in rounds),
+    )
+    on_gpu = any(measured.gpu is not None or measured.device_ns for measured in rounds)
+    return result if work is None or on_gpu else _with_limit(result, limits, work)
+
+
+def _with_limit(result: Result, limits: Sequence[Limits | None], work: tuple[float, float]) -> Result:
+    result = msgspec.structs.replace(result, operations=work[0], least_bytes=work[1])
+    least, shares = [], []
+    for found, calls in zip(limits, result.call_ns, strict=False):
+        attainable = attainable_ms(found, result.runtime, result.layers, work) if found is not None else None
+        if attainable is not None:
+            least.append(attainable)
+            shares.append(attainable * 1e6 / float(np.median(calls)))
+    if not least:
+        return result
+    return msgspec.structs.replace(
+        result, attainable_ms=float(np.median(least)), share_of_limit=float(np.median(shares))
     )
 
 
-def round_ratios(candidate: Sequence[Sequence[int]], baseline: Sequence[Sequence[int]]) -> list[float]:
-    """Ratio of the medians of two configurations in each round; rounds stand side by side in time."""
-    return [float(np.median(a) / np.median(b)) for a, b in zip(candidate, baseline, strict=True)]
+def standings(results: Sequence[Result], noise: float | None) -> tuple[Standing, ...]:
+    """Each row against the quickest of its kind; rows that stand alone are left out."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, row in enumerate(results):
+        if row.timed:
+            groups.setdefault((row.batch, row.mode, row.streams), []).append(place)
+    found = []
+    for places in groups.values():
+        quickest = min(places, key=lambda place: results[place].call_ms or float("inf"))
+        for place in places:
+            if place != quickest:
+                ratio = paired_ratio(results[place].call_ns, results[quickest].call_ns, noise)
+                found.append(Standing(row=place, quickest=quickest, **msgspec.structs.asdict(ratio)))
+    return tuple(sorted(found, key=lambda standing: standing.row))
+
+
+def median_limits(limits: Sequence[Limits | None]) -> Limits | None:
+    """The medians over rounds."""
+    found = [each for each in limits if each is not None]
+    if not found:
+        return None
+    return Limits(
+        threads=found[0].threads,
+        gflops=float(np.median([each.gflops for each in found])),
+        gbytes_per_s=float(np.median([each.gbytes_per_s for each in found])),
+        peaks=tuple(
+            msgspec.structs.replace(peak, gops=float(np.median([each.peaks[place].gops for each in found])))
+            for place, peak in enumerate(found[0].peaks)
+        ),
+    )

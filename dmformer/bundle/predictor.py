@@ -49,9 +49,10 @@ class PredictReport(Struct, frozen=True, kw_only=True):
 
 
 class Predictor:
-    """Classifies image files. A context manager, to be used from one thread at a time."""
+    """Classifies image files, ``batch`` at a time. A context manager, to be used from one thread at a time."""
 
-    def __init__(self, choice: Choice, threads: int | None = None) -> None:
+    def __init__(self, choice: Choice, threads: int | None = None, batch: int = _BATCH) -> None:
+        self.batch = batch
         self.manifest = choice.bundle.manifest
         self.runtime = choice.runtime(threads)
 
@@ -75,8 +76,8 @@ class Predictor:
         preprocessing = self.manifest.preprocessing
         (output,) = self.manifest.outputs
         predictions = []
-        for start in range(0, len(paths), _BATCH):
-            batch = paths[start : start + _BATCH]
+        for start in range(0, len(paths), self.batch):
+            batch = paths[start : start + self.batch]
             inputs = preprocessing.normalize(load_pixels(batch, preprocessing))
             logits = self.runtime.run_rows({self.manifest.inputs[0].name: inputs})[output.name]
             predictions += [self._top(path, row, top_k) for path, row in zip(batch, logits, strict=True)]

@@ -114,10 +114,19 @@ def write_json(report: Any, target: str | None) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
+    write_report(Path(target), data)
+
+
+def write_report(path: Path, data: bytes) -> None:
+    """Write a report's file.
+
+    Raises:
+        StageFailed: it could not be written.
+    """
     try:
-        Path(target).write_bytes(data)
+        path.write_bytes(data)
     except OSError as error:
-        raise StageFailed(f"report {target!r} could not be written: {error.strerror}") from error
+        raise StageFailed(f"report {str(path)!r} could not be written: {error.strerror}") from error
 
 
 def check_json_target(target: str | None) -> None:
@@ -188,15 +197,11 @@ def stages() -> Iterator[Stages]:
         yield shown
 
 
-def three_digits(value: float | None) -> str:
-    """Three significant digits; a dash for what is not known."""
-    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
 def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
     """What was found of artifacts when they were made: in what they compute, accuracy lost, speed."""
     from rich.text import Text
 
+    from dmformer.bench.words import digits
     from dmformer.runtimes.layers import describe
 
     columns = ["artifact", "size", "computes", "points lost", "p50 ms", "against fp32"]
@@ -215,7 +220,7 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
             megabytes(artifact.bytes),
             describe(artifact.layers) or "-",
             "-" if artifact.points_lost is None else f"{artifact.points_lost:.2f}",
-            "-" if speed is None else three_digits(speed.p50_ms),
+            "-" if speed is None else digits(speed.p50_ms),
             verdict,
         ]
         add_row(listing, cells)

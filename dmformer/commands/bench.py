@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
-from dmformer.bench import DEFAULT_DURATION_S
+from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S
 from dmformer.commands import _present as present
-from dmformer.errors import StageFailed
+from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
 
+    from dmformer.bench.compare import Baseline
     from dmformer.bench.report import BenchReport
+
+_REPORTED = "Reports"
 
 
 def bench(
@@ -30,92 +38,158 @@ def bench(
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size; otherwise 1. Repeatable.")
     ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mode",
+            metavar="MODE",
+            help="compute (the network alone), end-to-end (image file to classes) or throughput. Repeatable.",
+        ),
+    ] = None,
+    streams: Annotated[
+        list[int] | None,
+        typer.Option("--streams", min=1, help="Calls under way at once, for throughput; otherwise as many as cores."),
+    ] = None,
     threads: present.ThreadsOption = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="DIR", help="Images to ask about; otherwise the golden ones.")
+    ] = None,
     duration: Annotated[
         float, typer.Option("--duration", metavar="S", help="Seconds of steady state for each row, at least.")
     ] = DEFAULT_DURATION_S,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Processes for each row, in turns; otherwise 3.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="S", help="Seconds after which a process is ended.")
+    ] = DEFAULT_LIMIT_S,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Where the time goes, too: by operator and by stage of the network.")
+    ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="FILE", help="The JSON of an earlier run.", rich_help_panel=_REPORTED),
+    ] = None,
+    max_regression: Annotated[
+        float | None,
+        typer.Option(
+            "--max-regression",
+            metavar="PERCENT",
+            help="With --compare: exit code 1 where a row is slower by more, beyond the noise; otherwise 5.",
+            rich_help_panel=_REPORTED,
+        ),
+    ] = None,
     json_file: present.JsonOption = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write the report as one page that needs no network.",
+            rich_help_panel=_REPORTED,
+        ),
+    ] = None,
 ) -> None:
-    """Time a bundle's runtimes: each row in processes of its own, load and first inference apart."""
-    from dmformer.bench.api import ROUNDS
-    from dmformer.bench.api import bench as run_bench
+    """Time a bundle's runtimes: each row in processes of its own, beside what the machine can do at best."""
+    from dmformer.bench import api
+    from dmformer.bench.plan import Request, plan_bench
 
     present.check_json_target(json_file)
-    opened = present.bundle_named(bundle)
-    with present.stages() as shown:
-        report = run_bench(
-            opened,
+    if html is not None:
+        present.check_json_target(str(html))
+        from dmformer.bench.page import check_installed
+
+        check_installed()
+    before = _baseline(baseline, max_regression)
+    plan = plan_bench(
+        present.bundle_named(bundle),
+        Request(
             runtimes=runtime or [],
             precisions=precision or [],
             batches=batch or [1],
+            modes=mode or [],
+            streams=streams or [],
             threads=threads,
+            rounds=rounds or api.ROUNDS,
             duration_s=duration,
-            stage=shown.stage,
-        )
-    _show(report, opened.manifest.model.arch, ROUNDS, json_file)
+            limit_s=time_limit,
+            images=images,
+            profile=profile,
+        ),
+    )
+    present.say(f"{plan.processes} processes, about {plan.expected_s:.0f} s, at most {plan.longest_s / 60:.0f} min")
+    with present.stages() as shown:
+        report = api.run(plan, shown.stage)
+    report = msgspec.structs.replace(
+        report,
+        command=shlex.join(["dmformer", *sys.argv[1:]]),
+        comparison=before.compare(report) if before is not None else None,
+    )
+    _show(report, json_file)
     present.write_json(report, json_file)
+    if html is not None:
+        from dmformer.bench.page import render
+
+        present.write_report(html, render(report, plan.bundle.manifest).encode())
+    if report.partial:
+        raise KeyboardInterrupt
+    if before is not None:
+        before.judge(report)
     failed = [result for result in report.results if result.status == "failed"]
     if failed:
         raise StageFailed(f"{len(failed)} of {len(report.results)} rows failed; first: {failed[0].reason}")
 
 
-def _show(report: BenchReport, arch: str, rounds: int, json_file: str | None) -> None:
+def _baseline(path: str | None, max_regression: float | None) -> Baseline | None:
+    """An earlier run, read and checked before this one begins."""
+    from dmformer.bench.compare import DEFAULT_REGRESSION, Baseline
+
+    if path is not None:
+        return Baseline.read(path, DEFAULT_REGRESSION if max_regression is None else max_regression / 100)
+    if max_regression is not None:
+        raise UsageError("--max-regression without a baseline; expected --compare FILE with it")
+    return None
+
+
+def _show(report: BenchReport, json_file: str | None) -> None:
+    from dmformer.bench import words
+
+    present.show(_table(report), json_file)
+    for line in words.summary(report):
+        present.show(line, json_file)
+    for line in words.remarks(report):
+        present.say(line)
+
+
+def _table(report: BenchReport) -> Table:
+    from dmformer.bench.words import digits
     from dmformer.runtimes.layers import describe
 
-    columns = [
-        "runtime",
-        "batch",
-        "p50 ms",
-        "p90 ms",
-        "images/s",
-        "load ms",
-        "first ms",
-        "MiB",
-        "samples",
-        "computes",
-        "status",
-    ]
-    threads = report.results[0].threads
-    title = f"Latency of {arch}, preprocessing left out, {threads} threads, {rounds} processes a row"
-    listing = present.table(title, columns, numeric=columns[1:9])
-    for row in sorted(report.results, key=lambda row: (row.batch, row.latency_ms.mean if row.latency_ms else 0.0)):
+    several = any(row.mode != "compute" for row in report.results)
+    columns = ["runtime", *(["mode"] if several else []), "batch"]
+    columns += ["p50 ms", "p90 ms", "images/s", "of limit", "load ms", "first ms", "MiB", "samples"]
+    first = report.results[0]
+    cores = f"{first.cores} threads" if first.cores > 1 else "1 thread"
+    left_out = "" if several else ", preprocessing left out"
+    stopped = ", stopped before the end" if report.partial else ""
+    title = f"Latency of {report.arch}{left_out}, {cores}, {report.rounds} processes a row{stopped}"
+    listing = present.table(title, [*columns, "computes", "status"], numeric=columns[2 if several else 1 :])
+    for row in sorted(report.results, key=lambda row: (row.mode, row.streams, row.batch, row.call_ms or 0.0)):
         timed = row.latency_ms
+        mode = f"throughput, {row.streams}" if row.mode == "throughput" else row.mode
+        figures = (row.load_ms, row.first_inference_ms, row.peak_rss_mb)
         cells: list[str | Text] = [
             f"{row.runtime} {row.precision}",
+            *([mode] if several else []),
             str(row.batch),
-            present.three_digits(timed.p50 if timed else None),
-            present.three_digits(timed.p90 if timed else None),
-            present.three_digits(row.throughput_ips),
-            present.three_digits(row.load_ms),
-            present.three_digits(row.first_inference_ms),
-            present.three_digits(row.peak_rss_mb),
+            digits(timed.p50 if timed else None),
+            digits(timed.p90 if timed else None),
+            digits(row.throughput_ips),
+            "-" if row.share_of_limit is None else f"{row.share_of_limit:.0%}",
+            *(digits(figure) for figure in figures),
             str(row.samples),
             describe(row.layers),
             present.mark(row.status == "ok", row.status),
         ]
         present.add_row(listing, cells)
-    present.show(listing, json_file)
-    for row in report.results:
-        if row.device_latency_ms is not None:
-            alone = row.device_latency_ms
-            present.show(
-                f"{row.runtime} {row.precision} batch {row.batch}, on the GPU alone (events, no transfers): "
-                f"p50 {present.three_digits(alone.p50)} ms, p90 {present.three_digits(alone.p90)} ms",
-                json_file,
-            )
-            for state in row.gpu[-1:]:
-                said = ", ".join(f"{name} {value}" for name, value in state.items() if value is not None)
-                present.show(f"after it: {said}", json_file)
-    if report.noise_floor is not None:
-        present.show(
-            f"noise floor {report.noise_floor:.1%}: {report.results[0].runtime} {report.results[0].precision} against "
-            "itself in this run; smaller differences are ties",
-            json_file,
-        )
-    machine = report.environment
-    present.show(f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}", json_file)
-    for reason in report.skipped:
-        present.say(f"not timed: {reason}")
-    for row in report.results:
-        if row.reason:
-            present.say(f"{row.runtime} {row.precision} batch {row.batch}: {row.reason}")
+    return listing

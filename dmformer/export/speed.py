@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 
 from dmformer.bench.api import bench
-from dmformer.bench.report import BenchReport, Result, round_ratios
+from dmformer.bench.report import BenchReport, Result
+from dmformer.bench.statistics import round_ratios
 from dmformer.bundle.manifest import Artifact, Speed
 from dmformer.errors import StageFailed
 
@@ -42,7 +43,7 @@ def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
     batch = max([1, *(target.min_batch for target in targets)])
     report = bench(bundle, batches=[batch], duration_s=DURATION_S, stage=stage)
     for result in report.results:
-        if result.status == "failed":
+        if not result.timed:
             raise StageFailed(f"timing {result.runtime} {result.precision}: {result.reason}")
     by_hash = {(result.artifact_sha256, result.precision): result for result in report.results}
     found = [(artifact, by_hash.get((artifact.sha256, artifact.precision))) for artifact in bundle.manifest.artifacts]

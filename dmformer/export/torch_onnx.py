@@ -20,7 +20,7 @@ from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.export import onnx_file
 from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
-from dmformer.verify.modules import module_path
+from dmformer.runtimes.layers import module_path
 
 if TYPE_CHECKING:
     from pathlib import Path

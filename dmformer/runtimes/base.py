@@ -64,6 +64,21 @@ class Details:
     version: str
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One step of an inference, as the engine runs it: after fusion, with the layout changes that it put in.
+
+    Attributes:
+        name: in the engine's words; that of the ONNX node it came from where the engine keeps it.
+        operator: in the engine's words.
+        ns: nanoseconds that it took, one for each inference.
+    """
+
+    name: str
+    operator: str
+    ns: tuple[int, ...]
+
+
 class Runtime(ABC):
     """Loads one artifact and runs it.
 
@@ -135,6 +150,16 @@ class Runtime(ABC):
         return None
 
     @classmethod
+    def peak_gops(cls, precision: str, threads: int) -> float | None:
+        """What the engine attains at a precision on a large, regular product, in 10^9 operations a second.
+
+        ``None`` where NumPy's matrix product serves as the limit (float32), and where nothing is known. A multiply and
+        an add are two operations.
+        """
+        del precision, threads
+        return None
+
+    @classmethod
     def cannot_load(cls, target: Target | None) -> str | None:
         """Why an artifact with this target cannot run on this machine; ``None`` where it can, as far as is known.
 
@@ -171,6 +196,26 @@ class Runtime(ABC):
     @abstractmethod
     def read_layers(self) -> dict[str, int]:
         """Called by :meth:`layers`."""
+
+    def kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """Where the time of an inference goes, by the engine's own profiler, in the order in which kernels ran.
+
+        Legal while open; may load the model once more, because profilers slow down what they watch.
+
+        Args:
+            feeds: what :meth:`run` takes, one for each inference.
+
+        Raises:
+            StageFailed: the engine failed.
+        """
+        for feed in feeds:
+            self._check(feed)
+        with self._engine_errors("profiling"):
+            return self.read_kernels(feeds)
+
+    @abstractmethod
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """Called by :meth:`kernels` with checked feeds."""
 
     @abstractmethod
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmformer.errors import UnavailableError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 AUTO = "auto"
 
@@ -61,6 +64,24 @@ def load(name: str) -> tuple[Flavour, Any]:
             why = "is not installed" if missing else f"does not load here ({first_line(error)})"
             reasons.append(f"{flavour.said} {why}: {flavour.install}")
     raise UnavailableError("; ".join(reasons))
+
+
+def profiler(engine: Any, tell: Callable[[str, float], object]) -> Any:
+    """A profiler that tells the name and the milliseconds of each layer of an inference.
+
+    Args:
+        engine: the flavour's module, whose ``IProfiler`` has to be the base.
+        tell: called for each layer.
+    """
+
+    class Profiler(engine.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            engine.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            tell(layer_name, ms)
+
+    return Profiler()
 
 
 class Log:

@@ -6,6 +6,7 @@ type. So precision is read back from the loaded model, never taken from the file
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,3 +53,17 @@ def shortfall(layers: Mapping[str, int], precision: str, promised: float) -> str
     if share + 0.5 / total >= promised:
         return None
     return f"{precision} in {share:.0%} of {total} compute layers ({describe(layers)}); promised {promised:.0%}"
+
+
+def module_path(scoped: str) -> str:
+    """``/stages.2/blocks/blocks.0/dma/mix/Conv_output_0`` -> ``stages.2.blocks.0.dma.mix``.
+
+    The exporter names an element of a sequence after the sequence as well, which is left out.
+    """
+    *scopes, _ = scoped.strip("/").split("/")
+    pairs = itertools.pairwise([*scopes, ""])
+    return ".".join(
+        scope
+        for scope, following in pairs
+        if not (following.startswith(f"{scope}.") and following[len(scope) + 1 :].isdecimal())
+    )

@@ -13,16 +13,19 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
-from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from dmformer.runtimes.base import Arrays
 
 _PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
+_KERNEL = "_kernel_time"  # how the profile marks what is a kernel
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
@@ -115,21 +118,33 @@ class OnnxRuntime(Runtime):
 
     def read_layers(self) -> dict[str, int]:
         """From the profile of one inference, in which each executed kernel has its types."""
+        found: Counter[str] = Counter()
+        for event in self._profiled([{spec.name: np.zeros(_least(spec), spec.dtype) for spec in self.inputs}]):
+            details = event["args"]
+            if is_compute(details["op_name"]):
+                (type_name,) = details["input_type_shape"][0]
+                found[precision_of(type_name)] += 1
+        return dict(found)
+
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """From a session that profiles; it counts in whole microseconds."""
+        times: dict[tuple[str, str], list[int]] = {}
+        for event in self._profiled(feeds):
+            key = event["name"].removesuffix(_KERNEL), event["args"]["op_name"]
+            times.setdefault(key, []).append(1000 * event["dur"])
+        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
+
+    def _profiled(self, feeds: Sequence[Arrays]) -> list[dict[str, Any]]:
+        """What a session that profiles tells of each kernel of each inference."""
         with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
             options = self.options()
             options.enable_profiling = True
             options.profile_file_prefix = f"{folder}/profile"
             session = _import().InferenceSession(str(self.path), options, providers=[_PROVIDER])
-            zeros = {spec.name: np.zeros(_least(spec), spec.dtype) for spec in self.inputs}
-            session.run(None, zeros)
+            for feed in feeds:
+                session.run(None, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_bytes())
-        found: Counter[str] = Counter()
-        for event in events:
-            details = event.get("args", {})
-            if event.get("name", "").endswith("_kernel_time") and is_compute(details.get("op_name", "")):
-                (type_name,) = details["input_type_shape"][0]
-                found[precision_of(type_name)] += 1
-        return dict(found)
+        return [event for event in events if event.get("name", "").endswith(_KERNEL)]
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the session; onnxruntime allocates the outputs anew for each call."""

@@ -9,10 +9,13 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
-from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes import openvino_peak
+from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from dmformer.runtimes.base import Arrays
@@ -52,7 +55,7 @@ class OpenVinoRuntime(Runtime):
         ov = _import()
         wanted = _PRECISION_HINT["fp32" if self.cannot_compute(self.precision) else self.precision]
         core = ov.Core()
-        settings = {
+        self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": wanted,
             "INFERENCE_NUM_THREADS": self.threads,
@@ -60,7 +63,7 @@ class OpenVinoRuntime(Runtime):
         self._source = core.read_model(str(self.path))
         known = {name for port in self._source.outputs for name in port.get_names()}
         self._source.add_outputs([name for name in self.taps if name not in known])
-        self._model = core.compile_model(self._source, _DEVICE, settings)
+        self._model = core.compile_model(self._source, _DEVICE, self._settings)
         self._request = self._model.create_infer_request()
         device, hint = self.details.device, self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if (device, hint) != (_DEVICE, wanted):
@@ -111,6 +114,24 @@ class OpenVinoRuntime(Runtime):
             if is_compute(told["layerType"].astype(str)):
                 found[precision_of(told["runtimePrecision"].astype(str))] += 1
         return dict(found)
+
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """From the counters of a second compilation, which count in whole microseconds."""
+        counting = _import().Core().compile_model(self._source, _DEVICE, {**self._settings, "PERF_COUNT": True})
+        request = counting.create_infer_request()
+        times: dict[tuple[str, str], list[int]] = {}
+        for feed in feeds:
+            request.infer(dict(feed), share_inputs=True)
+            for told in request.profiling_info:
+                if told.status == told.Status.EXECUTED:  # else fused into another, or folded away
+                    taken = round(told.real_time.total_seconds() * 1e9)
+                    times.setdefault((told.node_name, told.node_type), []).append(taken)
+        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
+
+    @classmethod
+    def peak_gops(cls, precision: str, threads: int) -> float | None:
+        """Of a pointwise convolution of 1024 channels: at int8, for which NumPy has no matrix product."""
+        return openvino_peak.int8_gops(threads) if precision == "int8" else None
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run one request; the outputs are copied out of its buffers."""

@@ -14,13 +14,15 @@ import numpy as np
 
 from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.runtimes import flavours
-from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.cuda import Buffer, Session, find_gpu
 from dmformer.runtimes.layers import is_compute, precision_of
 from dmformer.runtimes.plan import contradiction
 from dmformer.runtimes.target import this_platform
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from dmformer.runtimes.base import Arrays
@@ -100,18 +102,13 @@ class TensorRtRuntime(Runtime):
         self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
             raise StageFailed(f"the engine was not loaded: {self._log.last}")
-        self._context = self._new_context()
-        if self._context is None:
-            raise StageFailed(f"no execution context: {self._log.last}")
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         specs = {name: self._spec(name) for name in names}
         reading = engine.TensorIOMode.INPUT
         self._inputs = tuple(specs[name] for name in names if self._engine.get_tensor_mode(name) == reading)
         self._outputs = tuple(specs[name] for name in names if self._engine.get_tensor_mode(name) != reading)
         self._buffers = {name: Buffer(self._cuda, self._most_bytes(spec)) for name, spec in specs.items()}
-        for name, buffer in self._buffers.items():
-            if not self._context.set_tensor_address(name, buffer.device):
-                raise StageFailed(f"the engine refused the address of {name!r}: {self._log.last}")
+        self._context = self._new_context()
         self._before, self._after = self._cuda.event(), self._cuda.event()
 
     def close(self) -> None:
@@ -153,9 +150,35 @@ class TensorRtRuntime(Runtime):
 
     def read_layers(self) -> dict[str, int]:
         """From the inspector, by the ONNX layers that each kernel came from."""
+        return layers_told(self._layers_with_nodes())
+
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """From TensorRT's profiler, in a context of its own that launches each kernel instead of replaying a graph.
+
+        A kernel has the name of the ONNX node that it came from, the first one where it came from several.
+        """
+        sources = {layer["Name"]: nodes for layer, nodes in self._layers_with_nodes() if "Name" in layer}
+        times: dict[str, list[int]] = {}
+        profiler = flavours.profiler(self._trt, lambda layer, ms: times.setdefault(layer, []).append(round(ms * 1e6)))
+        kept, self._context = self._context, self._new_context()
+        try:
+            self._context.profiler = profiler
+            for feed in feeds:
+                self._drop_graph()
+                self.infer(feed)
+        finally:
+            self._drop_graph()
+            self._context = kept
+        found = []
+        for layer, taken in times.items():
+            source = next(iter(sources.get(layer, [])), layer)
+            found.append(Kernel(source, source.rpartition("/")[2], tuple(taken)))
+        return found
+
+    def _layers_with_nodes(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """What the inspector tells of each kernel, and the ONNX nodes that it came from."""
         inspector = self._engine.create_engine_inspector()
-        told = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        return layers_told(told)
+        return layers_with_nodes(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Copy in, run, copy out; the second inference of a shape records the CUDA graph that later ones replay."""
@@ -196,16 +219,23 @@ class TensorRtRuntime(Runtime):
             raise StageFailed(f"the engine did not run: {self._log.last}")
 
     def _new_context(self) -> Any:
-        """An execution context; TensorRT-RTX is told to finish compiling a shape before it runs it.
+        """An execution context over the buffers; TensorRT-RTX is told to finish compiling a shape before it runs it.
 
         Its default compiles in the background and runs other kernels meanwhile, which a graph would keep for good.
         """
         strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
-        if strategies is None:
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        return self._engine.create_execution_context(config)
+        settings = []
+        if strategies is not None:
+            config = self._engine.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+            settings.append(config)
+        context = self._engine.create_execution_context(*settings)
+        if context is None:
+            raise StageFailed(f"no execution context: {self._log.last}")
+        for name, buffer in self._buffers.items():
+            if not context.set_tensor_address(name, buffer.device):
+                raise StageFailed(f"the engine refused the address of {name!r}: {self._log.last}")
+        return context
 
     def _record(self) -> Any:
         """A CUDA graph of one inference at the shape that is set."""
@@ -239,19 +269,27 @@ class TensorRtRuntime(Runtime):
         return math.prod(sizes) * np.dtype(spec.dtype).itemsize
 
 
-def layers_told(told: str) -> dict[str, int]:
-    """Compute layers by precision, from the inspector's JSON.
+def layers_with_nodes(told: str) -> list[tuple[dict[str, Any], list[str]]]:
+    """The kernels in the inspector's JSON, each with the ONNX nodes that it came from."""
+    layers = json.loads(told, strict=False).get("Layers", [])
+    return [
+        (layer, _ONNX_LAYER.findall(layer.get("Metadata", ""))) for layer in layers if isinstance(layer, dict)
+    ]  # without detailed profiling a layer is a bare name
+
+
+def layers_told(layers: Sequence[tuple[dict[str, Any], list[str]]]) -> dict[str, int]:
+    """Compute layers by precision.
 
     A kernel counts once for each convolution or matrix product of the ONNX file that it came from, in the type of its
     first input.
     """
     found: Counter[str] = Counter()
-    for layer in json.loads(told, strict=False).get("Layers", []):
-        if not isinstance(layer, dict) or not layer.get("Inputs"):
+    for layer, nodes in layers:
+        if not layer.get("Inputs"):
             continue
         first = layer["Inputs"][0]
         type_name = str(first.get("Datatype") or first.get("Format/Datatype", "")).split()
-        for node in _ONNX_LAYER.findall(layer.get("Metadata", "")):
+        for node in nodes:
             if is_compute(node.rpartition("/")[2]) and type_name:
                 found[precision_of(type_name[0])] += 1
     return dict(found)

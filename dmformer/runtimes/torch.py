@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,12 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import first_line
-from dmformer.runtimes.base import Availability, Details, Runtime, TensorSpec
+from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec
 from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import nn
 
@@ -97,6 +101,25 @@ class TorchRuntime(Runtime):
             if is_compute(kind) or kind == "Linear":
                 found[precision_of(str(module.weight.dtype).removeprefix("torch."))] += 1
         return dict(found)
+
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """Each module without children, timed by hooks; what a module does itself (adds, products) is not in it."""
+        times: dict[tuple[str, str], list[int]] = {}
+        begun: list[int] = []
+
+        def ends(key: tuple[str, str]) -> Any:
+            return lambda *_: times.setdefault(key, []).append(time.perf_counter_ns() - begun.pop())
+
+        with ExitStack() as hooks:
+            for name, module in self._model.named_modules():
+                if next(module.children(), None) is None:
+                    key = f"{name}/{type(module).__name__}", type(module).__name__
+                    before = module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter_ns()))
+                    hooks.callback(before.remove)
+                    hooks.callback(module.register_forward_hook(ends(key)).remove)
+            for feed in feeds:
+                self.infer(feed)
+        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the network without autograd."""

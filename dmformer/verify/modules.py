@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer.errors import DMFormerError, UnavailableError
+from dmformer.runtimes.layers import module_path
 from dmformer.verify.bisect import largest_share, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, largest_difference
 from dmformer.verify.parity import Check, as_check
@@ -27,20 +28,6 @@ if TYPE_CHECKING:
     from dmformer.runtimes.base import Runtime
 
 _LEAST_SHOWN = 0.8  # of the layers; what has no tensor of its own (identities, what was folded) is not missed
-
-
-def module_path(scoped: str) -> str:
-    """``/stages.2/blocks/blocks.0/dma/mix/Conv_output_0`` -> ``stages.2.blocks.0.dma.mix``.
-
-    The exporter names an element of a sequence after the sequence as well, which is left out.
-    """
-    *scopes, _ = scoped.strip("/").split("/")
-    pairs = itertools.pairwise([*scopes, ""])
-    return ".".join(
-        scope
-        for scope, following in pairs
-        if not (following.startswith(f"{scope}.") and following[len(scope) + 1 :].isdecimal())
-    )
 
 
 class ModuleTruth:

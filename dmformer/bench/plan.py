@@ -1,0 +1,189 @@
+"""What a run will time, in which order, and how long it may take; made and checked before anything is started."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
+from dmformer.bench.configuration import MODES, Configuration, Mode
+from dmformer.bench.measure import SAMPLES_FOR, WARM_UP_CALLS, WARM_UP_S
+from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.bundle.select import select
+from dmformer.data.images import list_images, load_pixels
+from dmformer.errors import UsageError
+from dmformer.machine import check_threads, usable_cores
+
+if TYPE_CHECKING:
+    from dmformer.bundle.select import Choice
+
+MOST_IMAGES = 64
+_START_S = {"torch": 3.0}  # imports and load, where it takes long
+_USUAL_START_S = 1.0
+_LIMITS_S = 2.0
+_USUAL_RATE = 4e10  # operations a second of a core: for the estimate alone
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run.
+
+    Attributes:
+        bundle: what is timed.
+        configurations: the rows.
+        rounds: how often each is timed, each time in a process of its own.
+        duration_s: least time of steady state of a row, over all rounds.
+        limit_s: after so many seconds a process is ended; half of it is for its calls.
+        images: files that are the input; empty for the golden images.
+        profile: whether each row of mode ``compute`` is profiled after the rounds.
+        skipped: a sentence for each artifact that no runtime here can run.
+    """
+
+    bundle: Bundle
+    configurations: tuple[Configuration, ...]
+    rounds: int
+    duration_s: float
+    limit_s: float
+    images: tuple[Path, ...]
+    profile: bool
+    skipped: tuple[str, ...]
+
+    def order(self, number: int) -> list[int]:
+        """Places of configurations in a round, the first one twice; each round begins elsewhere.
+
+        What is timed first in a round meets a processor that has rested.
+        """
+        runs = [*range(len(self.configurations)), 0]
+        start = number * len(runs) // self.rounds
+        return runs[start:] + runs[:start]
+
+    @property
+    def least_calls(self) -> int:
+        """Of each process, so that the 90th percentile is known."""
+        return -(-SAMPLES_FOR["p90"] // self.rounds)
+
+    @property
+    def profiled(self) -> tuple[int, ...]:
+        """Places of the configurations that are profiled."""
+        rows = enumerate(self.configurations) if self.profile else ()
+        return tuple(place for place, row in rows if row.mode == "compute")
+
+    @property
+    def processes(self) -> int:
+        """How many are started; in each round one more, for the machine's limits."""
+        return self.rounds * (len(self.configurations) + 2) + len(self.profiled)
+
+    @property
+    def expected_s(self) -> float:
+        """About how long the run takes; networks that are slow for their size take longer."""
+        rows = self.rounds * sum(self._process_s(self.configurations[place]) for place in self.order(0))
+        return rows + self.rounds * _LIMITS_S + sum(self._process_s(self.configurations[row]) for row in self.profiled)
+
+    @property
+    def longest_s(self) -> float:
+        """What the run cannot exceed."""
+        return self.processes * self.limit_s
+
+    def _process_s(self, row: Configuration) -> float:
+        call_s = 2 * self.bundle.manifest.model.macs * row.batch / (_USUAL_RATE * row.threads)
+        warm_up = max(WARM_UP_S, WARM_UP_CALLS * call_s)
+        steady = max(self.duration_s / self.rounds, self.least_calls * call_s)
+        return _START_S.get(row.runtime, _USUAL_START_S) + min(warm_up + steady, self.limit_s / 2)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user may choose; :func:`dmformer.bench` describes each field."""
+
+    runtimes: Sequence[str] = ()
+    precisions: Sequence[str] = ()
+    batches: Sequence[int] = (1,)
+    modes: Sequence[str] = ()
+    streams: Sequence[int] = ()
+    threads: int | None = None
+    rounds: int = DEFAULT_ROUNDS
+    duration_s: float = DEFAULT_DURATION_S
+    limit_s: float = DEFAULT_LIMIT_S
+    images: str | Path | None = None
+    profile: bool = False
+
+
+def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
+    """Check everything that can be checked before the work.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
+        UsageError: an argument cannot be used.
+    """
+    _check(request)
+    found = tuple(list_images(Path(request.images))[:MOST_IMAGES]) if request.images is not None else ()
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    if found:
+        load_pixels(found, opened.manifest.preprocessing)  # one that cannot be read is found before anything is timed
+    chosen, skipped = select(opened, request.runtimes, request.precisions)
+    for choice in chosen:
+        opened.load_path(choice.artifact)
+    cores = request.threads if request.threads is not None else usable_cores()
+    return Plan(
+        bundle=opened,
+        configurations=tuple(
+            _configuration(choice, batch, mode, count, cores)
+            for mode in _modes(request)
+            for count in (_streams(request.streams, cores) if mode == "throughput" else [1])
+            for choice in chosen
+            for batch in dict.fromkeys(request.batches)
+        ),
+        rounds=request.rounds,
+        duration_s=request.duration_s,
+        limit_s=request.limit_s,
+        images=found,
+        profile=request.profile,
+        skipped=tuple(skipped),
+    )
+
+
+def _check(request: Request) -> None:
+    if not request.batches or min(request.batches) < 1:
+        raise UsageError(f"batch sizes {list(request.batches)}; expected at least 1")
+    if request.rounds < 1:
+        raise UsageError(f"{request.rounds} rounds; expected at least 1")
+    for name, seconds in (("duration", request.duration_s), ("time limit", request.limit_s)):
+        if not 0 < seconds < math.inf:
+            raise UsageError(f"{name} {seconds:g} s; expected more than 0")
+    check_threads(request.threads)
+
+
+def _modes(request: Request) -> list[Mode]:
+    named, streams = request.modes, request.streams
+    for mode in named:
+        if mode not in MODES:
+            raise UsageError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
+    modes = cast("list[Mode]", list(dict.fromkeys(named)))
+    if streams and named and "throughput" not in modes:
+        raise UsageError(f"{max(streams)} streams for mode {', '.join(modes)}; expected --mode throughput with them")
+    return modes or (["throughput"] if streams else ["compute"])
+
+
+def _streams(named: Sequence[int], cores: int) -> list[int]:
+    """Without a number: one stream for each core."""
+    found = list(dict.fromkeys(named)) or [cores]
+    for count in found:
+        if not 1 <= count <= 4 * usable_cores():
+            raise UsageError(f"{count} streams; expected 1 to {4 * usable_cores()}, four times the cores")
+    return found
+
+
+def _configuration(choice: Choice, batch: int, mode: Mode, streams: int, cores: int) -> Configuration:
+    return Configuration(
+        runtime=choice.entry.name,
+        precision=choice.artifact.precision,
+        batch=batch,
+        threads=max(1, cores // streams),
+        mode=mode,
+        streams=streams,
+        artifact_sha256=choice.artifact.sha256,
+    )

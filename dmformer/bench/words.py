@@ -1,0 +1,153 @@
+"""What a report says, in sentences: for the terminal and for the page alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dmformer.bench.profile import Profile
+    from dmformer.bench.report import BenchReport, Change, Result
+    from dmformer.bench.statistics import Ratio
+
+_MODES = {"compute": "the network alone", "end-to-end": "from image file to classes", "throughput": "throughput"}
+
+
+def digits(value: float | None) -> str:
+    """Three significant digits; a dash for what is not known."""
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def summary(report: BenchReport) -> list[str]:
+    """What a reader wants to know beside the table."""
+    gpu = [on_the_gpu(row) for row in report.results if row.device_latency_ms is not None]
+    profiles = [profile(row, row.profile) for row in report.results if row.profile is not None]
+    machine = report.environment
+    return [
+        *verdicts(report),
+        *(line for line in (noise(report), limits(report)) if line is not None),
+        *gpu,
+        *profiles,
+        *comparison(report),
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}",
+    ]
+
+
+def remarks(report: BenchReport) -> list[str]:
+    """What was not measured, or not as it should be."""
+    rows = [f"{row.title}: {reason}" for row in report.results for reason in (row.reason, row.profile_reason) if reason]
+    return [*(f"not timed: {reason}" for reason in report.skipped), *report.notes, *rows]
+
+
+def verdicts(report: BenchReport) -> list[str]:
+    """For each batch, mode and number of streams: the quickest row, by how much, and how far it is from the limit."""
+    quickest: dict[int, list[str]] = {}
+    for standing in report.standings:
+        row = report.results[standing.row]
+        quickest.setdefault(standing.quickest, []).append(f"{row.runtime} {row.precision} {_against(standing)}")
+    alone = [place for place, row in enumerate(report.results) if row.timed and not _stands(report, place)]
+    found = []
+    for place in sorted({*quickest, *alone}):
+        row = report.results[place]
+        batch = "" if row.batch == 1 else f", batch {row.batch}"
+        streams = f", {row.streams} streams" if row.mode == "throughput" else ""
+        limit = "" if row.share_of_limit is None else f", {row.share_of_limit:.0%} of what this machine's limits admit"
+        others = "; ".join(quickest.get(place, []))
+        first = f"{_MODES[row.mode].capitalize()}{batch}{streams}: {row.runtime} {row.precision} {_figure(row)}{limit}"
+        found.append(f"{first}; {others}." if others else f"{first}.")
+    return found
+
+
+def _stands(report: BenchReport, place: int) -> bool:
+    return any(place in (standing.row, standing.quickest) for standing in report.standings)
+
+
+def _figure(row: Result) -> str:
+    if row.mode == "throughput":
+        return f"answers {digits(row.throughput_ips)} images/s"
+    return f"takes {digits(row.call_ms)} ms"
+
+
+def _against(ratio: Ratio) -> str:
+    if ratio.verdict == "tie":
+        return f"ties with it ({ratio.ratio:.2f})"
+    sure = "" if ratio.verdict != "unknown" else ", noise unknown"
+    return f"takes {ratio.ratio:.2f} times as long ({ratio.low:.2f} to {ratio.high:.2f}{sure})"
+
+
+def limits(report: BenchReport) -> str | None:
+    """What the machine attains."""
+    found = report.limits
+    if found is None:
+        return None
+    peaks = "".join(f", {peak.gops:.0f} Gop/s at {peak.precision} in {peak.runtime}" for peak in found.peaks)
+    return (
+        f"this machine with {found.threads} threads, in the same rounds: {found.gflops:.0f} GFLOP/s in a large sgemm, "
+        f"{found.gbytes_per_s:.1f} GB/s in a large copy{peaks}"
+    )
+
+
+def noise(report: BenchReport) -> str | None:
+    """How far a configuration is from itself."""
+    if report.noise_floor is None:
+        return None
+    first = report.results[0]
+    return (
+        f"noise floor {report.noise_floor:.1%}: {first.title} against itself in this run; smaller differences are ties"
+    )
+
+
+def profile(row: Result, found: Profile) -> str:
+    """Where the time of an inference goes."""
+    stages = ", ".join(
+        f"{stage} {part.ms / found.total_ms:.0%} ({_largest(part.parts, found.total_ms)})"
+        for stage, part in sorted(found.modules.items(), key=lambda item: -item[1].ms)
+    )
+    return (
+        f"{row.title}, {found.kernels} kernels, {digits(found.total_ms)} ms in the profiler: {stages}; "
+        f"operators: {_largest(found.operators, found.total_ms, 4)}; "
+        f"lost to layout changes {found.layout_ms / found.total_ms:.0%}, "
+        f"to elementwise work that is not fused {found.elementwise_ms / found.total_ms:.0%}"
+    )
+
+
+def _largest(times: dict[str, float], total: float, count: int = 3) -> str:
+    return ", ".join(f"{name} {ms / total:.0%}" for name, ms in list(times.items())[:count])
+
+
+def change(report: BenchReport, found: Change) -> str:
+    """One row now and before."""
+    row = report.results[found.row]
+    same = "the same artifact" if found.same_artifact else "another artifact"
+    verdict = {"tie": "a tie", "unknown": "noise unknown"}.get(found.verdict, found.verdict)
+    return (
+        f"{row.title}: {digits(found.now_ms)} ms, before {digits(found.before_ms)} ms, {found.ratio - 1:+.1%} "
+        f"({found.low - 1:+.1%} to {found.high - 1:+.1%}): {verdict}; {same}"
+    )
+
+
+def comparison(report: BenchReport) -> list[str]:
+    """This run against an earlier one."""
+    found = report.comparison
+    if found is None:
+        return []
+    machine = (
+        "" if found.machine_ratio is None else f"; the machine's sgemm attains {found.machine_ratio:.2f} times as much"
+    )
+    lines = [f"against {found.baseline}{machine}"]
+    lines += [change(report, each) for each in found.changes]
+    lines += [f"{title}: in the earlier run only" for title in found.missing]
+    return lines
+
+
+def on_the_gpu(row: Result) -> str:
+    """The time on a GPU alone, and the GPU's state after it."""
+    alone = row.device_latency_ms
+    assert alone is not None
+    state = ", ".join(
+        f"{name} {value}" for name, value in (row.gpu[-1] if row.gpu else {}).items() if value is not None
+    )
+    after = f"; after it: {state}" if state else ""
+    return (
+        f"{row.title}, on the GPU alone (events, no transfers): p50 {digits(alone.p50)} ms, "
+        f"p90 {digits(alone.p90)} ms{after}"
+    )
