@@ -19,8 +19,9 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import select
 from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.export.tensorrt_build import complaints, explained, strongly_typed
-from dmformer.runtimes import cuda
+from dmformer.runtimes import cuda, flavours
 from dmformer.runtimes.base import TensorSpec
+from dmformer.runtimes.cuda import Gpu
 from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_told, layers_with_nodes
 from dmformer.verify.api import verify
 from tests import gpu_double
@@ -485,3 +486,23 @@ def test_a_shape_that_has_not_run_is_not_recorded(
         device.failing.clear()
         answer(runtime, rows[:1])
         assert "cudaStreamBeginCapture" not in device.calls
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "refused"),
+    [
+        ("rtx", "9.0", True),  # as an H100 does
+        ("rtx", "8.7", True),
+        ("rtx", "8.9", False),
+        ("rtx", "12.0", False),
+        ("rtx", "13.0", False),  # newer than all that it knows
+        ("tensorrt", "9.0", False),
+    ],
+)
+def test_gpus_that_a_flavour_is_not_for(name: str, capability: str, refused: bool) -> None:
+    flavour, engine = flavours.load("rtx")
+    flavour = next(each for each in flavours.FLAVOURS if each.name == name)
+    reason = flavours.not_for(flavour, engine, Gpu("a GPU", capability))
+    assert (reason is not None) == refused
+    if reason is not None:
+        assert f"does not run on a GPU, which is SM {capability}; it does on SM 7.5, 8.0, 8.6, 8.9, 12.0" in reason

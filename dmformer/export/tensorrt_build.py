@@ -140,14 +140,10 @@ def known_targets(engine: Any, flavour: Flavour, wanted: tuple[str, ...]) -> dic
     Raises:
         UnavailableError: one that is wanted is not among them.
     """
-    known = {
-        f"{name[2:-1]}.{name[-1]}": getattr(engine.ComputeCapability, name)
-        for name in dir(engine.ComputeCapability)
-        if name.startswith("SM")
-    }
+    known = flavours.rtx_targets(engine)
     for target in wanted:
         if target not in known:
-            able = ", ".join(sorted(known, key=lambda name: tuple(map(int, name.split(".")))))
+            able = ", ".join(known)
             raise UnavailableError(
                 f"{flavour.said} {engine.__version__} builds nothing for compute capability {target}; it can for "
                 f"{able}; for others build on the device itself with TensorRT: dmformer build"

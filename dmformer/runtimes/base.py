@@ -8,7 +8,7 @@ where it cannot have what was asked, entering raises.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +18,7 @@ from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
 from dmformer.machine import check_threads, usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Any
@@ -111,6 +111,7 @@ class Runtime(ABC):
         self.target = target
         self.taps = tuple(taps)
         self._open = False
+        self._like: dict[str, tuple[Any, Any]] = {}  # shapes and types that were checked last
 
     @classmethod
     @abstractmethod
@@ -236,9 +237,15 @@ class Runtime(ABC):
         """
         if not self._open:
             raise StageFailed(f"runtime {self.name} is not open; expected run() inside its 'with' block")
-        self._check(inputs)
-        with self._engine_errors("running"):
+        if not self._like_before(inputs):
+            self._check(inputs)
+            self._like = {name: (array.shape, array.dtype) for name, array in inputs.items()}
+        try:
             return self.infer(inputs)
+        except DMFormerError:
+            raise
+        except Exception as error:
+            raise self._failed("running", error) from error
 
     def run_rows(self, inputs: Arrays, batch: int | None = None) -> dict[str, NDArray[Any]]:
         """:meth:`run` for any number of rows, in batches of one size, the last filled up from the start.
@@ -270,6 +277,9 @@ class Runtime(ABC):
             with suppress(Exception):  # what failed first is what is told
                 self.close()
             raise
+        # Asking an engine for its inputs may take as long as a small network.
+        self._expected = {spec.name: (spec, np.dtype(spec.dtype)) for spec in self.inputs}
+        self._like = {}
         self._open = True
         return self
 
@@ -288,40 +298,43 @@ class Runtime(ABC):
         if missing := [name for name in self.taps if name not in given]:
             raise StageFailed(f"{self.name} does not show tensor {missing[0]!r}; expected one of its inner tensors")
 
-    def _check(self, inputs: Arrays) -> None:
-        expected = {spec.name: spec for spec in self.inputs}
-        if set(inputs) != set(expected):
-            raise UsageError(f"{self.name}: received inputs {sorted(inputs)}; expected {sorted(expected)}")
+    def _like_before(self, inputs: Arrays) -> bool:
+        """Whether inputs have the names, shapes and types of those that were checked last: a check in a microsecond."""
+        like = self._like
+        if len(inputs) != len(like):
+            return False
         for name, array in inputs.items():
-            spec = expected[name]
+            if type(array) is not np.ndarray or like.get(name) != (array.shape, array.dtype):
+                return False
+        return True
+
+    def _check(self, inputs: Arrays) -> None:
+        if inputs.keys() != self._expected.keys():
+            raise UsageError(f"{self.name}: received inputs {sorted(inputs)}; expected {sorted(self._expected)}")
+        for name, array in inputs.items():
+            spec, dtype = self._expected[name]
             if not isinstance(array, np.ndarray):
                 raise UsageError(f"{self.name}: input {name!r} is a {type(array).__name__}; expected a NumPy array")
             fits = array.ndim == len(spec.shape) and all(
                 want == have for want, have in zip(spec.shape, array.shape, strict=True) if isinstance(want, int)
             )
-            if not fits or array.dtype != np.dtype(spec.dtype) or 0 in array.shape:
+            if not fits or array.dtype != dtype or 0 in array.shape:
                 raise UsageError(
                     f"{self.name}: input {name!r} is {array.dtype} {array.shape}; expected {spec.dtype} {spec.shape}"
                 )
 
-    def _engine_errors(self, doing: str) -> _EngineErrors:
-        return _EngineErrors(f"{self.name} failed while {doing} {self.path.name}")
+    @contextmanager
+    def _engine_errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except DMFormerError:
+            raise
+        except Exception as error:
+            raise self._failed(doing, error) from error
 
-
-class _EngineErrors:
-    """Turns whatever an engine raises into one line of ours."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, DMFormerError):
-            raise StageFailed(f"{self.what}: {first_line(error)}") from error
+    def _failed(self, doing: str, error: Exception) -> StageFailed:
+        """Whatever an engine raises, as one line of ours."""
+        return StageFailed(f"{self.name} failed while {doing} {self.path.name}: {first_line(error)}")
 
 
 def symbolic(shape: list[Any] | tuple[Any, ...]) -> tuple[int | str, ...]:

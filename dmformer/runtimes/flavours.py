@@ -11,6 +11,8 @@ from dmformer.errors import UnavailableError, UsageError, first_line
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dmformer.runtimes.cuda import Gpu
+
 AUTO = "auto"
 
 
@@ -64,6 +66,31 @@ def load(name: str) -> tuple[Flavour, Any]:
             why = "is not installed" if missing else f"does not load here ({first_line(error)})"
             reasons.append(f"{flavour.said} {why}: {flavour.install}")
     raise UnavailableError("; ".join(reasons))
+
+
+def rtx_targets(engine: Any) -> dict[str, Any]:
+    """The compute capabilities that TensorRT-RTX builds for, like ``8.9``, oldest first: the engine's value by name."""
+    names = [name for name in dir(engine.ComputeCapability) if name.startswith("SM")]
+    names.sort(key=lambda name: int(name[2:]))
+    return {f"{name[2:-1]}.{name[-1]}": getattr(engine.ComputeCapability, name) for name in names}
+
+
+def not_for(flavour: Flavour, engine: Any, gpu: Gpu) -> str | None:
+    """Why a flavour cannot work on a GPU; ``None`` where it can, as far as is known.
+
+    TensorRT-RTX refuses the GPUs of data centres between those that it is for (seen on an H100), and takes whatever is
+    newer than the newest that it knows.
+    """
+    if flavour.name != "rtx":
+        return None
+    known = list(rtx_targets(engine))
+    newest = max(known, key=float)
+    if gpu.compute_capability in known or float(gpu.compute_capability) > float(newest):
+        return None
+    return (
+        f"{flavour.said} {engine.__version__} does not run on {gpu.name}, which is SM {gpu.compute_capability}; "
+        f"it does on SM {', '.join(known)} and newer: use TensorRT there"
+    )
 
 
 def profiler(engine: Any, tell: Callable[[str, float], object]) -> Any:

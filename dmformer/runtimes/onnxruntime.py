@@ -59,6 +59,7 @@ class OnnxRuntime(Runtime):
         self._session.disable_fallback()
         if self._session.get_providers() != [_PROVIDER]:
             raise StageFailed(f"onnxruntime took {self._session.get_providers()}; expected only {_PROVIDER}")
+        self._names = [node.name for node in self._session.get_outputs()]
 
     def _tapped(self) -> bytes:
         onnx = require("onnx", extra="export", purpose="showing inner tensors")
@@ -148,8 +149,7 @@ class OnnxRuntime(Runtime):
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the session; onnxruntime allocates the outputs anew for each call."""
-        names = [node.name for node in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        return dict(zip(self._names, self._session.run(self._names, dict(inputs)), strict=True))
 
 
 def _least(spec: TensorSpec) -> tuple[int, ...]:

@@ -68,6 +68,7 @@ class OpenVinoRuntime(Runtime):
         device, hint = self.details.device, self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if (device, hint) != (_DEVICE, wanted):
             raise StageFailed(f"openvino compiled for {device} at {hint}; expected {_DEVICE} at {wanted}")
+        self._names = [self._name(port) for port in self._source.outputs]
 
     def close(self) -> None:
         """Drop request and model; OpenVINO frees them with their last reference."""
@@ -135,9 +136,8 @@ class OpenVinoRuntime(Runtime):
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run one request; the outputs are copied out of its buffers."""
-        results = self._request.infer(dict(inputs), share_inputs=True)
-        names = map(self._name, self._source.outputs)
-        return {name: np.array(results[index]) for index, name in enumerate(names)}
+        results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+        return {name: np.array(value) for name, value in zip(self._names, results.values(), strict=True)}
 
     def _name(self, port: Any) -> str:
         """A tensor may have several names."""

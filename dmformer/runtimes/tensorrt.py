@@ -55,16 +55,16 @@ class TensorRtRuntime(Runtime):
 
     @classmethod
     def probe(cls) -> Availability:
-        """Whether a flavour is installed and there is a GPU."""
+        """Whether a flavour is installed, and there is a GPU that it is for."""
         try:
-            _, engine = flavours.load(flavours.AUTO)
+            flavour, engine = flavours.load(flavours.AUTO)
         except UnavailableError as error:
             return Availability(False, reason=str(error))
         try:
-            find_gpu()
+            reason = flavours.not_for(flavour, engine, find_gpu())
         except UnavailableError as error:
-            return Availability(False, engine.__version__, str(error))
-        return Availability(True, engine.__version__)
+            reason = str(error)
+        return Availability(reason is None, engine.__version__, reason)
 
     @classmethod
     def cannot_load(cls, target: Target | None) -> str | None:
