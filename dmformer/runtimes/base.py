@@ -301,7 +301,7 @@ class Runtime(ABC):
     def _like_before(self, inputs: Arrays) -> bool:
         """Whether inputs have the names, shapes and types of those that were checked last: a check in a microsecond."""
         like = self._like
-        if len(inputs) != len(like):
+        if not like or len(inputs) != len(like):
             return False
         for name, array in inputs.items():
             if type(array) is not np.ndarray or like.get(name) != (array.shape, array.dtype):
