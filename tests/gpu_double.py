@@ -412,6 +412,40 @@ def install(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Device:
     return device
 
 
+class CopyingContext(Context):
+    """On a real GPU, in the place of TensorRT: each output is the first values of each image, copied on the stream."""
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return name in self.engine.names
+
+    def execute_async_v3(self, stream: int) -> bool:
+        from cuda.bindings import runtime
+
+        assert self.shape is not None
+        entry, *outputs = self.engine.names
+        pitch = 4 * int(np.prod(self.shape[1:]))
+        for name in outputs:
+            width = 4 * self.get_tensor_shape(name)[1]
+            kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            target, source = self.addresses[name], self.addresses[entry]
+            copied = (target, width, source, pitch, width, self.shape[0], kind, stream)
+            if runtime.cudaMemcpy2DAsync(*copied) != (runtime.cudaError_t.cudaSuccess,):
+                return False
+        return True
+
+
+def install_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the double in the place of TensorRT 10 alone: memory, streams, events and graphs are the GPU's."""
+    import importlib
+
+    monkeypatch.setattr(Engine, "create_execution_context", lambda engine: CopyingContext(engine))
+    double, real = TensorRt(Device()), importlib.import_module
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, *rest: double if name == "tensorrt" else real(name, *rest)
+    )
+
+
 def plan_of(onnx: Path, folder: Path, **fields: Any) -> tuple[Path, Target]:
     """A plan of the double, and the target that a manifest would have."""
     from dmformer.bundle.manifest import hash_file

@@ -13,16 +13,16 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.golden import load_golden
 from dmformer.errors import UnavailableError
 from dmformer.export.formats import EngineOptions
+from dmformer.export.torch_onnx import trace
 from dmformer.machine import gpu_state
 from dmformer.models.checkpoint import load_checkpoint
 from dmformer.runtimes import cuda
 from dmformer.runtimes.tensorrt import TensorRtRuntime
 from dmformer.verify.compare import float32_limit
+from tests import gpu_double
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from dmformer.export.pipeline import ExportResult
 
 pytestmark = pytest.mark.gpu
 
@@ -84,16 +84,40 @@ def test_the_state_is_known() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_pytorch_on_cuda_answers_as_on_the_cpu(exported: ExportResult) -> None:
+def test_pytorch_on_cuda_answers_as_on_the_cpu(tmp_path: Path) -> None:
     """Where there is a GPU and no TensorRT the network itself is compared, within the limit of float32."""
     if not torch.cuda.is_available():
         pytest.skip("this build of PyTorch has no CUDA")
+    exported = dmformer.export(formats=["onnx"], output=tmp_path / "b")
     golden = load_golden(exported.output / "golden.npz")
     model = load_checkpoint(DEMONSTRATION_CHECKPOINT).model().cuda()
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
         answers = model(torch.from_numpy(golden.inputs).cuda()).cpu().numpy()
     limit = float32_limit(golden.outputs, golden.outputs_float64)["logits"]
     assert np.abs(answers - golden.outputs["logits"]).max() <= limit.max_abs
+
+
+def test_the_runtime_moves_and_replays_what_an_engine_computes(
+    gpu: cuda.Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The runtime on the GPU's own memory, stream, events and graphs; the engine's arithmetic alone is a double's."""
+    onnx_file = tmp_path / "model.onnx"
+    checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
+    trace(checkpoint, checkpoint.model(), onnx_file)
+    path, target = gpu_double.plan_of(onnx_file, tmp_path, compute_capabilities=(gpu.compute_capability,), gpu=gpu.name)
+    gpu_double.install_on_a_gpu(monkeypatch)
+    rows = np.random.default_rng(0).standard_normal((8, 3, 32, 32), np.float32)
+    with TensorRtRuntime(path, precision="fp32", target=target) as runtime:
+        assert gpu.name in runtime.details.device
+        for batch in (1, 8, 3):
+            for turn in range(4):  # plainly, recorded, replayed
+                given = np.ascontiguousarray(np.roll(rows, turn, axis=0)[:batch])
+                answers = runtime.run({"image": given})["logits"]
+                np.testing.assert_array_equal(answers, given.reshape(batch, -1)[:, :10])
+                assert runtime.device_ns is not None
+                assert runtime.device_ns > 0
+        assert runtime._captured is not None
+        assert runtime._captured.graph is not None
 
 
 @pytest.mark.slow
