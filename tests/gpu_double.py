@@ -439,7 +439,10 @@ def install_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the double in the place of TensorRT 10 alone: memory, streams, events and graphs are the GPU's."""
     import importlib
 
-    monkeypatch.setattr(Engine, "create_execution_context", lambda engine: CopyingContext(engine))
+    def create(engine: Engine) -> CopyingContext:
+        return CopyingContext(engine)
+
+    monkeypatch.setattr(Engine, "create_execution_context", create)
     double, real = TensorRt(Device()), importlib.import_module
     monkeypatch.setattr(
         importlib, "import_module", lambda name, *rest: double if name == "tensorrt" else real(name, *rest)
