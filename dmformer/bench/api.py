@@ -116,7 +116,7 @@ def run(plan: Plan, stage: Stage = silent) -> BenchReport:
     found = _Found([[] for _ in range(len(plan.configurations) + 1)])
     with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
         work = _Work(plan, Path(folder))
-        name = f"{len(plan.configurations)} rows in {plan.rounds} rounds, {plan.processes} processes"
+        name = f"timing, {plan.processes} processes"
         with stage(name, plan.processes) as advance:
             try:
                 _fill(found, work, advance)

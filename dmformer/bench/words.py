@@ -17,6 +17,11 @@ def digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
+def duration(seconds: float) -> str:
+    """In seconds up to two minutes, then in minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 def summary(report: BenchReport) -> list[str]:
     """What a reader wants to know beside the table."""
     gpu = [on_the_gpu(row) for row in report.results if row.device_latency_ms is not None]

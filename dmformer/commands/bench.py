@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dmformer.bench.compare import Baseline
-    from dmformer.bench.report import BenchReport
+    from dmformer.bench.report import BenchReport, Result
 
 _REPORTED = "Reports"
 
@@ -93,6 +93,7 @@ def bench(
     """Time a bundle's runtimes: each row in processes of its own, beside what the machine can do at best."""
     from dmformer.bench import api
     from dmformer.bench.plan import Request, plan_bench
+    from dmformer.bench.words import duration as duration_said
 
     present.check_json_target(json_file)
     if html is not None:
@@ -117,7 +118,9 @@ def bench(
             profile=profile,
         ),
     )
-    present.say(f"{plan.processes} processes, about {plan.expected_s:.0f} s, at most {plan.longest_s / 60:.0f} min")
+    present.say(
+        f"{plan.processes} processes, about {duration_said(plan.expected_s)}, at most {duration_said(plan.longest_s)}"
+    )
     with present.stages() as shown:
         report = api.run(plan, shown.stage)
     report = msgspec.structs.replace(
@@ -161,6 +164,11 @@ def _show(report: BenchReport, json_file: str | None) -> None:
         present.say(line)
 
 
+def _place(row: Result) -> tuple[object, ...]:
+    """The quickest first, what has no figures last."""
+    return row.mode, row.streams, row.batch, row.call_ms if row.call_ms is not None else float("inf")
+
+
 def _table(report: BenchReport) -> Table:
     from dmformer.bench.words import digits
     from dmformer.runtimes.layers import describe
@@ -174,7 +182,7 @@ def _table(report: BenchReport) -> Table:
     stopped = ", stopped before the end" if report.partial else ""
     title = f"Latency of {report.arch}{left_out}, {cores}, {report.rounds} processes a row{stopped}"
     listing = present.table(title, [*columns, "computes", "status"], numeric=columns[2 if several else 1 :])
-    for row in sorted(report.results, key=lambda row: (row.mode, row.streams, row.batch, row.call_ms or 0.0)):
+    for row in sorted(report.results, key=_place):
         timed = row.latency_ms
         mode = f"throughput, {row.streams}" if row.mode == "throughput" else row.mode
         figures = (row.load_ms, row.first_inference_ms, row.peak_rss_mb)
