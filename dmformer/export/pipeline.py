@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +80,10 @@ def export(request: ExportRequest, stage: Stage = silent) -> ExportResult:
         UsageError: the output folder or an image cannot be used.
     """
     check_possible(request)
-    with staged(request.output) as folder, tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
-        return _Export(request, folder, Path(scratch), stage).run()
+    with staged(request.output) as folder:
+        scratch = folder.with_name("scratch")
+        scratch.mkdir()
+        return _Export(request, folder, scratch, stage).run()
 
 
 class _Export:
