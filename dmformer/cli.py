@@ -14,6 +14,7 @@ import typer
 from dmformer import __version__
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
+from dmformer.commands.cache import cache
 from dmformer.commands.doctor import doctor
 from dmformer.commands.eval import evaluate
 from dmformer.commands.export import export
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (export, build, verify, bench, predict, inspect, doctor):
+for _command in (export, build, verify, bench, predict, inspect, doctor, cache):
     app.command()(_command)
 app.command("eval")(evaluate)
 
