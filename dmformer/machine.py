@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ from dmformer.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Instruction sets that decide how fast an engine is, or whether it runs, in Linux's names.
+_TELLING = frozenset(
+    ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
+     "amx_int8", "amx_bf16", "amx_fp16", "neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
+)  # fmt: skip
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino")
 
 
@@ -37,7 +43,8 @@ def check_threads(threads: int | None) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, system, load and versions, as JSON types."""
+    """Processor, cores, memory, system, load and versions, as JSON types."""
+    memory = available_memory()
     versions = {"dmformer": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -46,12 +53,39 @@ def describe_machine() -> dict[str, Any]:
             continue
     return {
         "cpu": cpu_model(),
+        "instructions": sorted(instructions() & _TELLING),
         "cores": usable_cores(),
+        "available_memory_mb": None if memory is None else memory // 1_000_000,
         "architecture": platform.machine(),
         "os": f"{platform.system()} {platform.release()}",
         "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions,
     }
+
+
+def instructions() -> frozenset[str]:
+    """Instruction sets of the processor, in Linux's names; empty where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):  # x86; Arm
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        return frozenset()
+    return frozenset()
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process may take without swapping, within a container's limit; ``None`` where nobody tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no container, no limit ("max"), or the older hierarchy
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found = min(found, max(0, limit - used))
+    return found
 
 
 def gpu_state() -> dict[str, Any] | None:

@@ -113,7 +113,7 @@ def test_choose_takes_the_first_that_runs_in_the_manifests_order(bundle: Path, m
     order = ["openvino", "onnx", "torch"]
     rewrite(bundle, lambda content: content["artifacts"].sort(key=lambda artifact: order.index(artifact["format"])))
     opened = open_bundle(bundle)
-    assert choose(opened, None, None).entry.name == "openvino"
+    assert choose(opened, None, None).entry.name == choose(opened, "auto", None).entry.name == "openvino"
     assert choose(opened, None, "fp32").entry.name == "openvino"
     assert choose(opened, "ort", None).entry.name == "onnxruntime"
     hide(monkeypatch, "openvino")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.reader import Bundle
 
+AUTO = "auto"
 _BATCH = 8
 
 
@@ -105,7 +106,8 @@ def load(
 
     Args:
         bundle: the bundle's folder.
-        runtime: a runtime's name; otherwise the first one of the bundle that can run on this machine.
+        runtime: a runtime's name; otherwise, or with ``auto``, the first one of the bundle, in the order in which they
+            were exported, that can run on this machine.
         precision: of the artifact; otherwise the first one there is.
         threads: for one inference; otherwise all cores.
 
@@ -120,6 +122,8 @@ def load(
 def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
     """The runtime that was named, or the first artifact, in the manifest's order, that can run on this machine."""
     precisions = [precision] if precision else []
+    if runtime is not None and runtime.lower() == AUTO:
+        runtime = None
     if runtime is None:
         for artifact in bundle.manifest.artifacts:
             row = registry.reader_of(artifact.format)
