@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,11 +51,16 @@ class PredictReport(Struct, frozen=True, kw_only=True):
 
 
 class Predictor:
-    """Classifies image files. A context manager, to be used from one thread at a time."""
+    """Classifies image files. A context manager.
+
+    Any number of threads may call :meth:`predict`: images are decoded side by side, inferences run one after another,
+    each with all the threads of the engine. Leaving the context waits for the inference that runs.
+    """
 
     def __init__(self, choice: Choice, threads: int | None = None) -> None:
         self.manifest = choice.bundle.manifest
         self.runtime = choice.runtime(threads)
+        self._turn = threading.Lock()  # an engine's request or execution context is one thread's at a time
 
     def __enter__(self) -> Self:
         self.runtime.__enter__()
@@ -63,7 +69,8 @@ class Predictor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.runtime.__exit__(kind, error, traceback)
+        with self._turn:
+            self.runtime.__exit__(kind, error, traceback)
 
     def predict(self, images: str | Path | Sequence[str | Path], top_k: int = 5) -> list[Prediction]:
         """Classify image files.
@@ -79,7 +86,8 @@ class Predictor:
         for start in range(0, len(paths), _BATCH):
             batch = paths[start : start + _BATCH]
             inputs = preprocessing.normalize(load_pixels(batch, preprocessing))
-            logits = self.runtime.run_rows({self.manifest.inputs[0].name: inputs})[output.name]
+            with self._turn:
+                logits = self.runtime.run_rows({self.manifest.inputs[0].name: inputs})[output.name]
             predictions += [self._top(path, row, top_k) for path, row in zip(batch, logits, strict=True)]
         return predictions
 
