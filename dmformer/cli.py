@@ -20,6 +20,7 @@ from dmformer.commands.eval import evaluate
 from dmformer.commands.export import export
 from dmformer.commands.inspect import inspect
 from dmformer.commands.predict import predict
+from dmformer.commands.serve_layout import serve_layout
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 for _command in (export, build, verify, bench, predict, inspect, doctor, cache):
     app.command()(_command)
 app.command("eval")(evaluate)
+app.command("serve-layout")(serve_layout)
 
 
 def _show_version(wanted: bool) -> None:

@@ -16,31 +16,13 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _TOKEN_BYTES = 8
 _RETIRED = "old"
 _LITTLE_BYTES = 1_000_000
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-
-
-def check_destination(destination: Path) -> None:
-    """Refuse to replace anything but a bundle or an empty folder.
-
-    Raises:
-        UsageError: something else is there, or the folder cannot be written.
-    """
-    if destination.exists() and not destination.is_dir():
-        raise UsageError(f"output {str(destination)!r} is a file; expected a folder")
-    if destination.is_dir() and any(destination.iterdir()):
-        _check_replaceable(destination)
-    if destination.is_dir() and Path.cwd().is_relative_to(destination.resolve()):
-        raise UsageError(f"output {str(destination)!r} is the working folder or above it; expected a folder in it")
-    parent = destination.resolve().parent
-    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another --output")
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -59,19 +41,45 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
+def check_destination(destination: Path, replaceable: Callable[[Path], None] = _check_replaceable) -> None:
+    """Refuse to replace what may not be replaced.
+
+    Args:
+        destination: a folder, there or not.
+        replaceable: raises where a folder that is not empty may not be replaced; otherwise only bundles may.
+
+    Raises:
+        UsageError: something else is there, or the folder cannot be written.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"output {str(destination)!r} is a file; expected a folder")
+    if destination.is_dir() and any(destination.iterdir()):
+        replaceable(destination)
+    if destination.is_dir() and Path.cwd().is_relative_to(destination.resolve()):
+        raise UsageError(f"output {str(destination)!r} is the working folder or above it; expected a folder in it")
+    parent = destination.resolve().parent
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another --output")
+
+
 @contextmanager
-def staged(destination: Path) -> Iterator[Path]:
+def staged(destination: Path, replaceable: Callable[[Path], None] = _check_replaceable) -> Iterator[Path]:
     """A new folder that takes the place of ``destination`` when the block ends without an error.
 
     An error in the block, or the process's end at any moment, leaves the destination as it was. The folder lies in a
     hidden one beside the destination, which is for all that the work writes on its way: what a killed process leaves
     there, the next one removes.
 
+    Args:
+        destination: a folder, there or not.
+        replaceable: as :func:`check_destination` has it.
+
     Raises:
         StageFailed: writing failed, for instance because the disk is full.
         UsageError: the destination cannot be used, or another process is writing it.
     """
-    check_destination(destination)
+    check_destination(destination, replaceable)
     destination = destination.resolve()  # through a link, so that the link stays
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +96,7 @@ def staged(destination: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
-        raise StageFailed(
-            f"the bundle could not be written to {str(destination)!r}: {error.strerror or error}"
-        ) from error
+        raise StageFailed(f"{str(destination)!r} could not be written: {error.strerror or error}") from error
 
 
 @contextmanager
