@@ -160,6 +160,7 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
     folded = bool(random.integers(4))  # one in four is not
     output = scratch / f"clean-{seed}"
     result = dmformer.export(
+        use_cache=False,
         arch="dmformer_nano",
         options=options,
         image_size=size,
@@ -212,7 +213,7 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
         scratch = Path(folder)
-        dmformer.export(formats=["onnx", "openvino"], output=scratch / "bundle")
+        dmformer.export(use_cache=False, formats=["onnx", "openvino"], output=scratch / "bundle")
         found = []
         for one in outcomes(Bench(scratch / "bundle", scratch)):
             found.append(one)

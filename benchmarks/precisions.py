@@ -82,6 +82,7 @@ def main() -> None:
         for form, precisions in (("training form", ["fp32"]), ("deploy form", ["fp32", "fp16", "int8"])):
             output = made / form.replace(" ", "-")
             dmformer.export(
+                use_cache=False,
                 arch=arch,
                 image_size=size,
                 formats=["onnx", "openvino"],

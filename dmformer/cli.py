@@ -14,11 +14,13 @@ import typer
 from dmformer import __version__
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
+from dmformer.commands.cache import cache
 from dmformer.commands.doctor import doctor
 from dmformer.commands.eval import evaluate
 from dmformer.commands.export import export
 from dmformer.commands.inspect import inspect
 from dmformer.commands.predict import predict
+from dmformer.commands.serve_layout import serve_layout
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
 
@@ -30,9 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (export, build, verify, bench, predict, inspect, doctor):
+for _command in (export, build, verify, bench, predict, inspect, doctor, cache):
     app.command()(_command)
 app.command("eval")(evaluate)
+app.command("serve-layout")(serve_layout)
 
 
 def _show_version(wanted: bool) -> None:

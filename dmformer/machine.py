@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ from dmformer.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Instruction sets that decide how fast an engine is, or whether it runs, in Linux's names.
+_TELLING = frozenset(
+    ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
+     "amx_int8", "amx_bf16", "amx_fp16", "neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
+)  # fmt: skip
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 _FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -39,7 +45,8 @@ def check_threads(threads: int | None) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, system, load and versions, as JSON types."""
+    """Processor, cores, memory, system, load and versions, as JSON types."""
+    memory = available_memory()
     versions = {"dmformer": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -48,11 +55,12 @@ def describe_machine() -> dict[str, Any]:
             continue
     return {
         "cpu": cpu_model(),
+        "instructions": sorted(instructions() & _TELLING),
         "cores": usable_cores(),
         "cpu_quota_cores": cpu_quota(),
         "governor": _read(_FREQUENCY / "scaling_governor"),
         "frequency_mhz": _frequencies(),
-        "memory_mb": _memory_mb(),
+        "available_memory_mb": None if memory is None else memory // 1_000_000,
         "architecture": platform.machine(),
         "os": f"{platform.system()} {platform.release()}",
         "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -87,11 +95,29 @@ def _frequencies() -> dict[str, float] | None:
     return found or None
 
 
-def _memory_mb() -> float | None:
+def instructions() -> frozenset[str]:
+    """Instruction sets of the processor, in Linux's names; empty where the system does not tell."""
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 20))
-    except (AttributeError, ValueError, OSError):  # Windows
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):  # x86; Arm
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        return frozenset()
+    return frozenset()
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process may take without swapping, within a container's limit; ``None`` where nobody tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
         return None
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no container, no limit ("max"), or the older hierarchy
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found = min(found, max(0, limit - used))
+    return found
 
 
 def gpu_state() -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dmformer.progress import Stage
     from tests.workers import Worker
 
+os.environ["DMFORMER_CACHE"] = ""  # no cache: tests patch what an export does, and nobody's own one is to be read
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: workers whose OpenMP threads outnumber the cores wait for one another at every operator.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +20,7 @@ from dmformer.bundle import locate, writer
 from dmformer.bundle.manifest import MANIFEST, decode_manifest, file_entry
 from dmformer.errors import StageFailed, UsageError
 from tests.bundles import one_line
+from tests.conftest import ROOT
 
 if TYPE_CHECKING:
     from dmformer.export.pipeline import ExportResult
@@ -61,7 +67,7 @@ def test_a_new_bundle_is_there_when_the_block_has_ended(tmp_path: Path) -> None:
     with writer.staged(tmp_path / "deep" / "er" / "b") as folder:
         fill(folder, "new")
         assert not (tmp_path / "deep" / "er" / "b").exists()
-        assert folder.parent == tmp_path / "deep" / "er"  # the same file system, or else no rename
+        assert folder.parent.parent == tmp_path / "deep" / "er"  # the same file system, or else no rename
     assert content_of(tmp_path / "deep" / "er" / "b") == ("new", "new")
     assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["b"]
 
@@ -98,12 +104,69 @@ def test_a_folder_whose_manifest_is_of_something_else_is_not_replaced(tmp_path: 
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_bundle_that_another_export_put_there_meanwhile_is_replaced(tmp_path: Path) -> None:
+def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     with writer.staged(tmp_path / "b") as folder:
         fill(folder, "mine")
-        write(tmp_path / "b", "theirs")
+        with pytest.raises(UsageError, match="being written by another process") as caught:
+            write(tmp_path / "b", "theirs")
+        one_line(caught.value)
+        write(tmp_path / "c", "another one")
+    assert content_of(tmp_path / "b") == ("mine", "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
+    write(tmp_path / "b", "later")
+    assert content_of(tmp_path / "b") == ("later", "later")
+
+
+def test_what_lies_there_meanwhile_is_replaced(tmp_path: Path) -> None:
+    with writer.staged(tmp_path / "b") as folder:
+        fill(folder, "mine")
+        (tmp_path / "b").mkdir()
+        fill(tmp_path / "b", "copied here")
     assert content_of(tmp_path / "b") == ("mine", "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("how", ["exchange", "rename"])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, how: str) -> None:
+    """Before every event that Python audits, from the first of a write to its last; see tests/killed.py."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed", how, str(tmp_path / "b")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == []
+    assert found["kills"] >= 50
+    assert found["old"] > 5
+    assert found["new"] > 5
+    assert found["left something"] > 20  # and the next write removed it, or that is in "wrong"
+    assert (found["put back"] > 0) == (how == "rename")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_the_old_bundle(tmp_path: Path) -> None:
+    write(tmp_path / "b", "old")
+    command = [sys.executable, "-m", "dmformer", "export", "--output", "b"]
+    for seconds in (3, 5, 7):
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+            time.sleep(seconds)
+            os.killpg(process.pid, signal.SIGKILL)
+        assert content_of(tmp_path / "b") == ("old", "old")
+    assert len(list(tmp_path.iterdir())) > 1  # it was at work
+    write(tmp_path / "b", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_leftovers_of_others_stay(tmp_path: Path) -> None:
+    others = (".b-0123456789abcde", ".b-0123456789abcdefg", ".c-0123456789abcdef", "b-0123456789abcdef")
+    for name in (*others, ".b-0123456789abcdef"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "b", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("b", *others))
 
 
 @pytest.mark.parametrize("raised", [KeyError, StageFailed, KeyboardInterrupt])
@@ -128,6 +191,34 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     ):
         raise OSError(28, "No space left on device")
     one_line(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_in_the_words_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    expected = r"iostream error; the disk is full: 0\.0 MB"
+    with pytest.raises(StageFailed, match=expected) as caught, writer.staged(tmp_path / "b"):
+        raise StageFailed("iostream error")
+    one_line(caught.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=10**9))
+    with pytest.raises(StageFailed, match=r"iostream error$"), writer.staged(tmp_path / "b"):
+        raise StageFailed("iostream error")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_cannot_write_says_so_in_one_line(tmp_path: Path) -> None:
+    limited = ("sh", "-c", 'ulimit -f 1000 && exec "$@"', "sh")  # blocks of 512 or 1024 bytes, as the shell has it
+    done = subprocess.run(
+        [*limited, sys.executable, "-m", "dmformer", "export", "--output", "b"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: export to ONNX failed: [Errno 27] File too large")
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 

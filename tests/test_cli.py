@@ -19,6 +19,8 @@ import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.manifest import MANIFEST, hash_file
 from dmformer.bundle.reader import open_bundle
+from tests.bundles import rewrite
+from tests.test_rooms import imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,6 +204,75 @@ def test_doctor(cli: Cli, inline: Cli, made: Made) -> None:
     assert not valid(run.out, "doctor")["artifacts"]
     document = valid(inline("doctor", made.bundle, "--json").out, "doctor")
     assert [artifact["format"] for artifact in document["artifacts"]] == ["torch", "onnx", "openvino"]
+
+
+def test_doctor_says_what_each_artifact_can_do_here(inline: Cli, spoilt: Path) -> None:
+    def doctor() -> dict[tuple[str, str], Any]:
+        found = valid(inline("doctor", spoilt, "--json").out, "doctor")["artifacts"]
+        return {(artifact["format"], artifact["precision"]): artifact for artifact in found}
+
+    found = doctor()
+    assert [artifact["runs"] for artifact in found.values()] == [True, True, True]
+    assert [artifact["chosen"] for artifact in found.values()] == [True, False, False]
+    assert [artifact["reason"] for artifact in found.values()] == [None, None, None]
+
+    def newer(content: dict[str, Any]) -> None:
+        content["artifacts"] = [artifact for artifact in content["artifacts"] if artifact["format"] == "onnx"] + [
+            {**content["artifacts"][1], "format": "openvino", "built_with": {"openvino": "9999.1"}}
+        ]
+
+    rewrite(spoilt, newer)
+    found = doctor()
+    assert "older versions may not read" in found["openvino", "fp32"]["reason"]
+    rewrite(spoilt, lambda content: content["artifacts"].pop())
+    found = doctor()
+    built = found["openvino", "fp32"]
+    assert (built["held"], built["runs"], built["buildable"]) == (False, False, True)
+    assert ("torch", "fp32") not in found
+    said = " ".join(inline("doctor", spoilt).out.split())
+    assert "runs here; --runtime auto takes it" in said
+    assert f"not in the bundle; can be built here: dmformer build {spoilt} --format openvino" in said
+
+
+def test_doctor_weighs_memory_and_instructions(inline: Cli, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmformer.bundle.diagnosis.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("dmformer.runtimes.base.instructions", lambda: frozenset(("sse2",)))
+    monkeypatch.setattr("dmformer.runtimes.base.platform.machine", lambda: "x86_64")
+    found = valid(inline("doctor", made.bundle, "--json").out, "doctor")
+    _, onnx, openvino = found["artifacts"]
+    assert not onnx["runs"]
+    assert "of memory are available" in onnx["reason"]
+    assert not onnx["buildable"]
+    assert openvino["reason"] == "openvino needs sse4_2, which this processor has not"
+    assert not openvino["buildable"]
+
+
+def test_doctor_says_why_an_engine_does_not_run(inline: Cli, spoilt: Path) -> None:
+    target = {"flavour": "rtx", "version": "1.0", "compute_capabilities": ["8.9"], "platform": "linux-x86_64"}
+    target |= {"gpu": None, "min_batch": 1, "opt_batch": 1, "max_batch": 8, "workspace_mb": None, "build_s": 1.0}
+
+    def add(content: dict[str, Any]) -> None:
+        engine = {**content["artifacts"][1], "format": "tensorrt", "target": {**target, "onnx_sha256": "0" * 64}}
+        content["artifacts"].append(engine)
+
+    rewrite(spoilt, add)
+    found = valid(inline("doctor", spoilt, "--json").out, "doctor")["artifacts"][-1]
+    assert (found["format"], found["held"], found["runs"]) == ("tensorrt", True, False)
+    assert found["reason"]
+    if not found["buildable"]:
+        assert found["not_buildable"]
+
+
+def test_doctor_does_not_import_pytorch(made: Made) -> None:
+    code = """
+from dmformer.cli import main
+sys.argv = ["dmformer", "doctor", sys.argv[1]]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+"""
+    assert not imported(code, made.bundle) & {"torch", "onnx", "onnxsim"}
 
 
 def test_doctor_works_on_a_broken_installation(cli: Cli, made: Made, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +116,7 @@ def test_choose_takes_the_first_that_runs_in_the_manifests_order(bundle: Path, m
     order = ["openvino", "onnx", "torch"]
     rewrite(bundle, lambda content: content["artifacts"].sort(key=lambda artifact: order.index(artifact["format"])))
     opened = open_bundle(bundle)
-    assert choose(opened, None, None).entry.name == "openvino"
+    assert choose(opened, None, None).entry.name == choose(opened, "auto", None).entry.name == "openvino"
     assert choose(opened, None, "fp32").entry.name == "openvino"
     assert choose(opened, "ort", None).entry.name == "onnxruntime"
     hide(monkeypatch, "openvino")
@@ -235,3 +238,51 @@ def test_a_manifest_that_does_not_fit_the_artifact(bundle: Path) -> None:
     with pytest.raises(DMFormerError) as caught, dmformer.load(bundle, runtime="ort") as predictor:
         predictor.predict(DIGITS[:1])
     one_line(caught.value)
+
+
+def test_many_threads_may_predict(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are those of one thread, and no two threads are in the engine at once."""
+    inside, most = 0, 0
+    with dmformer.load(bundle, runtime="openvino") as predictor:
+        alone = predictor.predict(DIGITS)
+        infer = predictor.runtime.infer
+
+        def watched(inputs: Any) -> Any:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.002)
+            found = infer(inputs)
+            inside -= 1
+            return found
+
+        monkeypatch.setattr(predictor.runtime, "infer", watched)
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda image: predictor.predict(image)[0], DIGITS * 3))
+    assert most == 1
+    for one, expected in zip(together, alone * 3, strict=True):
+        assert one.image == expected.image
+        assert [likely.index for likely in one.classes] == [likely.index for likely in expected.classes]
+        assert one.classes[0].probability == pytest.approx(expected.classes[0].probability, abs=1e-5)
+
+
+def test_a_predictor_is_not_closed_under_an_inference(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = dmformer.load(bundle, runtime="onnxruntime")
+    began, order = threading.Event(), []
+    with predictor, ThreadPoolExecutor(1) as pool:
+        infer, close = predictor.runtime.infer, predictor.runtime.close
+
+        def slow(inputs: Any) -> Any:
+            began.set()
+            time.sleep(0.1)
+            found = infer(inputs)
+            order.append("answered")
+            return found
+
+        monkeypatch.setattr(predictor.runtime, "infer", slow)
+        monkeypatch.setattr(predictor.runtime, "close", lambda: (order.append("closed"), close()))
+        answer = pool.submit(predictor.predict, SAMPLE_IMAGES / "7.png", 1)
+        began.wait(10)
+        predictor.__exit__(None, None, None)
+        assert order == ["answered", "closed"]
+        assert answer.result()[0].classes[0].name == "7"

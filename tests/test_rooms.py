@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(dmformer.__file__).parent
 ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors")
-COMMANDS = ("export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval")
+COMMANDS = ("export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval", "cache", "serve-layout")
 
 BLOCKER = """
 import sys
@@ -154,6 +154,7 @@ LAYERS = (
     "export",
     "verify",
     "bench",
+    "cache",
     "bundle",
     "runtimes",
     "models",

@@ -191,12 +191,25 @@ class LatencyEvidence(Struct, frozen=True, kw_only=True):
     report: str
 
 
+class Cached(Struct, frozen=True, kw_only=True):
+    """Work that was done earlier, on this machine, with the same inputs and versions; its result was taken then.
+
+    Attributes:
+        what: the work.
+        made: when it was done, in UTC, as in RFC 3339.
+    """
+
+    what: str
+    made: str
+
+
 class Evidence(Struct, frozen=True, kw_only=True):
-    """What was measured when the bundle was made."""
+    """What was measured when the bundle was made, but for what is named in ``cached``: that was measured earlier."""
 
     parity: ParityEvidence
     accuracy: AccuracyEvidence | None = None
     latency: LatencyEvidence | None = None
+    cached: tuple[Cached, ...] = ()
 
 
 class Manifest(Struct, frozen=True, kw_only=True):

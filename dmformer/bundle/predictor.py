@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.reader import Bundle
 
+AUTO = "auto"
 _BATCH = 8
 
 
@@ -49,12 +51,17 @@ class PredictReport(Struct, frozen=True, kw_only=True):
 
 
 class Predictor:
-    """Classifies image files, ``batch`` at a time. A context manager, to be used from one thread at a time."""
+    """Classifies image files, ``batch`` at a time. A context manager.
+
+    Any number of threads may call :meth:`predict`: images are decoded side by side, inferences run one after another,
+    each with all the threads of the engine. Leaving the context waits for the inference that runs.
+    """
 
     def __init__(self, choice: Choice, threads: int | None = None, batch: int = _BATCH) -> None:
         self.batch = batch
         self.manifest = choice.bundle.manifest
         self.runtime = choice.runtime(threads)
+        self._turn = threading.Lock()  # an engine's request or execution context is one thread's at a time
 
     def __enter__(self) -> Self:
         self.runtime.__enter__()
@@ -63,7 +70,8 @@ class Predictor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.runtime.__exit__(kind, error, traceback)
+        with self._turn:
+            self.runtime.__exit__(kind, error, traceback)
 
     def predict(self, images: str | Path | Sequence[str | Path], top_k: int = 5) -> list[Prediction]:
         """Classify image files.
@@ -79,7 +87,8 @@ class Predictor:
         for start in range(0, len(paths), self.batch):
             batch = paths[start : start + self.batch]
             inputs = preprocessing.normalize(load_pixels(batch, preprocessing))
-            logits = self.runtime.run_rows({self.manifest.inputs[0].name: inputs})[output.name]
+            with self._turn:
+                logits = self.runtime.run_rows({self.manifest.inputs[0].name: inputs})[output.name]
             predictions += [self._top(path, row, top_k) for path, row in zip(batch, logits, strict=True)]
         return predictions
 
@@ -106,7 +115,8 @@ def load(
 
     Args:
         bundle: the bundle's folder.
-        runtime: a runtime's name; otherwise the first one of the bundle that can run on this machine.
+        runtime: a runtime's name; otherwise, or with ``auto``, the first one of the bundle, in the order in which they
+            were exported, that can run on this machine.
         precision: of the artifact; otherwise the first one there is.
         threads: for one inference; otherwise all cores.
 
@@ -121,6 +131,8 @@ def load(
 def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
     """The runtime that was named, or the first artifact, in the manifest's order, that can run on this machine."""
     precisions = [precision] if precision else []
+    if runtime is not None and runtime.lower() == AUTO:
+        runtime = None
     if runtime is None:
         for artifact in bundle.manifest.artifacts:
             row = registry.reader_of(artifact.format)

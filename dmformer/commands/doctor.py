@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from dmformer.commands import _present as present
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dmformer.bundle.diagnosis import Finding
+    from dmformer.bundle.diagnosis import ArtifactFinding, Finding
 
 
 def doctor(
@@ -24,13 +25,20 @@ def doctor(
     """Show what this machine can run, and what is missing."""
     from dmformer.bundle.diagnosis import diagnose
     from dmformer.bundle.reader import open_bundle
+    from dmformer.export.build import cannot_build
 
-    found = diagnose(open_bundle(bundle) if bundle is not None else None)
+    opened = open_bundle(bundle) if bundle is not None else None
+    found = diagnose(opened, partial(cannot_build, opened) if opened is not None else None)
     if as_json:
         present.write_json(found, "-")
         return
-    present.show(f"{found.machine['cpu']}, {found.machine['cores']} cores, {found.machine['os']}, "
-                 f"Python {found.machine['versions']['python']}")  # fmt: skip
+    machine = found.machine
+    memory = machine["available_memory_mb"]
+    present.show(
+        f"{machine['cpu']} ({' '.join(machine['instructions']) or machine['architecture']}), {machine['cores']} cores, "
+        f"{'' if memory is None else f'{memory} MB of memory available, '}{machine['os']}, "
+        f"Python {machine['versions']['python']}"
+    )
     runtimes = present.table("Runtimes", ["", "runtime", "version", "what is missing"])
     for runtime in found.runtimes:
         _add(runtimes, runtime)
@@ -40,11 +48,24 @@ def doctor(
         _add(tools, tool)
     present.show(tools)
     if found.artifacts:
-        artifacts = present.table(f"Bundle {bundle}", ["", "format", "precision", "runs here"])
+        artifacts = present.table(f"Bundle {bundle}", ["", "format", "precision", "here"])
         for artifact in found.artifacts:
-            mark = present.mark(artifact.runs)
-            present.add_row(artifacts, [mark, artifact.format, artifact.precision, artifact.reason or "yes"])
+            mark = present.mark(artifact.runs, bad="build" if artifact.buildable else "no")
+            present.add_row(artifacts, [mark, artifact.format, artifact.precision, _verdict(artifact, bundle)])
         present.show(artifacts)
+
+
+def _verdict(artifact: ArtifactFinding, bundle: Path | None) -> str:
+    found = ["runs here"] if artifact.runs else [] if artifact.held else ["not in the bundle"]
+    if artifact.chosen:
+        found.append("--runtime auto takes it")
+    if artifact.reason:
+        found.append(artifact.reason)
+    if artifact.buildable:
+        found.append(f"can be built here: dmformer build {bundle} --format {artifact.format}")
+    elif artifact.not_buildable is not None and artifact.not_buildable not in found:
+        found.append(f"cannot be built here: {artifact.not_buildable}")
+    return "; ".join(found)
 
 
 def _add(listing: Table, finding: Finding) -> None:

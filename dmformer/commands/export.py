@@ -13,8 +13,10 @@ from dmformer.commands import _present as present
 from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
-    from dmformer.export.request import ExportRequest
+    from collections.abc import Mapping, Sequence
+
+    from dmformer.export.api import ExportOptions
+    from dmformer.export.request import ExportRequest, ExportResult
 
 
 def export(
@@ -92,45 +94,58 @@ def export(
     workspace: engine.WorkspaceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write the bundle although a parity check failed.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Make and measure everything anew, and keep nothing (dmformer cache).")
+    ] = False,
 ) -> None:
     """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT.
 
     Without --weights and --arch, the trained demonstration checkpoint that ships with the package is exported.
     """
     from dmformer._optional import require
-
-    require("torch", extra="export", purpose="dmformer export")
     from dmformer.bundle.locate import remember
     from dmformer.bundle.writer import check_destination
-    from dmformer.export.api import make_request
+    from dmformer.cache import NoCache, open_cache
     from dmformer.export.formats import EngineOptions
-    from dmformer.export.pipeline import export as run_export
-    from dmformer.export.request import check_possible
+    from dmformer.export.known import KnownExport
 
     check_destination(output)
-    request = make_request(
-        weights,
-        arch=arch,
-        formats=formats or ["onnx"],
-        precisions=precisions or ["fp32"],
-        output=output,
-        image_size=image_size,
-        images=images,
-        calibration=calibration,
-        max_accuracy_drop=max_accuracy_drop,
-        options=parse_options(model_options or []),
-        seed=seed,
-        deploy_form=deploy_form,
-        force=force,
-        engine=EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace),
-    )
-    _say_source(request)
-    if dry_run:
-        check_possible(request)
-        _show_plan(request)
-        return
-    with present.stages() as shown:
-        result = run_export(request, shown.stage)
+    arguments: ExportOptions = {
+        "arch": arch,
+        "formats": formats or ["onnx"],
+        "precisions": precisions or ["fp32"],
+        "output": output,
+        "image_size": image_size,
+        "images": images,
+        "calibration": calibration,
+        "max_accuracy_drop": max_accuracy_drop,
+        "options": parse_options(model_options or []),
+        "seed": seed,
+        "deploy_form": deploy_form,
+        "force": force,
+        "engine": EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace),
+    }
+    cache = NoCache() if no_cache or dry_run else open_cache()
+    known = KnownExport(cache, weights, arguments)  # before PyTorch is imported, which takes seconds
+    result = known.take(output)
+    if result is None:
+        require("torch", extra="export", purpose="dmformer export")
+        from dmformer.export.api import make_request
+        from dmformer.export.pipeline import export as run_export
+        from dmformer.export.request import check_possible
+
+        request = make_request(weights, **arguments)
+        model = request.checkpoint
+        _say_source(request.weights, model.arch, request.seed, model.notes, model.training)
+        if dry_run:
+            check_possible(request)
+            _show_plan(request)
+            return
+        with present.stages() as shown:
+            result = known.keep(run_export(request, shown.stage, cache))
+    else:
+        taken = result.manifest.model
+        _say_source(taken.weights, taken.arch, taken.seed, taken.notes, taken.training)
     remember(output)
     _show_result(result)
     if result.broken:
@@ -158,18 +173,17 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def _say_source(request: ExportRequest) -> None:
-    checkpoint = request.checkpoint
-    if request.weights == "demonstration":
-        accuracy = checkpoint.training.get("held_out_top1")
+def _say_source(weights: str, arch: str, seed: int | None, notes: Sequence[str], training: Mapping[str, Any]) -> None:
+    if weights == "demonstration":
+        accuracy = training.get("held_out_top1")
         said = f", {accuracy:.1%} on held-out digits" if isinstance(accuracy, float) else ""
         present.say(f"no --weights given: exporting the demonstration checkpoint that ships with dmformer{said}")
-    if request.weights == "random":
+    if weights == "random":
         present.say(
-            f"warning: no --weights given: {checkpoint.arch} gets random weights (seed {request.seed}); "
+            f"warning: no --weights given: {arch} gets random weights (seed {seed}); "
             "good for timing, its answers mean nothing"
         )
-    for note in checkpoint.notes:
+    for note in notes:
         present.say(f"note: {note}")
 
 
@@ -197,6 +211,12 @@ def _show_result(result: ExportResult) -> None:
         present.show(present.artifact_findings(manifest.artifacts))
     for reason in result.parity.skipped:
         present.show(f"not done: {reason}")
+    for cached in manifest.evidence.cached:
+        present.say(f"from the cache: {cached.what}, measured {cached.made}")
+    if manifest.evidence.cached:
+        present.say("--no-cache makes and measures it anew")
+    if result.not_kept is not None:
+        present.say(f"note: the cache could not be written: {result.not_kept}")
     evidence = manifest.evidence.parity
     worst = max((check.max_abs or 0.0) / check.limit for check in result.parity.checks if check.limit)
     present.show(

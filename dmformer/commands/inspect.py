@@ -47,6 +47,7 @@ def _show(manifest: Manifest, root: str) -> None:
         ),
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
         ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),
+        *(("measured", f"{cached.made}: {cached.what}") for cached in manifest.evidence.cached),
         *(("accuracy", f"measured on {accuracy.images} calibration images") for accuracy in measured),
         ("made by", f"dmformer {manifest.tool_version}"),
         *(("note", note) for note in model.notes),

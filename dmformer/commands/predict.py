@@ -17,7 +17,10 @@ def predict(
         typer.Argument(metavar="[BUNDLE] IMAGE...", help="Image files; before them, if you like, the bundle's folder."),
     ],
     runtime: Annotated[
-        str | None, typer.Option("--runtime", metavar="NAME", help="Otherwise the first of the bundle that runs here.")
+        str | None,
+        typer.Option(
+            "--runtime", metavar="NAME", help="Otherwise, or with auto, the first of the bundle that runs here."
+        ),
     ] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="P", help="Otherwise the first there is.")

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmformer.bundle.locate import DEFAULT_BUNDLE
+from dmformer.cache import NoCache, open_cache
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import EngineOptions, check_convertible
-from dmformer.export.pipeline import ExportResult
-from dmformer.export.pipeline import export as run_export
+from dmformer.export.known import KnownExport
 from dmformer.export.precision import PRECISIONS, check_calibrated
-from dmformer.export.request import ExportRequest
-from dmformer.export.source import find_source
+from dmformer.export.request import ExportRequest, ExportResult
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
 
@@ -43,13 +42,19 @@ AUTO = "auto"
 
 
 def export(
-    weights: str | Path | None = None, *, stage: Stage = silent, **arguments: Unpack[ExportOptions]
+    weights: str | Path | None = None,
+    *,
+    stage: Stage = silent,
+    use_cache: bool = True,
+    **arguments: Unpack[ExportOptions],
 ) -> ExportResult:
     """Export a checkpoint to a verified bundle.
 
     Args:
         weights: a checkpoint file; without it and without ``arch``, the demonstration checkpoint.
         stage: told about each step.
+        use_cache: take what was made before with the same inputs and versions, and keep what is made now
+            (:mod:`dmformer.cache`); the manifest names what was taken, and when it was measured.
         **arguments: those of :func:`make_request`.
 
     Raises:
@@ -58,7 +63,14 @@ def export(
         UnavailableError: a package that a format needs is not installed.
         UsageError: an argument or a file cannot be used.
     """
-    return run_export(make_request(weights, **arguments), stage)
+    cache = open_cache() if use_cache else NoCache()
+    known = KnownExport(cache, Path(weights) if weights is not None else None, arguments)
+    taken = known.take(Path(arguments.get("output", DEFAULT_BUNDLE)))
+    if taken is not None:
+        return taken
+    from dmformer.export.pipeline import export as run_export
+
+    return known.keep(run_export(make_request(weights, **arguments), stage, cache))
 
 
 def make_request(
@@ -105,6 +117,8 @@ def make_request(
     """
     if not 0 <= max_accuracy_drop <= 100:
         raise UsageError(f"max_accuracy_drop is {max_accuracy_drop:g}; expected percentage points, 0 to 100")
+    from dmformer.export.source import find_source
+
     source = find_source(
         Path(weights) if weights is not None else None,
         arch,

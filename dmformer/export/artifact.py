@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,11 +16,26 @@ from dmformer.verify.parity import Check, check_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from dmformer.bundle.golden import Golden
     from dmformer.export.formats import ConversionSource
     from dmformer.runtimes.base import Runtime
+
+
+@dataclass(frozen=True)
+class Built:
+    """An artifact as its converter made it, and its files."""
+
+    artifact: Artifact
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Proven:
+    """An artifact with all that was found of it, and its checks."""
+
+    artifact: Artifact
+    checks: tuple[Check, ...]
 
 
 def make_artifact(

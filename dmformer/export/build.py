@@ -15,7 +15,7 @@ from dmformer.bundle.manifest import MANIFEST, Artifact, file_entry, indented_js
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
-from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export.artifact import make_artifact, proven
 from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible
 from dmformer.progress import Stage, silent
@@ -94,6 +94,21 @@ def build(
             raise StageFailed(f"{opened.root} changed while this was built, and was left alone; run it again")
         _adopt(opened, folder, built, BuildReport(artifacts=tuple(built), parity=parity), row.format)
     return BuildReport(artifacts=tuple(built), parity=parity)
+
+
+def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | None:
+    """Why a format at a precision cannot be built on this machine from the bundle; nothing is built.
+
+    ``None`` where it can, as far as is known.
+    """
+    if row.format in (_SOURCE, "torch"):
+        return "it comes with an export"
+    try:
+        _sources(bundle, row, [precision])
+        check_convertible(row, EngineOptions())
+    except (UnavailableError, UsageError) as error:
+        return str(error)
+    return None
 
 
 def _sources(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> list[Artifact]:

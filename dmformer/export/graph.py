@@ -38,14 +38,12 @@ class VerifiedGraph:
     Attributes:
         onnx: the file: simplified where that changed nothing, or else as it was traced.
         golden: PyTorch's answers, and the file's at fp32.
-        answers: of onnxruntime to the file.
         checks: of all stages up to it.
         simplification: whether the simplified graph was kept, and why.
     """
 
     onnx: Path
     golden: Golden
-    answers: Answers
     checks: list[Check]
     simplification: Simplification
 
@@ -77,8 +75,8 @@ class GraphSource:
         return deploy(self.model, self.checkpoint.preprocessing.image_size)
 
 
-def verified_graph(source: GraphSource) -> VerifiedGraph:
-    """Trace, simplify and verify.
+def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
+    """Trace, simplify and verify; gives onnxruntime's answers to the file as well.
 
     Raises:
         StageFailed: the exporter or the simplifier broke, or PyTorch's own answers are no reference.
@@ -117,7 +115,7 @@ def verified_graph(source: GraphSource) -> VerifiedGraph:
     largest = kept.answers.largest
     if not isinstance(largest, DMFormerError):
         golden = replace(golden, files={"fp32": largest})
-    return VerifiedGraph(kept.file, golden, kept.answers, kept.checks, simplification)
+    return VerifiedGraph(kept.file, golden, kept.checks, simplification), kept.answers
 
 
 class _Graph(NamedTuple):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import filecmp
+import functools
 import shutil
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
+import numpy as np
 
 from dmformer.bundle.manifest import (
     GOLDEN,
@@ -18,7 +17,6 @@ from dmformer.bundle.manifest import (
     Artifact,
     Evidence,
     LatencyEvidence,
-    Manifest,
     ParityEvidence,
     Simplification,
     file_entry,
@@ -27,22 +25,23 @@ from dmformer.bundle.manifest import (
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
+from dmformer.cache import NoCache
 from dmformer.errors import CheckFailed, StageFailed
-from dmformer.export.artifact import make_artifact, proven, runtime_of
+from dmformer.export.artifact import Built, Proven, make_artifact, proven, runtime_of
 from dmformer.export.describe import describe_export
 from dmformer.export.formats import ConversionSource
 from dmformer.export.graph import GraphSource, VerifiedGraph, verified_graph
 from dmformer.export.precision import Calibration, Made, PrecisionSource, make
-from dmformer.export.reduced import prove
-from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, check_possible
-from dmformer.export.speed import compare_precisions, fastest
+from dmformer.export.reduced import Reduced, prove
+from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, ExportResult, check_possible
+from dmformer.export.speed import Timed, compare_precisions, fastest
+from dmformer.machine import gpu_state
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
 from dmformer.verify.accuracy import logits_of, parts, points_lost, score
-from dmformer.verify.answers import ask
+from dmformer.verify.answers import Answers, ask
 from dmformer.verify.parity import (
     Check,
-    ParityReport,
     check_accuracy,
     check_answers,
     check_consistency,
@@ -53,26 +52,26 @@ from dmformer.verify.parity import (
 from dmformer.verify.reference import torch_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from dmformer.bundle.golden import Golden
+    from dmformer.bundle.manifest import Manifest
     from dmformer.models.dmformer import DMFormer
 
 _MOST_CALIBRATION = 512
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """What was written, and what was found on the way; ``broken`` has the engines that could not be built, and why."""
-
-    output: Path
-    manifest: Manifest
-    parity: ParityReport
-    broken: tuple[str, ...] = ()
-
-
-def export(request: ExportRequest, stage: Stage = silent) -> ExportResult:
+def export(request: ExportRequest, stage: Stage = silent, cache: NoCache | None = None) -> ExportResult:
     """Trace, simplify, reduce the precision, convert, verify each step, and write the bundle.
+
+    Args:
+        request: what to export.
+        stage: told about each step.
+        cache: has the results of stages that were done before with the same inputs, and keeps those whose checks held.
 
     Raises:
         CheckFailed: a check failed; nothing was written, unless ``request.force``.
@@ -81,22 +80,43 @@ def export(request: ExportRequest, stage: Stage = silent) -> ExportResult:
         UsageError: the output folder or an image cannot be used.
     """
     check_possible(request)
-    with staged(request.output) as folder, tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
-        return _Export(request, folder, Path(scratch), stage).run()
+    with staged(request.output) as folder:
+        scratch = folder.with_name("scratch")
+        scratch.mkdir()
+        return _Export(request, folder, scratch, stage, cache or NoCache()).run()
+
+
+def _held(found: VerifiedGraph | Reduced | Proven) -> bool:
+    return all(check.passed for check in found.checks)
+
+
+def _gpu(artifacts: Sequence[Artifact]) -> list[object]:
+    """Name and driver of the GPU, where one may run an artifact: what is measured depends on them."""
+    if all(artifact.target is None for artifact in artifacts):
+        return []
+    state = gpu_state() or {}
+    return [state.get("name"), state.get("driver")]
 
 
 class _Export:
     """One export under way: a folder that becomes the bundle, and the checks so far."""
 
-    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, stage: Stage) -> None:
+    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, stage: Stage, cache: NoCache) -> None:
         self.request = request
         self.checkpoint = request.checkpoint
         self.folder = folder
         self.scratch = scratch
         self.stage = stage
+        self.cache = cache
         self.checks: list[Check] = []
         self.left_out: list[str] = list(request.not_made)
         self.broken: list[str] = []
+        self.answers: Answers | None = None  # of onnxruntime to the float32 file, where it was asked just now
+
+    @functools.cached_property
+    def network(self) -> list[object]:
+        """What every stage depends on: the checkpoint by its content, and the form that is traced."""
+        return [self.cache.digest(self.checkpoint), self.request.deploy_form]
 
     def run(self) -> ExportResult:
         model = self.checkpoint.model()
@@ -104,7 +124,7 @@ class _Export:
         source = GraphSource(
             self.checkpoint, model, self.request.deploy_form, self.request.images, self.scratch, self.stage
         )
-        graph = verified_graph(source)
+        graph = self._trace(source)
         self.checks.extend(graph.checks)
         golden = graph.golden
         artifacts: list[Artifact] = []
@@ -112,7 +132,7 @@ class _Export:
             found = self._reduce(precision, source, graph, golden, calibration)
             if found is None:
                 continue
-            made, golden = found
+            made, golden = found.made, found.golden
             for row in self._rows(precision):
                 try:
                     artifacts += self._take(*self._convert(row, precision, made, graph, golden, calibration))
@@ -123,6 +143,26 @@ class _Export:
         if not artifacts:
             raise StageFailed("; ".join(self.broken))
         return self._finish(model, golden, artifacts, graph.simplification, calibration)
+
+    def _once(
+        self,
+        what: str,
+        inputs: object,
+        kind: type[T],
+        make: Callable[[], T],
+        root: Path,
+        sound: Callable[[T], bool] = lambda _: True,
+    ) -> T:
+        """What a stage gives, or gave before (:meth:`dmformer.cache.NoCache.get_or_make`)."""
+        return self.cache.get_or_make(f"{self.checkpoint.arch}: {what}", inputs, kind, make, root, sound)
+
+    def _trace(self, source: GraphSource) -> VerifiedGraph:
+        def make() -> VerifiedGraph:
+            graph, self.answers = verified_graph(source)
+            return graph
+
+        what, inputs = "trace to ONNX, simplify, verify", (self.network, self.request.images)
+        return self._once(what, inputs, VerifiedGraph, make, self.scratch, _held)
 
     def _give_up(self, row: registry.Entry, precision: str, error: StageFailed) -> None:
         """An engine that cannot be built takes nothing else down with it."""
@@ -156,8 +196,13 @@ class _Export:
             self.left_out.append("accuracy: not measured without calibration images; give --calibration DIR")
             return None
         images = self.request.calibration.spread(_MOST_CALIBRATION)
-        with self.stage("PyTorch on the calibration images", parts(images)) as advance:
-            logits = torch_logits(model, images, advance)
+        what = "PyTorch on the calibration images"
+
+        def make() -> NDArray[np.float32]:
+            with self.stage(what, parts(images)) as advance:
+                return torch_logits(model, images, advance)
+
+        logits = self._once(what, (self.network, images), np.ndarray, make, self.scratch)
         return Calibration(images, logits, score(logits, images.labels, logits))
 
     def _reduce(
@@ -167,10 +212,10 @@ class _Export:
         verified: VerifiedGraph,
         golden: Golden,
         calibration: Calibration | None,
-    ) -> tuple[Made, Golden] | None:
-        """The ONNX file at a precision and golden outputs with its own; ``None`` where it cannot be and need not be."""
+    ) -> Reduced | None:
+        """The ONNX file at a precision; ``None`` where it cannot be had and need not be."""
         if precision == "fp32":
-            return Made(verified.onnx, promised=1.0), golden
+            return Reduced(Made(verified.onnx, promised=1.0), golden)
         if not all(check.passed for check in self.checks if check.precision == "fp32"):
             self.left_out.append(f"{precision}: float32 failed its checks")
             return None
@@ -182,21 +227,27 @@ class _Export:
             scratch=self.scratch,
             stage=self.stage,
         )
-        try:
+
+        def reduce() -> Reduced:
             made = make(precision, source)
             with self.stage(f"literal execution of {precision}, emulation in PyTorch"):
-                made, golden, checks = prove(precision, made, graph.form, source, golden)
+                made, completed, checks = prove(precision, made, graph.form, source, golden)
+            return Reduced(made, completed, tuple(checks))
+
+        inputs = (self.network, precision, verified.onnx, golden, calibration, self.request.max_points_lost)
+        try:
+            found = self._once(f"ONNX at {precision}", inputs, Reduced, reduce, self.scratch, _held)
         except (CheckFailed, StageFailed) as error:
             if not self.request.choose_fastest:
                 raise
             self.left_out.append(f"{precision}: {error}")
             return None
-        wrong = [check.reason for check in checks if not check.passed]
+        wrong = [check.reason for check in found.checks if not check.passed]
         if wrong and self.request.choose_fastest:
             self.left_out.append(f"{precision}: {wrong[0]}")
             return None
-        self.checks.extend(checks)
-        return made, golden
+        self.checks.extend(found.checks)
+        return found
 
     def _take(self, artifact: Artifact, checks: Sequence[Check]) -> list[Artifact]:
         """The artifact, unless a check of it failed and another precision may take its place."""
@@ -218,31 +269,61 @@ class _Export:
         calibration: Calibration | None,
     ) -> tuple[Artifact, list[Check]]:
         """An artifact, and what its runtime answers with it; onnxruntime where that cannot run here."""
-        (self.folder / row.format / precision).mkdir(parents=True)
-        artifact = make_artifact(
-            row,
-            ConversionSource(made.onnx, precision, self.checkpoint, self.request.engine, self.stage),
-            self.folder,
-            promised_share=made.promised,
-            kept_in_fp32=made.kept_in_fp32,
-            sensitivity=made.sensitivity,
-        )
-        if reason := cannot_run(row, artifact):
+        artifact = self._build(row, precision, made)
+        reason = cannot_run(row, artifact)
+        if reason:
             self.left_out.append(
                 f"{row.format} {precision}: built and not run, {reason}. Its ONNX file was compared in onnxruntime; "
                 "run dmformer verify on the device"
             )
-            return artifact, self._check_onnx(precision, made, golden)
+
+        def prove_artifact() -> Proven:
+            if reason:
+                return Proven(artifact, tuple(self._check_onnx(precision, made, golden)))
+            return self._prove(row, artifact, graph, golden, calibration)
+
+        inputs = (artifact, made.onnx, golden, calibration, self.request.max_points_lost, reason, _gpu([artifact]))
+        what = f"verify {row.format} {precision}"
+        found = self._once(what, inputs, Proven, prove_artifact, self.folder, _held)
+        return found.artifact, list(found.checks)
+
+    def _build(self, row: registry.Entry, precision: str, made: Made) -> Artifact:
+        def build() -> Built:
+            (self.folder / row.format / precision).mkdir(parents=True, exist_ok=True)
+            artifact = make_artifact(
+                row,
+                ConversionSource(made.onnx, precision, self.checkpoint, self.request.engine, self.stage),
+                self.folder,
+                promised_share=made.promised,
+                kept_in_fp32=made.kept_in_fp32,
+                sensitivity=made.sensitivity,
+            )
+            return Built(artifact, tuple(self.folder / entry.path for entry in artifact.files))
+
+        if row.buildable and not self.request.engine.targets:  # tuned on the GPU of this machine, as it is just now
+            return build().artifact
+        inputs = (self.network, row.format, precision, made, self.request.engine)
+        what = f"convert to {row.format} {precision}"
+        return self._once(what, inputs, Built, build, self.folder).artifact
+
+    def _prove(
+        self,
+        row: registry.Entry,
+        artifact: Artifact,
+        graph: VerifiedGraph,
+        golden: Golden,
+        calibration: Calibration | None,
+    ) -> Proven:
         path = self.folder / artifact.files[0].path
         known = None
-        if graph.answers.layers and filecmp.cmp(path, graph.onnx, shallow=False):  # asked already, under another name
-            known = graph.answers
-        with self.stage(f"verify {artifact.format} {precision} in {row.name}"):
+        if self.answers is not None and self.answers.layers and filecmp.cmp(path, graph.onnx, shallow=False):
+            known = self.answers  # asked already, under another name
+        with self.stage(f"verify {artifact.format} {artifact.precision} in {row.name}"):
             artifact, checks = proven(row, artifact, self.folder, golden, known)
         if calibration is not None and artifact.layers:
             artifact, check = self._measure(row, artifact, calibration)
             checks.append(check)
-        return artifact, checks
+        return Proven(artifact, tuple(checks))
 
     def _check_onnx(self, precision: str, made: Made, golden: Golden) -> list[Check]:
         """The ONNX file in onnxruntime, in place of an engine that is built for other machines."""
@@ -284,6 +365,7 @@ class _Export:
                 passed=parity.passed, checks=len(parity.checks), failed=len(failed), report=PARITY_REPORT
             ),
             accuracy=self._accuracy_evidence(calibration),
+            cached=tuple(self.cache.taken),
         )
         manifest = describe_export(
             self.checkpoint,
@@ -318,7 +400,13 @@ class _Export:
 
     def _compare_speed(self, manifest: Manifest) -> Manifest:
         """Time every artifact of the folder, say which earn their place, and keep those that were asked for."""
-        timed = compare_precisions(open_bundle(self.folder), self.stage)
+        timed = self._once(
+            "speed",
+            (manifest.artifacts, _gpu(manifest.artifacts)),
+            Timed,
+            lambda: compare_precisions(open_bundle(self.folder), self.stage),
+            self.folder,
+        )
         self._write_report(BENCH_REPORT, timed.report)
         kept = fastest(timed.artifacts) if self.request.choose_fastest else self._asked_for(timed.artifacts)
         kept = self._keep(timed.artifacts, kept)
@@ -328,7 +416,7 @@ class _Export:
             manifest,
             artifacts=tuple(kept),
             files=(*manifest.files, entry),
-            evidence=msgspec.structs.replace(manifest.evidence, latency=latency),
+            evidence=msgspec.structs.replace(manifest.evidence, latency=latency, cached=tuple(self.cache.taken)),
         )
 
     def _keep(self, artifacts: Sequence[Artifact], kept: Sequence[Artifact]) -> list[Artifact]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dmformer.bundle.golden import Golden
 from dmformer.errors import StageFailed
 from dmformer.export import onnx_file
 from dmformer.export.island import find_island
@@ -26,8 +27,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from dmformer.bundle.golden import Golden
     from dmformer.export.precision import PrecisionSource
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """An ONNX file at a precision, golden outputs with its own, and its checks."""
+
+    made: Made
+    golden: Golden
+    checks: tuple[Check, ...] = ()
 
 
 def prove(

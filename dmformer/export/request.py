@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dmformer._optional import require
-from dmformer.bundle.manifest import GOLDEN, MANIFEST
+from dmformer.bundle.manifest import GOLDEN, MANIFEST, Manifest
 from dmformer.bundle.writer import check_destination
 from dmformer.data.labelled import ImageSet
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import EngineOptions, check_convertible
-from dmformer.models.checkpoint import Checkpoint
 from dmformer.runtimes import registry
+from dmformer.verify.parity import ParityReport
+
+if TYPE_CHECKING:
+    from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, and an export may be known
 
 PARITY_REPORT = "reports/parity.json"
 BENCH_REPORT = "reports/bench.json"
@@ -77,6 +80,25 @@ class ExportRequest:
                 )
             found += [(row, precision) for precision in self.precisions if precision in taken]
         return found
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written, and what was found on the way.
+
+    Attributes:
+        output: the bundle's folder.
+        manifest: of the bundle.
+        parity: every check.
+        broken: the engines that could not be built, and why.
+        not_kept: why the cache did not take what was made.
+    """
+
+    output: Path
+    manifest: Manifest
+    parity: ParityReport
+    broken: tuple[str, ...] = ()
+    not_kept: str | None = None
 
 
 def planned_artifacts(request: ExportRequest) -> list[str]:

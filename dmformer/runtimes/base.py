@@ -7,6 +7,7 @@ where it cannot have what was asked, entering raises.
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
-from dmformer.machine import check_threads, usable_cores
+from dmformer.machine import check_threads, instructions, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +95,8 @@ class Runtime(ABC):
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    # By processor, instruction sets without which the engine cannot start, in Linux's names.
+    instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(
         self,
@@ -117,6 +120,14 @@ class Runtime(ABC):
     @abstractmethod
     def probe(cls) -> Availability:
         """Whether the engine is installed and loads here. Does not raise."""
+
+    @classmethod
+    def look(cls) -> Availability:
+        """As :meth:`probe`, but an engine that takes seconds to import may be left alone. Does not raise."""
+        missing = sorted(set(cls.instructions.get(platform.machine().lower(), ())) - instructions())
+        if missing and instructions():  # importing it could end this process
+            return Availability(False, reason=f"{cls.name} needs {', '.join(missing)}, which this processor has not")
+        return cls.probe()
 
     @abstractmethod
     def load(self) -> None:

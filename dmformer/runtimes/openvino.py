@@ -14,7 +14,7 @@ from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, Tenso
 from dmformer.runtimes.layers import is_compute, precision_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -34,6 +34,8 @@ class OpenVinoRuntime(Runtime):
 
     name = "openvino"
     precisions: ClassVar[tuple[str, ...]] = tuple(_PRECISION_HINT)
+    # docs.openvino.ai, system requirements
+    instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {"x86_64": ("sse4_2",), "aarch64": ("asimd",)}
     _request: Any = None
     _model: Any = None
     _source: Any = None  # has the names; compiling may fold a cast away and leave its tensor with two

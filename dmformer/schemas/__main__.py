@@ -11,6 +11,7 @@ from dmformer.bench.report import BenchReport
 from dmformer.bundle.diagnosis import Diagnosis
 from dmformer.bundle.manifest import Manifest, indented_json
 from dmformer.bundle.predictor import PredictReport
+from dmformer.cache import CacheReport
 from dmformer.export.build import BuildReport
 from dmformer.verify.evaluate import EvalReport
 from dmformer.verify.parity import ParityReport
@@ -23,6 +24,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "predict": PredictReport,
     "doctor": Diagnosis,
     "build": BuildReport,
+    "cache": CacheReport,
 }
 
 

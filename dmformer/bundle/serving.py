@@ -1,0 +1,228 @@
+"""A bundle as the model repository of a server.
+
+DIR/models is the repository, and DIR/README.md says how it is served and what a client has to do with an image, for
+neither server does that. NVIDIA Triton: a folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/`` with the
+files under the names that its backend looks for. OpenVINO Model Server: ``config.json``, and a folder a model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmformer.bundle.writer import staged
+from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from dmformer.bundle.manifest import Artifact, Manifest
+    from dmformer.bundle.reader import Bundle
+
+SERVERS = ("triton", "ovms")
+LABELS = "labels.txt"
+_MODELS = "models"
+_QUEUE_US = 100  # how long Triton waits for others to share a batch with
+_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """How Triton calls an engine, on what it runs there, and under which name it looks for the main file."""
+
+    name: str
+    kind: str
+    main: str
+
+
+_TRITON = {
+    "onnx": _Backend("onnxruntime", "KIND_CPU", "model.onnx"),
+    "openvino": _Backend("openvino", "KIND_CPU", "model.xml"),
+    "tensorrt": _Backend("tensorrt", "KIND_GPU", "model.plan"),
+}
+_OVMS = {"onnx": "model.onnx", "openvino": "model.xml"}
+# Without the hint the CPU plugin may compute float32 models in bfloat16 on processors that have it.
+_PRECISION_HINTS = {"fp32": "f32", "fp16": "f16", "int8": "f32"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was written: the folder, a name for each model, and a sentence for each artifact that was left out."""
+
+    output: Path
+    models: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = False, max_batch: int = 8) -> Layout:
+    """Write a model repository.
+
+    Args:
+        server: ``triton`` or ``ovms``.
+        bundle: every file is compared with its hash before it is copied.
+        output: a new or empty folder.
+        force: replace whatever is in the folder.
+        max_batch: largest batch that Triton makes of what waits; an engine's own bound goes before it.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        StageFailed: writing failed.
+        UsageError: no such server, the bundle has nothing for it, or the folder is not empty.
+    """
+    if server not in SERVERS:
+        raise UsageError(f"server {server!r}; expected {' or '.join(SERVERS)}")
+    taken = [artifact for artifact in bundle.manifest.artifacts if _unservable(server, artifact) is None]
+    left_out = tuple(
+        f"{artifact.format} {artifact.precision}: {reason}"
+        for artifact in bundle.manifest.artifacts
+        if (reason := _unservable(server, artifact)) is not None
+    )
+    if not taken:
+        raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
+
+    def replaceable(folder: Path) -> None:
+        if not force:
+            raise UsageError(f"output {str(folder)!r} is not empty; expected a new folder, or --force to replace it")
+
+    named = {_name(bundle.manifest, artifact): artifact for artifact in taken}
+    with staged(output, replaceable) as folder:
+        (folder / _MODELS).mkdir()
+        for name, artifact in named.items():
+            _copy(bundle, artifact, folder / _MODELS / name / "1", server)
+        if server == "triton":
+            _write_triton(folder / _MODELS, bundle.manifest, named, max_batch)
+        else:
+            _write_ovms(folder / _MODELS, named)
+        (folder / "README.md").write_text(_readme(server, bundle.manifest, named, left_out), encoding="utf-8")
+    return Layout(output, tuple(named), left_out)
+
+
+def _name(manifest: Manifest, artifact: Artifact) -> str:
+    """Of the model and its folder: nothing in it leads elsewhere, whatever the manifest calls the architecture."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{manifest.model.arch}_{artifact.format}_{artifact.precision}")
+
+
+def _unservable(server: str, artifact: Artifact) -> str | None:
+    if artifact.format not in (_TRITON if server == "triton" else _OVMS):
+        return f"{server} has no backend for it"
+    if artifact.target is not None and artifact.target.flavour == "rtx":
+        return "an engine of TensorRT-RTX; Triton's backend loads those of TensorRT: dmformer build --flavour tensorrt"
+    return None
+
+
+def _copy(bundle: Bundle, artifact: Artifact, folder: Path, server: str) -> None:
+    """The files, the main one and what belongs to it under the names that the server looks for."""
+    folder.mkdir(parents=True)
+    main = _TRITON[artifact.format].main if server == "triton" else _OVMS[artifact.format]
+    loaded, *others = (bundle.check(entry) for entry in artifact.files)
+    shutil.copyfile(loaded, folder / main)
+    for path in others:
+        belongs = path.stem == loaded.stem  # weights are found by the name of the file that is loaded
+        shutil.copyfile(path, folder / (main.rpartition(".")[0] + path.suffix if belongs else path.name))
+
+
+def _write_triton(folder: Path, manifest: Manifest, named: dict[str, Artifact], max_batch: int) -> None:
+    for name, artifact in named.items():
+        (folder / name / "config.pbtxt").write_text(
+            _config(manifest, artifact, name, max_batch), encoding="utf-8", newline="\n"
+        )
+        if manifest.model.classes:
+            lines = (" ".join(label.split()) for label in manifest.model.classes)
+            (folder / name / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _config(manifest: Manifest, artifact: Artifact, name: str, max_batch: int) -> str:
+    """``ModelConfig`` (model_config.proto of Triton) in protobuf's text form; dimensions are without the batch."""
+    backend = _TRITON[artifact.format]
+    (given,), (output,) = manifest.inputs, manifest.outputs
+    bound = artifact.target.max_batch if artifact.target is not None else max_batch
+    comment = f"# {_tied(artifact)}\n" if artifact.target is not None else ""
+    label = f'\n    label_filename: "{LABELS}"' if manifest.model.classes else ""
+
+    def tensor(tensor_name: str, dtype: str, shape: tuple[int | str, ...]) -> str:
+        dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in shape[1:])
+        return f"    name: {json.dumps(tensor_name)}\n    data_type: {_TYPES[dtype]}\n    dims: [ {dims} ]"
+
+    return (
+        f"{comment}name: {json.dumps(name)}\n"
+        f'backend: "{backend.name}"\n'
+        f'default_model_filename: "{backend.main}"\n'
+        f"max_batch_size: {bound}\n"
+        f"input [\n  {{\n{tensor(given.name, given.dtype, given.shape)}\n  }}\n]\n"
+        f"output [\n  {{\n{tensor(output.name, output.dtype, output.shape)}{label}\n  }}\n]\n"
+        f"instance_group [\n  {{\n    count: 1\n    kind: {backend.kind}\n  }}\n]\n"
+        f"dynamic_batching {{\n  max_queue_delay_microseconds: {_QUEUE_US}\n}}\n"
+        f'parameters {{\n  key: "dmformer_sha256"\n  value {{ string_value: "{artifact.sha256}" }}\n}}\n'
+    )
+
+
+def _write_ovms(folder: Path, named: dict[str, Artifact]) -> None:
+    listing = [
+        {
+            "config": {
+                "name": name,
+                "base_path": f"/{_MODELS}/{name}",
+                "target_device": "CPU",
+                "plugin_config": {
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[artifact.precision],
+                },
+            }
+        }
+        for name, artifact in named.items()
+    ]
+    (folder / "config.json").write_text(json.dumps({"model_config_list": listing}, indent=2) + "\n", encoding="utf-8")
+
+
+def _tied(artifact: Artifact) -> str:
+    target = artifact.target
+    assert target is not None
+    return (
+        f"TensorRT {target.version} on {target.platform}, compute capability {', '.join(target.compute_capabilities)}, "
+        f"batch {target.min_batch} to {target.max_batch}: Triton must bring this version, and the GPU be one of these"
+    )
+
+
+def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: tuple[str, ...]) -> str:
+    pre, (given,), (output,) = manifest.preprocessing, manifest.inputs, manifest.outputs
+    start = {
+        "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
+        "tritonserver --model-repository=/models",
+        "ovms": "docker run --rm -p 9000:9000 -p 8000:8000 -v ./models:/models openvino/model_server:latest "
+        "--config_path /models/config.json --port 9000 --rest_port 8000",
+    }[server]
+    resized = round(pre.image_size / pre.crop_fraction)
+    labels = [f"{index}: {' '.join(label.split())}" for index, label in enumerate(manifest.model.classes)]
+    steps = (
+        f"Decode the image; channels {pre.channels}.",
+        f"Resize the shorter side to {resized} pixels ({pre.interpolation}, as Pillow does it).",
+        f"Take the centre of {pre.image_size}x{pre.image_size} pixels.",
+        f"Divide by 255; for each channel subtract the mean {list(pre.mean)}, divide by the deviation {list(pre.std)}.",
+        f"Send `{given.name}`, {given.dtype}, (batch, channels, height, width) = {list(given.shape)}.",
+    )
+    answer = (
+        f"Back comes `{output.name}`, {output.dtype}, {list(output.shape)}: logits; their softmax is probabilities."
+    )
+    lines = [
+        f"# {manifest.model.arch} for {server}",
+        "",
+        f"    {start}",
+        "",
+        "## Before a request, in the client",
+        "",
+        *(f"{number}. {step}" for number, step in enumerate(steps, 1)),
+        "",
+        answer,
+        "`dmformer predict` does all of this, to compare with.",
+        "",
+        "## Models",
+        "",
+        *(f"- `{name}`: SHA-256 {artifact.sha256}" for name, artifact in named.items()),
+        *(f"- `{name}`: {_tied(artifact)}" for name, artifact in named.items() if artifact.target is not None),
+        *(f"- not here: {reason}" for reason in left_out),
+    ]
+    if labels:
+        lines += ["", "## Classes", "", *(f"- {label}" for label in labels)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,410 @@
+"""Results of work, kept by the content of everything that they were made from.
+
+    entries/KEY     what was made, when, and the SHA-256 of its value and of each of its files
+    objects/SHA     values and files, each once, named after their SHA-256
+
+KEY is the digest of the work's name and inputs, of every file of this package, the versions of whatever takes part, and
+the machine: a change in any of them finds nothing. Files and arrays count by their content. An object is used only
+after it was hashed again; what is damaged is removed and made anew. Any number of processes may work in one cache.
+
+``DMFORMER_CACHE`` names another folder than the user's own, or none at all where it is empty;
+``DMFORMER_CACHE_LIMIT_MB`` says how large it may grow: what was not used for longest goes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from dmformer.bundle.manifest import Cached, Sha256, hash_file
+from dmformer.errors import UsageError
+from dmformer.machine import cpu_model, usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
+
+FOLDER = "DMFORMER_CACHE"
+LIMIT_MB = "DMFORMER_CACHE_LIMIT_MB"
+_DEFAULT_LIMIT_MB = 4096
+_PIECE_BYTES = 1 << 20
+_LOCK_S = 60.0
+_PACKAGES = (
+    "numpy", "pillow", "msgspec", "safetensors", "torch", "onnx", "onnxsim", "onnxruntime", "openvino", "tensorrt",
+    "tensorrt-rtx", "cuda-bindings",
+)  # fmt: skip
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """What ``entries/KEY`` holds.
+
+    Attributes:
+        what: the work, for people.
+        made: when, in UTC, as in RFC 3339.
+        value: SHA-256 of the value.
+        objects: sizes in bytes of everything that the entry needs, its value too, by SHA-256.
+    """
+
+    what: str
+    made: str
+    value: Sha256
+    objects: dict[Sha256, int]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all that it needs; entries may share objects."""
+        return sum(self.objects.values())
+
+
+class Listed(Struct, frozen=True, kw_only=True):
+    """An entry for people: its size in bytes, when it was made and when it was last used (UTC, RFC 3339)."""
+
+    what: str
+    bytes: int
+    made: str
+    used: str
+
+
+class CacheReport(Struct, frozen=True, kw_only=True):
+    """What a cache holds, and how large it may grow; ``bytes`` counts what entries share once."""
+
+    folder: str
+    bytes: int
+    limit_bytes: int
+    entries: tuple[Listed, ...]
+
+
+class NoCache:
+    """Holds nothing and keeps nothing: every piece of work is done.
+
+    Attributes:
+        taken: work that was not done, because its result was there.
+        trouble: why results could not be kept, where they could not.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[Cached] = []
+        self.trouble: str | None = None
+
+    def get_or_make(
+        self,
+        what: str,
+        inputs: object,
+        kind: type[T],
+        make: Callable[[], T],
+        root: Path,
+        sound: Callable[[T], bool] = lambda _: True,
+    ) -> T:
+        """What ``make`` gives, or gave for the same inputs.
+
+        Args:
+            what: name of the work.
+            inputs: everything that it depends on but the machine and the versions: what msgspec encodes, paths of files
+                and arrays. Paths count by what is in the files.
+            kind: type of the value: what msgspec decodes, paths of files below ``root``, and arrays.
+            make: does the work.
+            root: the folder in which the value's files are, or are put.
+            sound: whether a value may be kept.
+        """
+        key = self.key(what, inputs)
+        found = self.find(key, kind, root)
+        if found is not None:
+            return found
+        made = make()
+        if sound(made):
+            self.keep(key, what, made, root)
+        return made
+
+    def digest(self, value: object) -> str:
+        """Stands for a value among the inputs, where it would be hashed more than once."""
+        del value
+        return ""
+
+    def key(self, what: str, inputs: object) -> str:
+        """Stands for a piece of work."""
+        del what, inputs
+        return ""
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry; whether it is whole is not known before :meth:`find`."""
+        del key
+        return False
+
+    def find(self, key: str, kind: type[T], root: Path) -> T | None:
+        """A value, its files written below ``root``; ``None`` where there is none, or no whole one."""
+        del key, kind, root
+        return None
+
+    def keep(self, key: str, what: str, value: object, root: Path) -> None:
+        """Keep a value and its files; a cache that cannot be written is told by ``trouble``, and no failure."""
+        del key, what, value, root
+
+
+class Cache(NoCache):
+    """A cache in a folder, which is made with the first entry."""
+
+    def __init__(self, folder: Path, limit_bytes: int = _DEFAULT_LIMIT_MB << 20) -> None:
+        super().__init__()
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._surroundings: str | None = None
+
+    def digest(self, value: object) -> str:
+        """SHA-256 of a value."""
+        return digest(value)
+
+    def key(self, what: str, inputs: object) -> str:
+        """Digest of a piece of work: its name and inputs, this package, the versions of others, the machine."""
+        if self._surroundings is None:
+            self._surroundings = digest(surroundings())
+        return digest([what, self._surroundings, inputs])
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry; whether it is whole is not known before :meth:`find`."""
+        return (self._entries / key).is_file()
+
+    def find(self, key: str, kind: type[T], root: Path) -> T | None:
+        """A value, its files written below ``root``; ``None`` where there is none, or no whole one."""
+        written: list[Path] = []
+        try:
+            entry = _read_entry(self._entries / key)
+            value = _checked((self._objects / entry.value).read_bytes(), entry.value)
+
+            def decode(wanted: type, raw: Any) -> Any:
+                if wanted is not Path:
+                    return np.frombuffer(raw["data"], raw["dtype"]).reshape(raw["shape"]).copy()
+                destination = root / raw["path"]
+                written.append(destination)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                _copy(self._objects / raw["sha256"], destination, raw["sha256"])
+                return destination
+
+            found = msgspec.msgpack.decode(value, type=kind, dec_hook=decode)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # not there, or not any more, or not for us
+            _remove(written)
+            return None
+        except _Damaged as error:
+            _remove([*written, self._entries / key, *(self._objects / sha256 for sha256 in error.args)])
+            return None
+        except BaseException:
+            _remove(written)
+            raise
+        with suppress(OSError):  # of a cache that may be read only
+            os.utime(self._entries / key)
+        self.taken.append(Cached(what=entry.what, made=entry.made))
+        return found
+
+    def keep(self, key: str, what: str, value: object, root: Path) -> None:
+        """Keep a value and its files; a cache that cannot be written is told by ``trouble``, and no failure."""
+        objects: dict[str, int] = {}
+        try:
+            with self._locked():
+
+                def encode(part: Any) -> Any:
+                    if not isinstance(part, Path):
+                        array = np.ascontiguousarray(part)
+                        return {"dtype": array.dtype.str, "shape": part.shape, "data": array.tobytes()}
+                    sha256, size = self._adopt(part)
+                    objects[sha256] = size
+                    return {"path": part.relative_to(root).as_posix(), "sha256": sha256}
+
+                data = msgspec.msgpack.encode(value, enc_hook=encode)
+                sha256 = hashlib.sha256(data).hexdigest()
+                objects[sha256] = len(data)
+                self._write(self._objects / sha256, data)
+                entry = Entry(what=what, made=_utc(datetime.now(timezone.utc)), value=sha256, objects=objects)
+                self._write(self._entries / key, _entry_bytes(entry))
+                self._evict(key)
+        except OSError as error:
+            self.trouble = f"{error.strerror or error}: {str(self.folder)!r}"
+
+    def report(self) -> CacheReport:
+        """What it holds, the last used first."""
+        found = sorted(self._whole_entries(), key=lambda pair: -pair[1])
+        objects = {sha256: size for _, _, entry in found for sha256, size in entry.objects.items()}
+        return CacheReport(
+            folder=str(self.folder),
+            bytes=sum(objects.values()),
+            limit_bytes=self.limit_bytes,
+            entries=tuple(
+                Listed(
+                    what=entry.what,
+                    bytes=entry.bytes,
+                    made=entry.made,
+                    used=_utc(datetime.fromtimestamp(used, timezone.utc)),
+                )
+                for _, used, entry in found
+            ),
+        )
+
+    def clear(self) -> None:
+        """Remove everything."""
+        if self.folder.is_dir():
+            with self._locked():
+                shutil.rmtree(self._entries, ignore_errors=True)
+                shutil.rmtree(self._objects, ignore_errors=True)
+
+    @property
+    def _entries(self) -> Path:
+        return self.folder / "entries"
+
+    @property
+    def _objects(self) -> Path:
+        return self.folder / "objects"
+
+    def _locked(self) -> Any:
+        """Against another process that removes what this one is about to need."""
+        from filelock import FileLock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / "lock", timeout=_LOCK_S)
+
+    def _adopt(self, path: Path) -> tuple[str, int]:
+        """Copy a file in; gives its SHA-256 and size."""
+        sha256, size = hash_file(path)
+        held = self._objects / sha256
+        if not held.exists():
+            new = self._new()
+            try:
+                shutil.copyfile(path, new)
+                new.replace(held)
+            finally:
+                new.unlink(missing_ok=True)
+        return sha256, size
+
+    def _write(self, path: Path, data: bytes) -> None:
+        new = self._new()
+        try:
+            new.write_bytes(data)
+            path.parent.mkdir(exist_ok=True)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _new(self) -> Path:
+        self._objects.mkdir(exist_ok=True)
+        return self._objects / f"new-{secrets.token_hex(8)}"
+
+    def _whole_entries(self) -> Iterator[tuple[Path, float, Entry]]:
+        """Path, time of the last use in seconds, and content of each entry that can be read."""
+        for path in sorted(self._entries.glob("*")):
+            with suppress(FileNotFoundError, _Damaged):
+                yield path, path.stat().st_mtime, _read_entry(path)
+
+    def _evict(self, newest: str) -> None:
+        """Entries that were not used for longest, until the rest is within the limit; and objects of no entry."""
+        found = sorted(self._whole_entries(), key=lambda pair: (pair[0].name == newest, pair[1]), reverse=True)
+        kept: dict[str, int] = {}
+        for path, _, entry in found:
+            together = kept | entry.objects
+            if sum(together.values()) > self.limit_bytes:
+                path.unlink()
+            else:
+                kept = together
+        for path in self._objects.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+
+def open_cache() -> NoCache:
+    """The cache that the environment names, or else the user's own.
+
+    Raises:
+        UsageError: the limit in the environment is no number.
+    """
+    import platformdirs
+
+    named = os.environ.get(FOLDER)
+    if named is not None and not named:
+        return NoCache()
+    limit = os.environ.get(LIMIT_MB, str(_DEFAULT_LIMIT_MB))
+    if not limit.isdecimal():
+        raise UsageError(f"{LIMIT_MB} is {limit!r}; expected a whole number of MiB")
+    return Cache(Path(named) if named else platformdirs.user_cache_path("dmformer"), int(limit) << 20)
+
+
+def surroundings() -> dict[str, Any]:
+    """What every result depends on beside its inputs: this package's files, versions, and the machine."""
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    root = Path(__file__).parent
+    files = sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {
+        "package": [(path.relative_to(root).as_posix(), path) for path in files],
+        "python": platform.python_version(),
+        "versions": found,
+        "machine": [cpu_model(), platform.machine(), platform.platform(), usable_cores()],
+    }
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a value: what msgspec encodes, paths by the content of their files, and arrays."""
+
+    def encode(part: Any) -> Any:
+        if isinstance(part, Path):
+            return hash_file(part)[0]
+        array = np.ascontiguousarray(part)
+        if array.dtype == object:
+            raise TypeError(f"{type(part).__name__} has no content that could be hashed")
+        return [array.dtype.str, part.shape, hashlib.sha256(array.data).hexdigest()]
+
+    return hashlib.sha256(msgspec.msgpack.encode(value, enc_hook=encode, order="deterministic")).hexdigest()
+
+
+class _Damaged(Exception):
+    """An entry, or the object that the argument names, is not what was written."""
+
+
+def _copy(source: Path, destination: Path, sha256: str) -> None:
+    """Copy an object, and make sure that it is the one with this SHA-256."""
+    found = hashlib.sha256()
+    with source.open("rb") as file, destination.open("wb") as copy:
+        while piece := file.read(_PIECE_BYTES):
+            found.update(piece)
+            copy.write(piece)
+    if found.hexdigest() != sha256:
+        raise _Damaged(sha256)
+
+
+def _checked(data: bytes, sha256: str) -> bytes:
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise _Damaged(sha256)
+    return data
+
+
+def _entry_bytes(entry: Entry) -> bytes:
+    content = msgspec.json.encode(entry)
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def _read_entry(path: Path) -> Entry:
+    sha256, _, content = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != sha256:
+        raise _Damaged
+    return msgspec.json.decode(content, type=Entry)
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _utc(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

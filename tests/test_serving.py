@@ -1,0 +1,192 @@
+"""Model repositories for servers, read as the servers read them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from dmformer.bundle.manifest import hash_file
+from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.serving import serve_layout
+from dmformer.errors import CheckFailed, UsageError
+from tests.bundles import lengthen, one_line, rewrite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import ModuleType
+
+    from dmformer.export.pipeline import ExportResult
+    from tests.conftest import Run
+
+TARGET = {
+    "flavour": "tensorrt",
+    "version": "10.13.3",
+    "compute_capabilities": ["8.7"],
+    "platform": "linux-aarch64",
+    "gpu": "Orin",
+    "min_batch": 1,
+    "opt_batch": 1,
+    "max_batch": 4,
+    "workspace_mb": None,
+    "build_s": 1.0,
+    "onnx_sha256": "0" * 64,
+}
+
+
+@pytest.fixture(scope="module")
+def model_config() -> ModuleType:
+    """Triton's own ``model_config_pb2``, out of its client; the package around it needs gRPC."""
+    files = metadata.files("tritonclient") or []
+    (path,) = (file.locate() for file in files if str(file).endswith("tritonclient/grpc/model_config_pb2.py"))
+    spec = importlib.util.spec_from_file_location("model_config_pb2", str(path))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def parse(model_config: ModuleType) -> Callable[[Path], Any]:
+    def read(path: Path) -> Any:
+        from google.protobuf import text_format
+
+        return text_format.Parse(path.read_text(encoding="utf-8"), model_config.ModelConfig())
+
+    return read
+
+
+def add_engine(bundle: Path, **target: Any) -> None:
+    """An artifact that says that it is an engine, of files that are none."""
+
+    def change(content: dict[str, Any]) -> None:
+        (onnx,) = (artifact for artifact in content["artifacts"] if artifact["format"] == "onnx")
+        content["artifacts"].append(
+            {**onnx, "format": "tensorrt", "precision": "fp16", "target": {**TARGET, **target}, "built_with": {}}
+        )
+
+    rewrite(bundle, change)
+
+
+def test_a_repository_for_triton(exported: ExportResult, tmp_path: Path, parse: Callable[[Path], Any]) -> None:
+    layout = serve_layout("triton", open_bundle(exported.output), tmp_path / "out", max_batch=16)
+    assert layout.models == ("dmformer_nano_onnx_fp32", "dmformer_nano_openvino_fp32")
+    assert layout.left_out == ("torch fp32: triton has no backend for it",)
+    assert sorted(path.name for path in (tmp_path / "out/models").iterdir()) == sorted(layout.models)
+    for name, backend, files in (
+        ("dmformer_nano_onnx_fp32", "onnxruntime", ["model.onnx"]),
+        ("dmformer_nano_openvino_fp32", "openvino", ["model.bin", "model.xml"]),
+    ):
+        folder = tmp_path / "out/models" / name
+        config = parse(folder / "config.pbtxt")
+        assert (config.name, config.backend, config.max_batch_size) == (name, backend, 16)
+        assert sorted(path.name for path in (folder / "1").iterdir()) == files
+        assert (folder / "1" / config.default_model_filename).is_file()
+        ((given,), (output,)) = config.input, config.output
+        assert (given.name, given.data_type, list(given.dims)) == ("image", 11, [3, 32, 32])
+        assert (output.name, output.data_type, list(output.dims)) == ("logits", 11, [10])
+        assert (folder / output.label_filename).read_text().splitlines() == list("0123456789")
+        assert config.HasField("dynamic_batching")
+        assert [group.kind for group in config.instance_group] == [2]  # KIND_CPU
+    made = next(artifact for artifact in exported.manifest.artifacts if artifact.format == "onnx")
+    assert hash_file(tmp_path / "out/models/dmformer_nano_onnx_fp32/1/model.onnx")[0] == made.sha256
+    said = (tmp_path / "out/README.md").read_text()
+    for fact in (made.sha256, "bicubic", "[0.5, 0.5, 0.5]", "Resize the shorter side to 32", "not here: torch fp32"):
+        assert fact in said
+
+
+def test_an_engine_carries_what_it_is_tied_to(bundle: Path, tmp_path: Path, parse: Callable[[Path], Any]) -> None:
+    add_engine(bundle)
+    layout = serve_layout("triton", open_bundle(bundle), tmp_path / "out")
+    folder = tmp_path / "out/models/dmformer_nano_tensorrt_fp16"
+    assert folder.name in layout.models
+    assert [path.name for path in (folder / "1").iterdir()] == ["model.plan"]
+    config = parse(folder / "config.pbtxt")
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
+    assert [group.kind for group in config.instance_group] == [1]  # KIND_GPU
+    for path in (folder / "config.pbtxt", tmp_path / "out/README.md"):
+        assert "TensorRT 10.13.3 on linux-aarch64, compute capability 8.7, batch 1 to 4" in path.read_text()
+
+
+def test_what_triton_cannot_load_is_left_out(bundle: Path, tmp_path: Path) -> None:
+    add_engine(bundle, flavour="rtx")
+    layout = serve_layout("triton", open_bundle(bundle), tmp_path / "out")
+    assert any(reason.startswith("tensorrt fp16: an engine of TensorRT-RTX") for reason in layout.left_out)
+    rewrite(bundle, lambda content: content.update(artifacts=content["artifacts"][:1]))
+    with pytest.raises(UsageError, match="nothing that ovms serves: torch fp32") as caught:
+        serve_layout("ovms", open_bundle(bundle), tmp_path / "other")
+    one_line(caught.value)
+
+
+def test_a_repository_for_openvino_model_server(exported: ExportResult, tmp_path: Path) -> None:
+    """As docs.openvino.ai describes the configuration: ``config.json`` below the folder that is mounted at /models."""
+    import openvino as ov
+
+    layout = serve_layout("ovms", open_bundle(exported.output), tmp_path / "out")
+    listed = json.loads((tmp_path / "out/models/config.json").read_text())
+    assert set(listed) == {"model_config_list"}
+    assert [entry["config"]["name"] for entry in listed["model_config_list"]] == list(layout.models)
+    for entry in listed["model_config_list"]:
+        assert set(entry) == {"config"}
+        config = entry["config"]
+        assert config["base_path"] == f"/models/{config['name']}"
+        model = next((tmp_path / "out" / config["base_path"][1:] / "1").glob("model.[xo]*"))
+        compiled = ov.Core().compile_model(str(model), config["target_device"], config["plugin_config"])
+        assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert not list((tmp_path / "out").rglob("*.pbtxt"))
+
+
+@pytest.mark.parametrize("server", ["triton", "ovms"])
+def test_every_precision_has_a_name_of_its_own(reduced: ExportResult, tmp_path: Path, server: str) -> None:
+    layout = serve_layout(server, open_bundle(reduced.output), tmp_path / "out")
+    assert {name.rpartition("_")[2] for name in layout.models} == {"fp32", "fp16", "int8"}
+    assert len(set(layout.models)) == len(reduced.manifest.artifacts)
+
+
+def test_only_an_empty_folder_is_filled(exported: ExportResult, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    serve_layout("triton", open_bundle(exported.output), tmp_path / "out")
+    with pytest.raises(UsageError, match="not empty; expected a new folder, or --force") as caught:
+        serve_layout("ovms", open_bundle(exported.output), tmp_path / "out")
+    one_line(caught.value)
+    serve_layout("ovms", open_bundle(exported.output), tmp_path / "out", force=True)
+    assert not list((tmp_path / "out").rglob("*.pbtxt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_file_is_not_served(bundle: Path, tmp_path: Path) -> None:
+    lengthen(bundle / "openvino/fp32/model.bin")
+    with pytest.raises(CheckFailed, match=r"model\.bin"):
+        serve_layout("ovms", open_bundle(bundle), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_leads_nowhere_else(bundle: Path, tmp_path: Path, parse: Callable[[Path], Any]) -> None:
+    def strange(content: dict[str, Any]) -> None:
+        content["model"]["arch"] = '../../"net"\n'
+        content["model"]["classes"][3] = "three\nfour"
+
+    rewrite(bundle, strange)
+    layout = serve_layout("triton", open_bundle(bundle), tmp_path / "out")
+    for name in layout.models:
+        config = parse(tmp_path / "out/models" / name / "config.pbtxt")
+        assert config.name == name
+        assert len((tmp_path / "out/models" / name / "labels.txt").read_text().splitlines()) == 10
+    assert [path.name for path in tmp_path.iterdir() if path != bundle] == ["out"]
+
+
+def test_the_command(exported: ExportResult, tmp_path: Path, inline: Callable[..., Run]) -> None:
+    run = inline("serve-layout", "Triton", exported.output, "--output", "out")
+    assert run.code == 0, run.err
+    assert "out/models/dmformer_nano_onnx_fp32" in run.out
+    assert "left out: torch fp32" in run.err
+    again = inline("serve-layout", "ovms", exported.output, "--output", "out")
+    assert again.code == 2
+    assert "--force" in again.error_line
+    assert inline("serve-layout", "ovms", exported.output, "--output", "out", "--force").code == 0
+    assert "'tfserving'; expected triton or ovms" in inline("serve-layout", "tfserving", exported.output).error_line
