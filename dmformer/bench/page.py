@@ -144,4 +144,4 @@ def _figures(row: Result) -> list[str]:
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {digits(number)}" for name, number in value.items())
-    return str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

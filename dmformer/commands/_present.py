@@ -156,7 +156,15 @@ class Stages:
     """A line and a bar for each stage: live on a terminal, one plain line when it ends elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.text import Text
 
         class Parts(MofNCompleteColumn):
@@ -164,6 +172,14 @@ class Stages:
 
             def render(self, task: Task) -> Text:
                 return super().render(task) if (task.total or 0) > 1 else Text()
+
+        class Remaining(TimeRemainingColumn):
+            """Nothing for a stage of unknown length, or one that has ended."""
+
+            def render(self, task: Task) -> Text:
+                if (task.total or 0) <= 1 or task.finished:
+                    return Text()
+                return Text.assemble(super().render(task), " left")
 
         self.live = console.is_terminal
         self.console = console
@@ -173,6 +189,7 @@ class Stages:
             BarColumn(bar_width=24),
             Parts(),
             TimeElapsedColumn(),
+            Remaining(),
             console=console,
             disable=not self.live,
         )
