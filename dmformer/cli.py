@@ -12,13 +12,18 @@ from typing import Annotated
 import typer
 
 from dmformer import __version__
+from dmformer.commands._trust import under_policy
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
+from dmformer.commands.check import check
 from dmformer.commands.doctor import doctor
 from dmformer.commands.eval import evaluate
 from dmformer.commands.export import export
 from dmformer.commands.inspect import inspect
+from dmformer.commands.pack import pack
 from dmformer.commands.predict import predict
+from dmformer.commands.sign import sign
+from dmformer.commands.unpack import unpack
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
 
@@ -30,9 +35,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (export, build, verify, bench, predict, inspect, doctor):
-    app.command()(_command)
-app.command("eval")(evaluate)
+app.command()(export)
+for _opens_bundles in (build, verify, bench, predict, inspect, doctor, check, pack, unpack):
+    app.command()(under_policy(_opens_bundles))
+app.command("eval")(under_policy(evaluate))
+app.command()(sign)
 
 
 def _show_version(wanted: bool) -> None:

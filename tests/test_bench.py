@@ -516,9 +516,10 @@ def test_a_bundle_that_changed_after_planning_is_a_failed_row(bundle: Path, monk
 
 
 def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (artifact,) = open_bundle(bundle).artifacts("onnx")
+    opened = open_bundle(bundle)
+    (artifact,) = opened.artifacts("onnx")
     job = Job(
-        bundle=str(bundle), runtime="onnxruntime", precision="fp32", artifact_sha256=artifact.sha256,
+        bundle=str(bundle), runtime="onnxruntime", precision="fp32", manifest_sha256=opened.manifest_sha256,
         batch=1, threads=1, duration_s=0.0, least_calls=1, prove_precision=True,
         answer="unused",
     )  # fmt: skip
@@ -528,7 +529,7 @@ def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pyte
     assert set(proven.layers) == {"fp32"}
     assert run_job(msgspec.structs.replace(job, prove_precision=False)).layers == {}
     with pytest.raises(StageFailed, match="the bundle changed"):
-        run_job(msgspec.structs.replace(job, artifact_sha256="0" * 64))
+        run_job(msgspec.structs.replace(job, manifest_sha256="0" * 64))
     with (bundle / artifact.files[0].path).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):

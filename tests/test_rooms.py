@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from dmformer.export.pipeline import ExportResult
 
 PACKAGE = Path(dmformer.__file__).parent
-ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors")
-COMMANDS = ("export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval")
+ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors", "cryptography")
+COMMANDS = (
+    "export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval", "sign", "check", "pack", "unpack",
+)  # fmt: skip
 
 BLOCKER = """
 import sys

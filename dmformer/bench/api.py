@@ -113,9 +113,9 @@ def _run(bundle: Bundle, result: Result, duration_s: float, *, first: bool) -> A
         answer = Path(folder) / "answer.json"
         job = Job(
             bundle=str(bundle.root.absolute()),
+            manifest_sha256=bundle.manifest_sha256,
             runtime=result.runtime,
             precision=result.precision,
-            artifact_sha256=result.artifact_sha256,
             batch=result.batch,
             threads=result.threads,
             duration_s=duration_s / ROUNDS,

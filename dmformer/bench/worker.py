@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from dmformer.bench.measure import Measurement, measure
-from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import select
 from dmformer.errors import DMFormerError, StageFailed
 
@@ -17,9 +17,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One round to measure, and where to write the answer."""
 
     bundle: str
+    manifest_sha256: str
     runtime: str
     precision: str
-    artifact_sha256: str
     batch: int
     threads: int
     duration_s: float
@@ -36,13 +36,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(job: Job) -> Measurement:
-    """Measure, after making sure that the artifact is the one that was meant."""
-    bundle = open_bundle(Path(job.bundle))
-    (choice,), _ = select(bundle, [job.runtime], [job.precision])
-    if choice.artifact.sha256 != job.artifact_sha256:
+    """Measure, after making sure that the bundle is the one that was meant."""
+    bundle = own_bundle(Path(job.bundle))  # the process that sent the job opened it under the policy
+    if bundle.manifest_sha256 != job.manifest_sha256:
         raise StageFailed(
-            f"artifact {choice.artifact.sha256[:12]}…; expected {job.artifact_sha256[:12]}…: the bundle changed"
+            f"manifest {bundle.manifest_sha256[:12]}…; expected {job.manifest_sha256[:12]}…: the bundle changed"
         )
+    (choice,), _ = select(bundle, [job.runtime], [job.precision])
     promised = choice.artifact.promised_share if job.prove_precision else None
     inputs = bundle.golden().inputs
     return measure(choice.runtime(job.threads), inputs, job.batch, job.duration_s, job.least_calls, promised)

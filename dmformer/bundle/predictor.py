@@ -52,6 +52,7 @@ class Predictor:
     """Classifies image files. A context manager, to be used from one thread at a time."""
 
     def __init__(self, choice: Choice, threads: int | None = None) -> None:
+        self.bundle = choice.bundle  # a packed one lasts as long as this
         self.manifest = choice.bundle.manifest
         self.runtime = choice.runtime(threads)
 

@@ -23,7 +23,7 @@ def inspect(
     if as_json:
         present.write_json(opened.manifest, "-")
         return
-    _show(opened.manifest, str(opened.root))
+    _show(opened.manifest, str(opened.named))
 
 
 def _show(manifest: Manifest, root: str) -> None:

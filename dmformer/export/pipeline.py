@@ -24,7 +24,7 @@ from dmformer.bundle.manifest import (
     file_entry,
     indented_json,
 )
-from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed
@@ -318,7 +318,7 @@ class _Export:
 
     def _compare_speed(self, manifest: Manifest) -> Manifest:
         """Time every artifact of the folder, say which earn their place, and keep those that were asked for."""
-        timed = compare_precisions(open_bundle(self.folder), self.stage)
+        timed = compare_precisions(own_bundle(self.folder), self.stage)
         self._write_report(BENCH_REPORT, timed.report)
         kept = fastest(timed.artifacts) if self.request.choose_fastest else self._asked_for(timed.artifacts)
         kept = self._keep(timed.artifacts, kept)
