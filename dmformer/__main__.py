@@ -1,5 +1,18 @@
-"""``python -m dmformer``."""
+"""``python -m dmformer``, and the ``dmformer`` script."""
 
-from dmformer.cli import main
+from dmformer.supervise import supervise
 
-main()
+
+def main() -> None:
+    """Run the command line in a process that may crash."""
+    supervise(_command_line)
+
+
+def _command_line() -> None:
+    from dmformer.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; the entry point of the ``dmformer`` script."""
+    """Run the command line in this process."""
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv) - 1
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -164,6 +164,7 @@ LAYERS = (
     "child",
     "machine",
     "progress",
+    "supervise",
     "_optional",
     "errors",
     "_callable",
