@@ -1,5 +1,8 @@
 """``python -m dmformer``, and the ``dmformer`` script."""
 
+import sys
+import warnings
+
 from dmformer.supervise import supervise
 
 
@@ -11,6 +14,8 @@ def main() -> None:
 def _command_line() -> None:
     from dmformer.cli import main
 
+    if not sys.warnoptions:  # libraries' advice to programmers
+        warnings.simplefilter("ignore")
     main()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,13 +61,11 @@ def open_image(path: Path) -> Image:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path}: no file; expected an image")  # opening a pipe would wait for its other end
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata
-            warnings.simplefilter("error", PillowImage.DecompressionBombWarning)
-            with PillowImage.open(path, formats=FORMATS) as image:
-                image.load()
-                copied: Image = image.copy()
-                return copied
+        with PillowImage.open(path, formats=FORMATS) as image:
+            _check_size(image)
+            image.load()
+            copied: Image = image.copy()
+            return copied
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; expected an image") from error
     except UnidentifiedImageError as error:
@@ -77,6 +74,17 @@ def open_image(path: Path) -> Image:
         raise UsageError(f"{path}: {first_line(error)}; expected a smaller image") from error
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise UsageError(f"{path}: cannot be read as an image: {first_line(error)}") from error
+
+
+def _check_size(image: Image) -> None:
+    """Pillow warns from its limit on, and refuses from twice that; here it is the limit."""
+    from PIL import Image as PillowImage
+
+    most = PillowImage.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise PillowImage.DecompressionBombError(
+            f"image of {image.width}x{image.height} pixels, more than {most}: could be a decompression bomb"
+        )
 
 
 def load_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> NDArray[np.uint8]:

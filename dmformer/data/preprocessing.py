@@ -6,7 +6,6 @@ to 0..1, normalise per channel); Pillow does the resizing, with its antialiasing
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -109,9 +108,10 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if image.mode in _UNSUPPORTED_MODES:
             raise UsageError(f"image of mode {image.mode!r}; expected 8 bits a channel: convert it first")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that transparency is dropped
-                return ImageOps.exif_transpose(image).convert(_PILLOW_MODE[self.channels])
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in upright.info:  # a colour of the palette; the other ways to drop it warn
+                upright = upright.convert("RGBA")
+            return upright.convert(_PILLOW_MODE[self.channels])
         except Exception as error:  # metadata is parsed by code that raises whatever its bytes lead it to
             raise UsageError(
                 f"image of mode {image.mode!r}: its colours or its EXIF orientation cannot be read "
