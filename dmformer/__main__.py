@@ -1,5 +1,23 @@
-"""``python -m dmformer``."""
+"""``python -m dmformer``, and the ``dmformer`` script."""
 
-from dmformer.cli import main
+import sys
+import warnings
 
-main()
+from dmformer.supervise import supervise
+
+
+def main() -> None:
+    """Run the command line in a process that may crash."""
+    supervise(_command_line)
+
+
+def _command_line() -> None:
+    from dmformer.cli import main
+
+    if not sys.warnoptions:  # libraries' advice to programmers
+        warnings.simplefilter("ignore")
+    main()
+
+
+if __name__ == "__main__":
+    main()

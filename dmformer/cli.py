@@ -12,15 +12,20 @@ from typing import Annotated
 import typer
 
 from dmformer import __version__
+from dmformer.commands._trust import under_policy
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
 from dmformer.commands.cache import cache
+from dmformer.commands.check import check
 from dmformer.commands.doctor import doctor
 from dmformer.commands.eval import evaluate
 from dmformer.commands.export import export
 from dmformer.commands.inspect import inspect
+from dmformer.commands.pack import pack
 from dmformer.commands.predict import predict
 from dmformer.commands.serve_layout import serve_layout
+from dmformer.commands.sign import sign
+from dmformer.commands.unpack import unpack
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
 
@@ -32,10 +37,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (export, build, verify, bench, predict, inspect, doctor, cache):
+for _command in (export, sign, cache):
     app.command()(_command)
-app.command("eval")(evaluate)
-app.command("serve-layout")(serve_layout)
+for _opens_bundles in (build, verify, bench, predict, inspect, doctor, check, pack, unpack):
+    app.command()(under_policy(_opens_bundles))
+app.command("eval")(under_policy(evaluate))
+app.command("serve-layout")(under_policy(serve_layout))
 
 
 def _show_version(wanted: bool) -> None:
@@ -55,7 +62,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; the entry point of the ``dmformer`` script."""
+    """Run the command line in this process."""
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv) - 1
     if isinstance(sys.stdout, io.TextIOWrapper):

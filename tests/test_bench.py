@@ -325,9 +325,11 @@ def asked_of(artifact: Artifact, **changed: Any) -> Configuration:
 
 
 def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (artifact,) = open_bundle(bundle).artifacts("onnx")
+    opened = open_bundle(bundle)
+    (artifact,) = opened.artifacts("onnx")
     job = Job(
-        bundle=str(bundle), configuration=asked_of(artifact), images=(), duration_s=0.0, least_calls=1, limit_s=60,
+        bundle=str(bundle), manifest_sha256=opened.manifest_sha256, configuration=asked_of(artifact), images=(),
+        duration_s=0.0, least_calls=1, limit_s=60,
         prove_precision=True, profile=False, answer="unused",
     )  # fmt: skip
     monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
@@ -339,7 +341,7 @@ def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pyte
     assert unproven is not None
     assert unproven.layers == {}
     with pytest.raises(StageFailed, match="the bundle changed"):
-        run_job(msgspec.structs.replace(job, configuration=asked_of(artifact, artifact_sha256="0" * 64)))
+        run_job(msgspec.structs.replace(job, manifest_sha256="0" * 64))
     with (bundle / artifact.files[0].path).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):

@@ -125,10 +125,10 @@ def test_the_version_is_looked_at_first(bundle: Path) -> None:
 
 def test_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for root in (tmp_path, tmp_path / "missing", tmp_path / "file"):
+    for root, advice in ((tmp_path, "export"), (tmp_path / "missing", "export"), (tmp_path / "file", "pack")):
         with pytest.raises(UsageError, match="no bundle at") as caught:
             open_bundle(root)
-        assert "dmformer export" in one_line(caught.value)
+        assert f"dmformer {advice}" in one_line(caught.value)
 
 
 def test_a_huge_manifest_is_not_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def offsets(size: int) -> list[int]:
 
 def test_any_byte_changed_is_found(bundle: Path) -> None:
     opened = open_bundle(bundle)
-    for entry in opened.entries():
+    for entry in opened.manifest.entries:
         path = bundle / entry.path
         data = path.read_bytes()
         assert opened.check(entry) == path

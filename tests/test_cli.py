@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Cli = Callable[..., Run]
 
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"
-COMMANDS = ("export", "verify", "bench", "eval", "predict", "inspect", "doctor")
+COMMANDS = ("export", "verify", "bench", "eval", "predict", "inspect", "doctor", "sign", "check", "pack", "unpack")
 DIGIT = SAMPLE_IMAGES / "3.png"
 
 

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from dmformer.export.pipeline import ExportResult
 
 PACKAGE = Path(dmformer.__file__).parent
-ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors")
-COMMANDS = ("export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval", "cache", "serve-layout")
+ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors", "cryptography")
+COMMANDS = (
+    "export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval", "sign", "check", "pack", "unpack",
+    "cache", "serve-layout",
+)  # fmt: skip
 
 BLOCKER = """
 import sys
@@ -163,6 +166,7 @@ LAYERS = (
     "child",
     "machine",
     "progress",
+    "supervise",
     "_optional",
     "errors",
     "_callable",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 
 from dmformer.bench.report import BenchReport, Latency, Result
 from dmformer.bundle.manifest import Artifact, FileEntry, Speed
-from dmformer.bundle.reader import Bundle
+from dmformer.bundle.reader import own_bundle
 from dmformer.errors import StageFailed
 from dmformer.export import speed
 from dmformer.export.speed import Timed, compare_precisions, fastest
@@ -59,7 +60,7 @@ def timed(
     report = BenchReport(environment={"cpu": "an abacus"}, results=tuple(reversed(results)), noise_floor=noise)
     monkeypatch.setattr(speed, "bench", lambda *_, **__: report)
     bundle = SimpleNamespace(manifest=SimpleNamespace(artifacts=tuple(artifacts)))
-    return compare_precisions(cast("Bundle", bundle), silent)
+    return compare_precisions(cast("Any", bundle), silent)
 
 
 def speeds(found: Timed) -> dict[str, Speed]:
@@ -170,7 +171,9 @@ def test_a_real_comparison_times_every_artifact(reduced: ExportResult, monkeypat
     monkeypatch.setattr(speed, "DURATION_S", 0.3)
     monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
     two = tuple(made for made in reduced.manifest.artifacts if made.precision != "fp16")  # of each format
-    found = compare_precisions(Bundle(reduced.output, replace(reduced.manifest, artifacts=two)), silent)
+    found = compare_precisions(
+        dataclasses.replace(own_bundle(reduced.output), manifest=replace(reduced.manifest, artifacts=two)), silent
+    )
     assert len(found.report.results) == len(found.artifacts) == 4
     for made in found.artifacts:
         assert made.speed is not None

@@ -181,6 +181,7 @@ class _Work:
         with self._answer() as path:
             job = Job(
                 bundle=str(plan.bundle.root.absolute()),
+                manifest_sha256=plan.bundle.manifest_sha256,
                 configuration=row,
                 images=self.images,
                 duration_s=plan.duration_s / plan.rounds,

@@ -14,7 +14,7 @@ from dmformer.bench.configuration import Configuration
 from dmformer.bench.measure import Extent, Measurement, batches, measure, network_alone
 from dmformer.bench.profile import Profile, profile
 from dmformer.bundle.predictor import Predictor
-from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import load_pixels
 from dmformer.errors import DMFormerError, StageFailed
@@ -37,6 +37,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     bundle: str
+    manifest_sha256: str
     configuration: Configuration
     images: tuple[str, ...]
     duration_s: float
@@ -56,15 +57,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(job: Job) -> Answer:
-    """Measure or profile, after making sure that the artifact is the one that was meant."""
+    """Measure or profile, after making sure that the bundle is the one that was meant."""
     deadline_s = time.perf_counter() + job.limit_s
-    bundle = open_bundle(Path(job.bundle))
+    bundle = own_bundle(Path(job.bundle))  # the process that sent the job opened it under the policy
+    if bundle.manifest_sha256 != job.manifest_sha256:
+        raise StageFailed(
+            f"manifest {bundle.manifest_sha256[:12]}…; expected {job.manifest_sha256[:12]}…: the bundle changed"
+        )
     wanted = job.configuration
     (choice,), _ = select(bundle, [wanted.runtime], [wanted.precision])
-    if choice.artifact.sha256 != wanted.artifact_sha256:
-        raise StageFailed(
-            f"artifact {choice.artifact.sha256[:12]}…; expected {wanted.artifact_sha256[:12]}…: the bundle changed"
-        )
     if job.profile:
         made = batches(_inputs(bundle, job.images), wanted.batch)
         return Answer(profile=profile(choice.runtime(wanted.threads), made))

@@ -27,6 +27,7 @@ _TOOLS = {
     "scikit-learn": "train",
     "tensorrt-rtx": "tensorrt",
     "cuda-bindings": "tensorrt",
+    "cryptography": "signing",
 }
 
 

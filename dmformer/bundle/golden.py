@@ -14,6 +14,7 @@ N·H·W·C) what the preprocessing that the network was trained with makes of th
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ from dmformer.errors import UsageError, first_line
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+# Noise and answers of networks hardly compress; what expands like zeros is no golden file.
+_MOST_EXPANDED = 50
+_MOST_SMALL = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,27 @@ def load_golden(path: Path) -> Golden:
     """Read ``golden.npz``.
 
     Raises:
+        UsageError: it cannot be read, is damaged or lacks an array.
+    """
+    try:
+        return parse_golden(path.read_bytes(), path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; expected the golden file of a bundle") from error
+
+
+def parse_golden(data: bytes, path: Path) -> Golden:
+    """The content of ``golden.npz``.
+
+    Args:
+        data: the file's bytes.
+        path: of the file, for messages.
+
+    Raises:
         UsageError: it is damaged or lacks an array.
     """
     try:
-        # NumPy leaves a file that it opened itself open where the archive is damaged.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            _check_expansion(sum(member.file_size for member in archive.zip.infolist()), len(data))
             arrays = {name: archive[name] for name in archive.files}
         golden = Golden(
             images=arrays["images"],
@@ -118,6 +139,11 @@ def load_golden(path: Path) -> Golden:
             if other[name].shape != array.shape:
                 raise UsageError(f"{path}: output {name!r} of shape {array.shape} and {other[name].shape}")
     return golden
+
+
+def _check_expansion(expanded: int, size: int) -> None:
+    if expanded > _MOST_EXPANDED * size + _MOST_SMALL:
+        raise UsageError(f"{size} bytes that expand to {expanded}")
 
 
 def _check_arrays(golden: Golden, path: Path) -> None:

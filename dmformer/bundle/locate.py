@@ -28,15 +28,24 @@ def find_bundle(named: Path | None) -> Bundle:
     Raises:
         UsageError: there is none, or it cannot be read.
     """
+    return open_bundle(bundle_path(named))
+
+
+def bundle_path(named: Path | None) -> Path:
+    """Where the bundle is that was named, or else the last one written from this working folder.
+
+    Raises:
+        UsageError: none is named, and there is no such folder.
+    """
     if named is not None:
-        return open_bundle(named)
+        return named
     try:
         remembered = Path(_note().read_text(encoding="utf-8"))
     except (OSError, RuntimeError, UnicodeError):
         remembered = Path(DEFAULT_BUNDLE)
     for candidate in (remembered, Path(DEFAULT_BUNDLE)):
         if candidate.is_dir():
-            return open_bundle(candidate)
+            return candidate
     raise UsageError(f"no bundle named, and none at ./{DEFAULT_BUNDLE}; name one, or run: dmformer export")
 
 

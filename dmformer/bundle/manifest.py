@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from dmformer.bundle.names import check_distinct, check_name
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.runtimes.target import Target
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 GOLDEN = "golden.npz"
+MAX_MANIFEST_BYTES = 16 << 20
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -31,9 +33,7 @@ class FileEntry(Struct, frozen=True, kw_only=True):
     sha256: Sha256
 
     def __post_init__(self) -> None:
-        parts = PurePosixPath(self.path).parts
-        if not parts or self.path.startswith("/") or ".." in parts or "\\" in self.path or ":" in parts[0]:
-            raise UsageError(f"path {self.path!r} in the manifest; expected a relative path inside the bundle")
+        check_name(self.path)
 
 
 class Accuracy(Struct, frozen=True, kw_only=True):
@@ -240,6 +240,12 @@ class Manifest(Struct, frozen=True, kw_only=True):
         kinds = [(artifact.format, artifact.precision) for artifact in self.artifacts]
         if len(set(kinds)) < len(kinds):
             raise UsageError("the same format and precision twice among the artifacts")
+        check_distinct([MANIFEST, SIGNATURE, *(entry.path for entry in self.entries)])
+
+    @property
+    def entries(self) -> tuple[FileEntry, ...]:
+        """Every file that is listed."""
+        return (*self.files, *(file for artifact in self.artifacts for file in artifact.files))
 
     @property
     def output_count(self) -> int:

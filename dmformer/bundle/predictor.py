@@ -59,6 +59,7 @@ class Predictor:
 
     def __init__(self, choice: Choice, threads: int | None = None, batch: int = _BATCH) -> None:
         self.batch = batch
+        self.bundle = choice.bundle  # a packed one lasts as long as this
         self.manifest = choice.bundle.manifest
         self.runtime = choice.runtime(threads)
         self._turn = threading.Lock()  # an engine's request or execution context is one thread's at a time

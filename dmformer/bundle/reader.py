@@ -1,70 +1,155 @@
-"""Open a bundle: nothing in it is parsed before its hash was checked, the manifest excepted."""
+"""Open a bundle: nothing in it is parsed before its hash was checked, the manifest excepted.
+
+This is the one place that opens bundles, folders and packed files alike, so it is here that the policy of
+:mod:`dmformer.bundle.trust` is asked, before the manifest is parsed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from dmformer.bundle.golden import Golden, load_golden
-from dmformer.bundle.manifest import GOLDEN, MANIFEST, Artifact, FileEntry, Manifest, decode_manifest, hash_file
-from dmformer.errors import CheckFailed, UsageError
+from dmformer.bundle.archive import extract
+from dmformer.bundle.external import external_files
+from dmformer.bundle.golden import Golden, parse_golden
+from dmformer.bundle.manifest import (
+    GOLDEN,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE,
+    Artifact,
+    FileEntry,
+    Manifest,
+    decode_manifest,
+    hash_file,
+)
+from dmformer.bundle.signature import MAX_SIGNATURE_BYTES
+from dmformer.bundle.trust import admit
+from dmformer.errors import CheckFailed, StageFailed, UsageError
 
-MAX_MANIFEST_BYTES = 16 << 20
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's folder and its manifest."""
+    """A bundle's folder and its manifest.
+
+    Attributes:
+        root: the folder. Of a packed bundle it is a temporary one, which goes away with this object.
+        manifest: as it was read.
+        manifest_sha256: of the bytes that were read.
+        packed: the file, where the bundle is packed.
+    """
 
     root: Path
     manifest: Manifest
+    manifest_sha256: str
+    packed: Path | None = None
+
+    @property
+    def named(self) -> Path:
+        """What the user knows it by: the packed file, or the folder."""
+        return self.packed or self.root
 
     def check(self, entry: FileEntry) -> Path:
         """The file, once its size and SHA-256 were found to be the manifest's.
 
         Raises:
-            CheckFailed: it is missing, leads out of the bundle, or is of another content.
+            CheckFailed: it is missing, reached over a link, or of another content.
         """
-        path = self.root / entry.path
-        if not path.is_file() or not path.resolve().is_relative_to(self.root.resolve()):
-            raise CheckFailed(f"{path}: missing or outside the bundle; expected the file that the manifest lists")
-        sha256, size = hash_file(path)
+        path = self.locate(entry)
+        self._compare(entry, path, *hash_file(path))
+        return path
+
+    def read(self, entry: FileEntry) -> bytes:
+        """The file's content, read once, so that what was checked is what is used.
+
+        Raises:
+            CheckFailed: it is missing, reached over a link, or of another content.
+        """
+        path = self.locate(entry)
+        with path.open("rb") as file:
+            data = file.read(min(entry.bytes, path.stat().st_size) + 1)  # a manifest may claim any size
+        self._compare(entry, path, hashlib.sha256(data).hexdigest(), len(data))
+        return data
+
+    def locate(self, entry: FileEntry) -> Path:
+        """Where the file is; its content is not looked at.
+
+        Raises:
+            CheckFailed: it is missing, or reached over a link.
+        """
+        path = self.root
+        for part in PurePosixPath(entry.path).parts:
+            path /= part
+            if path.is_symlink():
+                raise CheckFailed(f"{self.root / entry.path}: {path.name!r} is a link; expected the file itself")
+        if not path.is_file():
+            raise CheckFailed(f"{path}: missing, or no file; expected the file that the manifest lists")
+        return path
+
+    def _compare(self, entry: FileEntry, path: Path, sha256: str, size: int) -> None:
         if (sha256, size) != (entry.sha256, entry.bytes):
             raise CheckFailed(
                 f"{path}: SHA-256 {sha256[:12]}… of {size} bytes; the manifest says {entry.sha256[:12]}… of "
                 f"{entry.bytes}: the file was changed or damaged: copy or export the bundle again"
             )
-        return path
 
     def load_path(self, artifact: Artifact) -> Path:
-        """The file of an artifact that its runtime loads, after checking all its files.
+        """The file of an artifact that its runtime loads, after checking everything that the runtime may read.
 
         Raises:
-            CheckFailed: a file is not what the manifest says.
+            CheckFailed: a file is not what the manifest says, or the runtime could reach one that was not checked.
+            UsageError: an ONNX file is damaged.
         """
         paths = [self.check(entry) for entry in artifact.files]
+        self.check_reach(artifact)
         return paths[0]
 
-    def entries(self) -> list[FileEntry]:
-        """Every file that the manifest lists."""
-        return [*self.manifest.files, *(file for artifact in self.manifest.artifacts for file in artifact.files)]
+    def check_reach(self, artifact: Artifact) -> None:
+        """See that a runtime which is given an artifact's first file finds no other file than the artifact's.
 
-    def unlisted(self) -> list[str]:
-        """Files below the bundle's folder that the manifest does not list, the manifest itself excepted."""
-        listed = {MANIFEST, *(entry.path for entry in self.entries())}
-        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
-        return sorted(set(found) - listed)
+        Raises:
+            CheckFailed: it would.
+            UsageError: an ONNX file is damaged.
+        """
+        main, *others = (self.root / entry.path for entry in artifact.files)
+        # Engines look for files of their own beside the one that they are given: a .bin beside an .xml.
+        for name in self.unlisted(main.parent):
+            raise CheckFailed(f"{self.root / name} is not listed in the manifest; expected no other files: remove it")
+        for location in external_files(main) if main.suffix == ".onnx" else ():
+            if main.parent / location not in others:
+                raise CheckFailed(
+                    f"{main}: keeps weights in {location!r}, which is no file of this artifact in the manifest; "
+                    "expected its weights inside"
+                )
+
+    def unlisted(self, folder: Path | None = None) -> list[str]:
+        """Files and links below a folder, or the whole bundle, that the manifest does not list."""
+        known = {MANIFEST, SIGNATURE, *(entry.path for entry in self.manifest.entries)}
+        found = (path.relative_to(self.root).as_posix() for path in _everything(folder or self.root))
+        return sorted(set(found) - known)
 
     def check_all(self) -> None:
-        """Every listed file by its hash, and no file that is not listed.
+        """Every listed file by its hash, and that nothing else is there.
 
         This finds damage and mistakes. Somebody who can write the bundle can write its manifest too.
 
         Raises:
             CheckFailed: a file is missing, of another content, or not listed.
         """
-        for entry in self.entries():
+        for entry in self.manifest.files:
             self.check(entry)
+        for artifact in self.manifest.artifacts:
+            self.load_path(artifact)
         if unlisted := self.unlisted():
             raise CheckFailed(f"{self.root}: {unlisted[0]!r} is not listed in the manifest; expected no other files")
 
@@ -77,7 +162,7 @@ class Bundle:
         """
         for entry in self.manifest.files:
             if entry.path == GOLDEN:
-                return load_golden(self.check(entry))
+                return parse_golden(self.read(entry), self.root / GOLDEN)
         raise UsageError(f"{self.root}: the manifest lists no {GOLDEN}; export the bundle again")
 
     def artifacts(self, format_name: str, precision: str | None = None) -> list[Artifact]:
@@ -89,18 +174,95 @@ class Bundle:
         ]
 
 
-def open_bundle(root: Path) -> Bundle:
-    """Read a bundle's manifest.
+def open_bundle(named: Path) -> Bundle:
+    """Open a bundle, a folder or a packed file, under the policy in force.
+
+    A packed bundle is unpacked, each file checked, to a temporary folder that lasts as long as what is returned.
+
+    Raises:
+        CheckFailed: a packed file is not what its manifest says, or the policy asks for a signature that is not there.
+        StageFailed: there is no room to unpack.
+        UnavailableError: the policy asks for signatures, and the package that checks them is not installed.
+        UsageError: there is no bundle, or its manifest cannot be read.
+    """
+    if not named.is_file():
+        manifest = read_manifest(named)
+        admit(manifest, read_signature_file(named), str(named))
+        return _bundle(named, manifest)
+    # Named before it is made, so that an interrupt between the two leaves nothing.
+    folder = Path(tempfile.gettempdir()) / f"dmformer-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(mode=0o700)
+        extract(named, folder)
+        bundle = _bundle(folder, read_manifest(folder), named)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise StageFailed(f"{named} could not be unpacked to {str(folder)!r}: {error.strerror or error}") from error
+        raise
+    weakref.finalize(bundle, shutil.rmtree, folder, ignore_errors=True)
+    return bundle
+
+
+def own_bundle(folder: Path) -> Bundle:
+    """A bundle that this program wrote or is about to replace, or whose admission the caller sees to: no policy.
 
     Raises:
         UsageError: there is no bundle, or its manifest cannot be read.
     """
+    return _bundle(folder, read_manifest(folder))
+
+
+def _bundle(folder: Path, manifest: bytes, packed: Path | None = None) -> Bundle:
+    parsed = decode_manifest(manifest, str((packed or folder) / MANIFEST))
+    return Bundle(folder, parsed, hashlib.sha256(manifest).hexdigest(), packed)
+
+
+def read_manifest(root: Path) -> bytes:
+    """The bytes of a bundle's manifest.
+
+    Raises:
+        UsageError: there is none, or it is no file of a manifest's size.
+    """
     path = root / MANIFEST
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UsageError(f"no bundle at {str(root)!r} ({MANIFEST}: no file); run: dmformer export")
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise UsageError(f"no bundle at {str(root)!r} ({MANIFEST}: {error.strerror}); run: dmformer export") from error
     if len(data) > MAX_MANIFEST_BYTES:
         raise UsageError(f"{path}: more than {MAX_MANIFEST_BYTES >> 20} MiB; expected the manifest of a bundle")
-    return Bundle(root, decode_manifest(data, str(path)))
+    return data
+
+
+def read_signature_file(root: Path) -> bytes | None:
+    """The bytes of a bundle's ``manifest.sig``; ``None`` where there is none.
+
+    Raises:
+        CheckFailed: it cannot be read, or is no file.
+    """
+    path = root / SIGNATURE
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink() or not path.is_file():
+        raise CheckFailed(f"{path}: no file; expected a signature, or nothing")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SIGNATURE_BYTES + 1)
+    except OSError as error:
+        raise CheckFailed(f"{path}: cannot be read: {error.strerror}; expected a signature, or nothing") from error
+    if len(data) > MAX_SIGNATURE_BYTES:
+        raise CheckFailed(f"{path}: more than {MAX_SIGNATURE_BYTES} bytes; expected a signature")
+    return data
+
+
+def _everything(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder itself; a link to one is not followed."""
+    with os.scandir(folder) as found:
+        for item in found:
+            if item.is_dir(follow_symlinks=False):
+                yield from _everything(Path(item.path))
+            else:
+                yield Path(item.path)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.reader import own_bundle
 from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _AT_FDCWD = -100
 def _check_replaceable(folder: Path) -> None:
     """A folder that is replaced goes away with all that is in it, so it must hold a bundle and nothing else."""
     try:
-        foreign = open_bundle(folder).unlisted()
+        foreign = own_bundle(folder).unlisted()
     except UsageError as error:
         raise UsageError(
             f"output {str(folder)!r} is a folder with other things in it than a bundle; "

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 BundleArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[BUNDLE]", help="Folder of the bundle; otherwise the one the last export wrote."),
+    typer.Argument(
+        metavar="[BUNDLE]", help="Folder of the bundle, or a packed file; otherwise the one the last export wrote."
+    ),
 ]
 RuntimeOption = Annotated[
     list[str] | None,
@@ -148,7 +150,7 @@ def bundle_named(named: Path | None) -> Bundle:
 
     bundle = find_bundle(named)
     if named is None:
-        say(f"bundle {bundle.root}")
+        say(f"bundle {bundle.named}")
     return bundle
 
 

@@ -52,3 +52,5 @@ def _show(found: BuildReport, json_file: str | None) -> None:
         present.show(f"not done: {reason}", json_file)
     if found.parity.checks:
         present.show(f"Parity with PyTorch's stored answers: all {len(found.parity.checks)} checks held.", json_file)
+    for note in found.notes:
+        present.say(f"note: {note}")

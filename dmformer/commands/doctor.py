@@ -43,7 +43,7 @@ def doctor(
     for runtime in found.runtimes:
         _add(runtimes, runtime)
     present.show(runtimes)
-    tools = present.table("For export and training", ["", "package", "version", "what is missing"])
+    tools = present.table("For export, training and signing", ["", "package", "version", "what is missing"])
     for tool in found.tools:
         _add(tools, tool)
     present.show(tools)

@@ -23,7 +23,7 @@ def inspect(
     if as_json:
         present.write_json(opened.manifest, "-")
         return
-    _show(opened.manifest, str(opened.root))
+    _show(opened.manifest, str(opened.named))
 
 
 def _show(manifest: Manifest, root: str) -> None:
@@ -37,7 +37,7 @@ def _show(manifest: Manifest, root: str) -> None:
     evidence = manifest.evidence.parity
     measured = [manifest.evidence.accuracy] if manifest.evidence.accuracy is not None else []
     for name, value in (
-        ("model", f"{model.arch}, {model.task}, {model.config['num_classes']} classes"),
+        ("model", f"{model.arch}, {model.task}, {manifest.output_count} classes"),
         ("size", f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e9:.3g} GMACs an image"),
         ("weights", weights),
         ("form", "deploy: everything linear folded" if model.deploy_form else "training: as PyTorch has it"),

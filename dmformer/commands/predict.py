@@ -14,7 +14,7 @@ from dmformer.errors import UsageError
 def predict(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="[BUNDLE] IMAGE...", help="Image files; before them, if you like, the bundle's folder."),
+        typer.Argument(metavar="[BUNDLE] IMAGE...", help="Image files; before them, if you like, the bundle."),
     ],
     runtime: Annotated[
         str | None,
@@ -30,10 +30,11 @@ def predict(
     json_file: present.JsonOption = None,
 ) -> None:
     """Classify images: the most likely classes and their probabilities."""
+    from dmformer.bundle.packing import SUFFIX
     from dmformer.bundle.predictor import Predictor, PredictReport, choose
 
     present.check_json_target(json_file)
-    named, images = (paths[0], paths[1:]) if paths[0].is_dir() else (None, paths)
+    named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)
     if not images:
         raise UsageError("no image given; expected at least one image file")
     choice = choose(present.bundle_named(named), runtime, precision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from dmformer.data.preprocessing import Preprocessing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+# What is decoded, whatever the file is called. Pillow knows dozens more, some of which start other programs (EPS).
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -48,29 +49,42 @@ def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]
 
 
 def open_image(path: Path) -> Image:
-    """Decode an image file.
+    """Decode an image file; of an animation the first frame.
 
     Raises:
-        UsageError: it is missing, no image, truncated, or so large that it looks like a decompression bomb.
+        UsageError: it is missing, no file, no image of :data:`FORMATS`, truncated, or so large that it looks
+            like a decompression bomb.
     """
     from PIL import Image as PillowImage
     from PIL import UnidentifiedImageError
 
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: no file; expected an image")  # opening a pipe would wait for its other end
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PillowImage.DecompressionBombWarning)
-            with PillowImage.open(path) as image:
-                image.load()
-                copied: Image = image.copy()
-                return copied
+        with PillowImage.open(path, formats=FORMATS) as image:
+            _check_size(image)
+            image.load()
+            copied: Image = image.copy()
+            return copied
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; expected an image") from error
     except UnidentifiedImageError as error:
-        raise UsageError(f"{path}: not an image that Pillow can read; expected PNG, JPEG or the like") from error
+        raise UsageError(f"{path}: no image that is read here; expected one of {', '.join(FORMATS)}") from error
     except (PillowImage.DecompressionBombWarning, PillowImage.DecompressionBombError) as error:
         raise UsageError(f"{path}: {first_line(error)}; expected a smaller image") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise UsageError(f"{path}: cannot be read as an image: {first_line(error)}") from error
+
+
+def _check_size(image: Image) -> None:
+    """Pillow warns from its limit on, and refuses from twice that; here it is the limit."""
+    from PIL import Image as PillowImage
+
+    most = PillowImage.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise PillowImage.DecompressionBombError(
+            f"image of {image.width}x{image.height} pixels, more than {most}: could be a decompression bomb"
+        )
 
 
 def load_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> NDArray[np.uint8]:

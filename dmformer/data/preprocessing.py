@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from dmformer.errors import UsageError
+from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,15 +81,15 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Orient by EXIF, convert, resize and crop: a Pillow image -> uint8 (H, W, C), channels in RGB (or L) order.
 
         Raises:
-            UsageError: an image of 16-bit or floating-point samples, or one so narrow that it cannot be resized.
+            UsageError: an image of 16-bit or floating-point samples, one whose colours or metadata cannot be read, or
+                one so narrow that it cannot be resized.
         """
-        from PIL import ImageOps
         from PIL.Image import Resampling
 
-        if image.mode in _UNSUPPORTED_MODES:
-            raise UsageError(f"image of mode {image.mode!r}; expected 8 bits a channel: convert it first")
-        upright = ImageOps.exif_transpose(image).convert(_PILLOW_MODE[self.channels])
+        upright = self._upright(image)
         width, height = upright.size
+        if min(width, height) == 0:
+            raise UsageError(f"image of {width}x{height} pixels; expected at least one")
         if self.crop_fraction * 64 < 1:
             raise UsageError(f"preprocessing: crop_fraction is {self.crop_fraction}; expected at least 1/64")
         scale = round(self.image_size / self.crop_fraction) / min(width, height)
@@ -100,6 +100,23 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         left, top = (resized_size[0] - self.image_size) // 2, (resized_size[1] - self.image_size) // 2
         cropped = resized.crop((left, top, left + self.image_size, top + self.image_size))
         return np.asarray(cropped, dtype=np.uint8).reshape(self.image_size, self.image_size, -1)
+
+    def _upright(self, image: Image) -> Image:
+        """In the network's colours; transparency is dropped, as torchvision's loader of training images does."""
+        from PIL import ImageOps
+
+        if image.mode in _UNSUPPORTED_MODES:
+            raise UsageError(f"image of mode {image.mode!r}; expected 8 bits a channel: convert it first")
+        try:
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in upright.info:  # a colour of the palette; the other ways to drop it warn
+                upright = upright.convert("RGBA")
+            return upright.convert(_PILLOW_MODE[self.channels])
+        except Exception as error:  # metadata is parsed by code that raises whatever its bytes lead it to
+            raise UsageError(
+                f"image of mode {image.mode!r}: its colours or its EXIF orientation cannot be read "
+                f"({first_line(error)}); convert it first"
+            ) from error
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (N, H, W, C) in RGB (or L) order -> float32 (N, C, H, W) in the network's order."""

@@ -6,13 +6,14 @@ Imports neither torch nor onnx.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from dmformer.bundle.manifest import MANIFEST, Artifact, file_entry, indented_json
-from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.bundle.manifest import MANIFEST, SIGNATURE, Artifact, file_entry, indented_json
+from dmformer.bundle.reader import Bundle, open_bundle, own_bundle, read_signature_file
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
@@ -29,10 +30,14 @@ _SOURCE = "onnx"
 
 
 class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was built, and how it answered; ``parity`` has no checks where nothing could run."""
+    """What was built, and how it answered; ``parity`` has no checks where nothing could run.
+
+    ``notes`` say what else became of the bundle.
+    """
 
     artifacts: tuple[Artifact, ...]
     parity: ParityReport
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -61,6 +66,8 @@ def build(
         UsageError: an argument cannot be used, or the bundle has nothing to build from.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    if opened.packed is not None:
+        raise UsageError(f"{opened.packed} is packed, and takes nothing in; run first: dmformer unpack {opened.packed}")
     row, options = registry.entry_of_format(format_name), engine or EngineOptions()
     if row.format in (_SOURCE, "torch"):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
@@ -68,13 +75,9 @@ def build(
         raise UsageError(f"format {row.format} is not compiled for a target; expected no options of an engine")
     sources = _sources(opened, row, [precision.lower() for precision in precisions])
     check_convertible(row, options)
-    with stage("integrity"):
-        for entry in opened.entries():
-            if not entry.path.startswith(f"{row.format}/"):  # what is replaced may be damaged
-                opened.check(entry)
-    golden = opened.golden()
     with staged(opened.root) as folder:
-        shutil.copytree(opened.root, folder, dirs_exist_ok=True)
+        with stage("integrity"):
+            golden = _copy_checked(opened, row, sources, folder).golden()
         checks: list[Check] = []
         not_run: list[str] = []
         built = []
@@ -90,10 +93,49 @@ def build(
         parity = report(checks, not_run)
         if checks and not parity.passed:
             raise CheckFailed(f"nothing was changed: {failure(parity)}")
-        if open_bundle(opened.root).manifest != opened.manifest:
+        if own_bundle(opened.root).manifest_sha256 != opened.manifest_sha256:
             raise StageFailed(f"{opened.root} changed while this was built, and was left alone; run it again")
-        _adopt(opened, folder, built, BuildReport(artifacts=tuple(built), parity=parity), row.format)
-    return BuildReport(artifacts=tuple(built), parity=parity)
+        found_all = BuildReport(artifacts=tuple(built), parity=parity, notes=_unsigned(opened))
+        _adopt(opened, folder, built, found_all, row.format)
+    return found_all
+
+
+def _copy_checked(bundle: Bundle, row: registry.Entry, sources: Sequence[Artifact], folder: Path) -> Bundle:
+    """Copy what the manifest lists and what stays, and check the copies, which are what is built from.
+
+    Of what is replaced, which may be damaged, whole caches are copied: they make building again quicker.
+    """
+    copies = replace(bundle, root=folder)
+    built = {(row.format, source.precision) for source in sources}
+    replaced = {
+        file for item in bundle.manifest.artifacts if (item.format, item.precision) in built for file in item.files
+    }
+    for entry in bundle.manifest.entries:
+        if entry in replaced and not entry.path.endswith(".cache"):
+            continue
+        target = folder / entry.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(bundle.locate(entry), target)
+            copies.check(entry)
+        except CheckFailed:
+            if entry not in replaced:
+                raise
+            target.unlink(missing_ok=True)
+    for source in sources:
+        copies.load_path(source)
+    return copies
+
+
+def _unsigned(bundle: Bundle) -> tuple[str, ...]:
+    """What became of the bundle's signature: it is of a manifest without what was built."""
+    if read_signature_file(bundle.root) is None:
+        return ()
+    note = (
+        f"the bundle was signed, and the signer has not seen what was built here: {SIGNATURE} was removed; to sign it "
+        "again: dmformer sign BUNDLE --key FILE"
+    )
+    return (note,)
 
 
 def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | None:
@@ -128,11 +170,7 @@ def _sources(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> 
 
 def _make(row: registry.Entry, source: Artifact, options: EngineOptions, folder: Path, stage: Stage) -> Artifact:
     target = folder / row.format / source.precision
-    kept = {path.name: path.read_bytes() for path in target.glob("*.cache")}  # makes building again quicker
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name, content in kept.items():
-        (target / name).write_bytes(content)
+    target.mkdir(parents=True, exist_ok=True)
     return make_artifact(
         row,
         ConversionSource(folder / source.files[0].path, source.precision, engine=options, stage=stage),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from dmformer.bundle.manifest import MANIFEST, Manifest
-from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.writer import staged
 from dmformer.data.images import list_images
 from dmformer.errors import CheckFailed, UsageError
@@ -73,7 +73,7 @@ class KnownExport:
         found = self.cache.find(key, Whole, folder)
         if found is None:
             raise _NotWhole
-        bundle = open_bundle(folder)
+        bundle = own_bundle(folder)
         bundle.check_all()
         evidence = bundle.manifest.evidence
         marked = (*self.cache.taken, *evidence.cached)
@@ -84,7 +84,7 @@ class KnownExport:
     def keep(self, made: ExportResult) -> ExportResult:
         """Keep a bundle that was just written, where every check held and nothing is missing that was asked for."""
         if self.key is not None and made.parity.passed and not made.broken:
-            names = [MANIFEST, *(entry.path for entry in open_bundle(made.output).entries())]
+            names = [MANIFEST, *(entry.path for entry in own_bundle(made.output).manifest.entries)]
             whole = Whole(files=tuple(made.output / name for name in names), parity=made.parity)
             self.cache.keep(self.key, f"{made.manifest.model.arch}: {_WHAT}", whole, made.output)
         return replace(made, not_kept=self.cache.trouble)

@@ -22,7 +22,7 @@ from dmformer.bundle.manifest import (
     file_entry,
     indented_json,
 )
-from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.cache import NoCache
@@ -404,7 +404,7 @@ class _Export:
             "speed",
             (manifest.artifacts, _gpu(manifest.artifacts)),
             Timed,
-            lambda: compare_precisions(open_bundle(self.folder), self.stage),
+            lambda: compare_precisions(own_bundle(self.folder), self.stage),
             self.folder,
         )
         self._write_report(BENCH_REPORT, timed.report)

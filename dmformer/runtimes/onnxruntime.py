@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dmformer.runtimes.base import Arrays
 
 _PROVIDER = "CPUExecutionProvider"
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # errors are raised as well, and told once
 _KERNEL = "_kernel_time"  # how the profile marks what is a kernel
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
@@ -55,11 +55,15 @@ class OnnxRuntime(Runtime):
     def load(self) -> None:
         """Create the session and make sure that it uses the provider that was asked for."""
         model = self._tapped() if self.taps else str(self.path)
-        self._session = _import().InferenceSession(model, self.options(), providers=[_PROVIDER])
-        self._session.disable_fallback()
+        self._session = self._new_session(model, self.options())
         if self._session.get_providers() != [_PROVIDER]:
             raise StageFailed(f"onnxruntime took {self._session.get_providers()}; expected only {_PROVIDER}")
         self._names = [node.name for node in self._session.get_outputs()]
+
+    @staticmethod
+    def _new_session(model: str | bytes, options: Any) -> Any:
+        """Without onnxruntime's fallback, which prints to standard output and tries again."""
+        return _import().InferenceSession(model, options, providers=[_PROVIDER], enable_fallback=0)
 
     def _tapped(self) -> bytes:
         onnx = require("onnx", extra="export", purpose="showing inner tensors")
@@ -79,7 +83,7 @@ class OnnxRuntime(Runtime):
         options = _import().SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         return options
 
     def close(self) -> None:
@@ -141,7 +145,7 @@ class OnnxRuntime(Runtime):
             options = self.options()
             options.enable_profiling = True
             options.profile_file_prefix = f"{folder}/profile"
-            session = _import().InferenceSession(str(self.path), options, providers=[_PROVIDER])
+            session = self._new_session(str(self.path), options)
             for feed in feeds:
                 session.run(None, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_bytes())

@@ -9,6 +9,7 @@ import msgspec
 
 from dmformer.bench.report import BenchReport
 from dmformer.bundle.diagnosis import Diagnosis
+from dmformer.bundle.integrity import IntegrityReport
 from dmformer.bundle.manifest import Manifest, indented_json
 from dmformer.bundle.predictor import PredictReport
 from dmformer.cache import CacheReport
@@ -25,6 +26,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "doctor": Diagnosis,
     "build": BuildReport,
     "cache": CacheReport,
+    "check": IntegrityReport,
 }
 
 

@@ -1,0 +1,146 @@
+"""What can be said of a bundle's integrity: every file by its hash, and the manifest by its signature."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
+
+from dmformer.bundle.manifest import MANIFEST, SIGNATURE
+from dmformer.bundle.reader import open_bundle, own_bundle, read_manifest, read_signature_file
+from dmformer.bundle.signature import Signature, read_signature, verify
+from dmformer.bundle.trust import policy, policy_in_force, trusted_keys
+from dmformer.errors import CheckFailed, DMFormerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from dmformer.bundle.reader import Bundle
+
+
+class FileCheck(Struct, frozen=True, kw_only=True):
+    """A file of the bundle, and what is wrong with it."""
+
+    path: str
+    passed: bool
+    reason: str | None = None
+
+
+class SignatureCheck(Struct, frozen=True, kw_only=True):
+    """The bundle's signature.
+
+    Attributes:
+        status: ``none`` where there is none; ``trusted`` where it holds and its key is among the trusted ones;
+            ``unknown key`` where it holds and its key is not; ``bad`` where it does not hold.
+        fingerprint: of the key.
+        trusted_as: the trusted key's file.
+        reason: why it does not hold.
+    """
+
+    status: Literal["none", "trusted", "unknown key", "bad"]
+    fingerprint: str | None = None
+    trusted_as: str | None = None
+    reason: str | None = None
+
+
+class IntegrityReport(Struct, frozen=True, kw_only=True):
+    """What ``check`` found; ``proves`` says in words what that is worth."""
+
+    passed: bool
+    manifest_sha256: str
+    files: tuple[FileCheck, ...]
+    signature: SignatureCheck
+    proves: str
+
+
+def check_integrity(named: Path) -> IntegrityReport:
+    """Look at everything in a bundle, a folder or a packed file, and go on where something is wrong.
+
+    Raises:
+        CheckFailed: a file of a packed bundle is not what its manifest says.
+        StageFailed: there is no room to unpack it.
+        UnavailableError: the bundle is signed, and the package that checks signatures is not installed.
+        UsageError: there is no bundle, or a trusted key cannot be used.
+    """
+    if named.is_file():
+        with policy_in_force(replace(policy(), required=False)):  # what it asks for is a finding here
+            bundle = open_bundle(named)
+    else:
+        bundle = own_bundle(named)
+    files = _check_files(bundle)
+    signature = _check_signature(bundle)
+    held = signature.status == "trusted" or (signature.status != "bad" and not policy().required)
+    return IntegrityReport(
+        passed=held and all(file.passed for file in files),
+        manifest_sha256=bundle.manifest_sha256,
+        files=tuple(files),
+        signature=signature,
+        proves=_proves(files, signature),
+    )
+
+
+def _check_files(bundle: Bundle) -> list[FileCheck]:
+    found = [_checked(entry.path, partial(bundle.check, entry)) for entry in bundle.manifest.entries]
+    failed = {file.path for file in found if not file.passed}
+    for artifact in bundle.manifest.artifacts:
+        main = artifact.files[0].path
+        if not failed.intersection(file.path for file in artifact.files):
+            reach = _checked(main, partial(bundle.check_reach, artifact))
+            found += [] if reach.passed else [reach]
+    unlisted = bundle.unlisted()
+    return [*found, *(FileCheck(path=name, passed=False, reason="not listed in the manifest") for name in unlisted)]
+
+
+def _checked(path: str, check: Callable[[], object]) -> FileCheck:
+    try:
+        check()
+    except DMFormerError as error:
+        return FileCheck(path=path, passed=False, reason=str(error))
+    return FileCheck(path=path, passed=True)
+
+
+def _check_signature(bundle: Bundle) -> SignatureCheck:
+    signature: Signature | None = None
+    try:
+        data = read_signature_file(bundle.root)
+        if data is None:
+            return SignatureCheck(status="none")
+        manifest, where = read_manifest(bundle.root), str(bundle.root / SIGNATURE)
+        signature = read_signature(data, manifest, where)
+        verify(signature, manifest, where)
+    except CheckFailed as error:
+        return SignatureCheck(
+            status="bad", fingerprint=None if signature is None else signature.fingerprint, reason=str(error)
+        )
+    trusted = trusted_keys(policy().folder).get(signature.fingerprint)
+    return SignatureCheck(
+        status="unknown key" if trusted is None else "trusted",
+        fingerprint=signature.fingerprint,
+        trusted_as=None if trusted is None else str(trusted),
+    )
+
+
+def _proves(files: list[FileCheck], signature: SignatureCheck) -> str:
+    """What follows from what was found, and what does not."""
+    if failed := sum(not file.passed for file in files):
+        return f"nothing: {failed} of {len(files)} files are not what {MANIFEST} lists"
+    if signature.status == "bad":
+        return f"nothing: every file is what {MANIFEST} lists, and {MANIFEST} is not what was signed"
+    if signature.status == "none":
+        return (
+            f"every file is what {MANIFEST} lists: nothing was damaged or mixed up on the way. Not who wrote "
+            f"{MANIFEST}, nor that {MANIFEST} itself is unchanged: for that compare its SHA-256 with the sender's, or "
+            "have the bundle signed"
+        )
+    if signature.status == "unknown key":
+        return (
+            "every file is as the holder of the key signed it. Not whose key that is: it is not among the trusted "
+            f"keys in {str(policy().folder)!r}; compare the fingerprint with the signer's, and put the public key there"
+        )
+    return (
+        "every file is as the holder of the trusted key signed it. Not that the model answers rightly on this machine: "
+        "dmformer verify checks that"
+    )

@@ -1,0 +1,26 @@
+"""``dmformer pack``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dmformer.commands import _present as present
+
+
+def pack(
+    bundle: present.BundleArgument = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Otherwise beside the bundle, with .dmf after its name."),
+    ] = None,
+) -> None:
+    """Write a bundle as one file, the same bytes for the same bundle; a zip archive that any tool can read."""
+    from dmformer.bundle.manifest import hash_file
+    from dmformer.bundle.packing import pack as run_pack
+
+    written = run_pack(present.bundle_named(bundle), output)
+    sha256, size = hash_file(written)
+    present.show(f"{written}: {present.megabytes(size)}, SHA-256 {sha256}")

@@ -1,0 +1,26 @@
+"""``dmformer unpack``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dmformer.commands import _present as present
+
+
+def unpack(
+    packed: Annotated[Path, typer.Argument(metavar="FILE", help="A packed bundle.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Folder to write; otherwise beside the file, without its .dmf."),
+    ] = None,
+) -> None:
+    """Write a packed bundle as a folder, every file checked; nothing is left behind if that fails."""
+    from dmformer.bundle.packing import unpack as run_unpack
+
+    bundle = run_unpack(packed, output)
+    listed = bundle.manifest.entries
+    size = present.megabytes(sum(entry.bytes for entry in listed))
+    present.show(f"{bundle.root}: {len(listed)} files, {size}; manifest SHA-256 {bundle.manifest_sha256}")
