@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from dmformer._optional import require
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.models.checkpoint import Checkpoint, save_checkpoint
-from dmformer.models.dmformer import DMFormer, create_model
+from dmformer.models.dmformer import DMFormer, variant_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +87,7 @@ def load_digits() -> Digits:
 def train(recipe: Recipe, digits: Digits) -> tuple[DMFormer, float]:
     """Train from scratch; returns the network in evaluation mode and its accuracy on the held-out images (0..1)."""
     torch.manual_seed(recipe.seed)
-    model = create_model("dmformer_nano", num_classes=len(CLASSES), drop_path=recipe.drop_path)
+    model = DMFormer(variant_config("dmformer_nano", num_classes=len(CLASSES), drop_path=recipe.drop_path))
     inputs = torch.from_numpy(PREPROCESSING.normalize(digits.pixels))  # (N, 3, 32, 32)
     labels = torch.from_numpy(digits.labels)
     decayed = [p for p in model.parameters() if p.ndim > 1]
