@@ -19,6 +19,7 @@ from dmformer.commands.eval import evaluate
 from dmformer.commands.export import export
 from dmformer.commands.inspect import inspect
 from dmformer.commands.predict import predict
+from dmformer.commands.train import train
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (export, build, verify, bench, predict, inspect, doctor):
+for _command in (export, build, verify, bench, predict, inspect, doctor, train):
     app.command()(_command)
 app.command("eval")(evaluate)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(dmformer.__file__).parent
 ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors")
-COMMANDS = ("export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval")
+COMMANDS = ("export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval", "train")
 
 BLOCKER = """
 import sys

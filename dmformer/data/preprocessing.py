@@ -16,7 +16,7 @@ from dmformer.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from PIL.Image import Image
+    from PIL.Image import Image, Resampling
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -83,23 +83,45 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Raises:
             UsageError: an image of 16-bit or floating-point samples, or one so narrow that it cannot be resized.
         """
-        from PIL import ImageOps
         from PIL.Image import Resampling
+
+        cropped = self._fit(self.upright(image), Resampling[self.interpolation.upper()])
+        return np.asarray(cropped, dtype=np.uint8).reshape(self.image_size, self.image_size, -1)
+
+    def upright(self, image: Image) -> Image:
+        """Orient by EXIF and convert to the channels that the network takes.
+
+        Raises:
+            UsageError: an image of 16-bit or floating-point samples.
+        """
+        from PIL import ImageOps
 
         if image.mode in _UNSUPPORTED_MODES:
             raise UsageError(f"image of mode {image.mode!r}; expected 8 bits a channel: convert it first")
-        upright = ImageOps.exif_transpose(image).convert(_PILLOW_MODE[self.channels])
-        width, height = upright.size
+        return ImageOps.exif_transpose(image).convert(_PILLOW_MODE[self.channels])
+
+    def label_pixels(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Labels (H, W) of an image's pixels, resized and cropped as the image is, to the nearest: (size, size).
+
+        Raises:
+            UsageError: an image so narrow that it cannot be resized.
+        """
+        from PIL.Image import Resampling, fromarray
+
+        return np.asarray(self._fit(fromarray(labels), Resampling.NEAREST))
+
+    def _fit(self, image: Image, resampling: Resampling) -> Image:
+        """Resize the shorter side, crop the centre."""
+        width, height = image.size
         if self.crop_fraction * 64 < 1:
             raise UsageError(f"preprocessing: crop_fraction is {self.crop_fraction}; expected at least 1/64")
         scale = round(self.image_size / self.crop_fraction) / min(width, height)
         resized_size = (max(self.image_size, round(width * scale)), max(self.image_size, round(height * scale)))
         if max(resized_size) > 64 * self.image_size:
             raise UsageError(f"image of {width}x{height} pixels; expected sides no more than 1:64")
-        resized = upright.resize(resized_size, Resampling[self.interpolation.upper()])
+        resized = image.resize(resized_size, resampling)
         left, top = (resized_size[0] - self.image_size) // 2, (resized_size[1] - self.image_size) // 2
-        cropped = resized.crop((left, top, left + self.image_size, top + self.image_size))
-        return np.asarray(cropped, dtype=np.uint8).reshape(self.image_size, self.image_size, -1)
+        return resized.crop((left, top, left + self.image_size, top + self.image_size))
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (N, H, W, C) in RGB (or L) order -> float32 (N, C, H, W) in the network's order."""

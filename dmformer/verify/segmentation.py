@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct
 
+from dmformer.data.annotated import IGNORED
 from dmformer.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-IGNORED = 255  # the label of pixels that count for nothing
 
 
 class PixelAccuracy(Struct, frozen=True, kw_only=True):
