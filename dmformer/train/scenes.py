@@ -1,4 +1,4 @@
-"""A small segmentation data set: handwritten digits on photographs, a class for every pixel, in ADE20K's folders.
+"""A small segmentation data set: white digits on dimmed photographs, a class for every pixel, in ADE20K's folders.
 
 Both are real and come with scikit-learn: the digits of ``load_digits`` (see :mod:`dmformer.train.digits`) and the two
 photographs of ``load_sample_images`` (china.jpg and flower.jpg, CC BY 2.0, as their README there says). Validation has
@@ -33,6 +33,7 @@ SIDE = 64  # pixels
 TRAINING, VALIDATION = 800, 200  # images
 _DIGIT_SIDES = (28, 41)  # pixels, the second excluded
 _MOST_DIGITS = 2
+_DIMMED = 0.6  # brightness of the photographs, so that white digits stand out
 _INK = 0.35  # a pixel belongs to the digit from this share of the darkest ink on
 _TRAINING_SHARE = 0.75  # of each photograph, from the left
 
@@ -59,7 +60,7 @@ def compose(
     draw = np.random.default_rng(seed)
     photograph = photographs[int(draw.integers(len(photographs)))]
     top, left = (int(draw.integers(side - SIDE + 1)) for side in photograph.shape[:2])
-    scene = photograph[top : top + SIDE, left : left + SIDE].astype(np.float64)
+    scene = _DIMMED * photograph[top : top + SIDE, left : left + SIDE].astype(np.float64)
     annotation = np.ones((SIDE, SIDE), np.uint8)
     for _ in range(int(draw.integers(1, _MOST_DIGITS + 1))):
         chosen, side = int(draw.integers(len(digits))), int(draw.integers(*_DIGIT_SIDES))
@@ -69,10 +70,7 @@ def compose(
             continue
         grey = Image.fromarray(digits[chosen][..., 0]).resize((side, side), Image.Resampling.BICUBIC)
         ink = np.asarray(grey, np.float64)[..., None] / 255
-        # White or black, whatever stands out from the background there, and tinted.
-        light = scene[place].mean() < 128
-        colour = draw.uniform(190, 255, 3) if light else draw.uniform(0, 65, 3)
-        scene[place] = scene[place] * (1 - ink) + colour * ink
+        scene[place] = scene[place] * (1 - ink) + draw.uniform(190, 255, 3) * ink  # white, tinted
         annotation[place][ink[..., 0] > _INK] = 2 + labels[chosen]
     return np.round(scene).astype(np.uint8), annotation
 
