@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dmformer.commands.train import _SHIPPED
 from dmformer.data.images import load_pixels
 from dmformer.errors import StageFailed, UsageError
 from dmformer.models.checkpoint import load_checkpoint
@@ -348,6 +349,15 @@ def test_parts_of_a_step_are_the_same_however_they_are_shared_out(steps: range) 
 # --- From another checkpoint ------------------------------------------------------------------------------------------
 
 
+def test_channels_must_be_the_networks_and_colours_need_three() -> None:
+    with pytest.raises(UsageError, match="preprocessing gives channels 'RGB'; expected as many as the network's 1"):
+        find_start(small(model={"in_channels": 1}), None)
+    with pytest.raises(UsageError, match="expected both 0 with channels 'L'"):
+        find_start(small(model={"in_channels": 1}, preprocessing=None), None)
+    grey = find_start(small(model={"in_channels": 1}, preprocessing=None, randaugment_operations=0), None)
+    assert grey.preprocessing.channels == "L"
+
+
 def test_the_head_is_drawn_anew_for_other_classes(trained: Path, colours: Path) -> None:
     start = find_start(small(arch=None, model={}), trained / "model.safetensors")
     assert start.preprocessing.image_size == 32
@@ -382,6 +392,7 @@ def test_a_decoder_starts_on_the_stages_of_a_classifier(trained: Path) -> None:
 
 def test_the_recipes_that_ship_can_be_made() -> None:
     assert shipped_recipes() == ["ade20k_fpn", "ade20k_upernet", "digits", "imagenet_l", "imagenet_s", "scenes"]
+    assert ", ".join(shipped_recipes()) == _SHIPPED  # what the help says
     for name in shipped_recipes():
         recipe = make_recipe(read_recipe(name))
         variant_config(recipe.arch or "", **recipe.model, drop_path=recipe.drop_path)

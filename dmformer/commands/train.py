@@ -13,6 +13,8 @@ from dmformer.commands._options import parse_pairs
 if TYPE_CHECKING:
     from dmformer.train.journal import Row
 
+_SHIPPED = "ade20k_fpn, ade20k_upernet, digits, imagenet_l, imagenet_s, scenes"
+
 
 def train(
     data: Annotated[
@@ -24,7 +26,7 @@ def train(
     ],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="FILE|NAME", help="A TOML file, or a recipe that ships; see the manual."),
+        typer.Option("--recipe", metavar="FILE|NAME", help=f"A TOML file, or one that ships: {_SHIPPED}."),
     ] = None,
     arch: Annotated[
         str | None, typer.Option("--arch", metavar="NAME", help="Variant, like dmformer_s or dmformer_s_fpn.")
@@ -93,6 +95,8 @@ def train(
             say=shown.say,
             report=lambda row: shown.say(_said(row)),
         )
+    if not trained.first:
+        return
     scores = ", ".join(f"{name} {present.percent(value)}" for name, value in trained.scores.items())
     present.show(f"{trained.checkpoint}: {scores} on {trained.images[1]} validation images", json_file)
     present.write_json({"checkpoint": str(trained.checkpoint), **trained.scores}, json_file)

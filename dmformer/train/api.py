@@ -38,11 +38,13 @@ class Trained:
         checkpoint: the file; of the last step, and of the averaged weights where the recipe averages them.
         scores: accuracy on the validation images, shares from 0 to 1 by name.
         images: how many were trained on, and how many validated on.
+        first: whether this is the process that wrote the file.
     """
 
     checkpoint: Path
     scores: dict[str, float]
     images: tuple[int, int]
+    first: bool = True
 
 
 def train(
@@ -100,7 +102,7 @@ def train(
         if group.first:
             _write(output / CHECKPOINT_NAME, run, _training(data, recipe, found, start, scores))
         group.wait()
-    return Trained(output / CHECKPOINT_NAME, scores, (len(found.training), len(found.validation)))
+    return Trained(output / CHECKPOINT_NAME, scores, (len(found.training), len(found.validation)), group.first)
 
 
 def _identity(recipe: Recipe, data: Data, start: Start, plan: Plan) -> dict[str, Any]:

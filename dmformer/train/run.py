@@ -93,7 +93,7 @@ class Run:
         self.network: nn.Module = model
         if group.world > 1:
             ids = [group.device] if group.device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.network = DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
         self.optimizer = make_optimizer(model, recipe)
         kind = group.device.type
         self.scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "fp16")

@@ -1,7 +1,7 @@
 """A small segmentation data set: white digits on dimmed photographs, a class for every pixel, in ADE20K's folders.
 
 Both are real and come with scikit-learn: the digits of ``load_digits`` (see :mod:`dmformer.train.digits`) and the two
-photographs of ``load_sample_images`` (china.jpg and flower.jpg, CC BY 2.0, as their README there says). Validation has
+photographs of ``load_sample_images`` (by danielbuechele and vultilion, both CC BY 2.0). Validation has
 the digits that are held out, and the right quarter of each photograph, which training never shows. The network starts
 from the demonstration checkpoint, which has seen the same training digits, as segmentation networks start from
 ImageNet. ::
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 CLASSES = ("background", *(f"digit {name}" for name in DIGITS))
 SIDE = 64  # pixels
-TRAINING, VALIDATION = 800, 200  # images
-_DIGIT_SIDES = (28, 41)  # pixels, the second excluded
+TRAINING, VALIDATION = 2400, 200  # images
+_DIGIT_SIDES = (36, 53)  # pixels, the second excluded
 _MOST_DIGITS = 2
 _DIMMED = 0.6  # brightness of the photographs, so that white digits stand out
 _INK = 0.35  # a pixel belongs to the digit from this share of the darkest ink on
@@ -84,9 +84,11 @@ def write_scenes(folder: Path, training: int = TRAINING, validation: int = VALID
         "validation": (validation, [photo[:, cut:] for photo in photographs], digits.held_out, 1),
     }
     for part, (count, backgrounds, chosen, stream) in parts.items():
+        if not count:
+            continue
         images, annotations = (folder / kind / part for kind in ("images", "annotations"))
-        for each in (images, annotations):
-            each.mkdir(parents=True, exist_ok=True)
+        images.mkdir(parents=True, exist_ok=True)
+        annotations.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             seed = 2 * index + stream
             image, annotation = compose(backgrounds, digits.pixels[chosen], digits.labels[chosen], seed)

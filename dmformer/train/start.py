@@ -53,7 +53,15 @@ def find_start(recipe: Recipe, weights: Path | None) -> Start:
     usual = default_preprocessing(config)
     if checkpoint is not None and checkpoint.config.task == config.task:
         usual = checkpoint.preprocessing
-    return Start(config, recipe.preprocessing or usual, checkpoint)
+    preprocessing = recipe.preprocessing or usual
+    if len(preprocessing.channels) != config.in_channels:
+        raise UsageError(
+            f"preprocessing gives channels {preprocessing.channels!r}; "
+            f"expected as many as the network's {config.in_channels}"
+        )
+    if preprocessing.channels == "L" and (recipe.randaugment_operations or recipe.color_jitter):
+        raise UsageError("RandAugment and color_jitter need three channels; expected both 0 with channels 'L'")
+    return Start(config, preprocessing, checkpoint)
 
 
 def _config_for(checkpoint: Checkpoint, arch: str | None, options: dict[str, object]) -> DMFormerConfig:
