@@ -18,14 +18,13 @@ from dmformer.models.deploy import deploy
 from dmformer.models.dmformer import (
     DMFormerBackbone,
     DMFormerConfig,
-    DMFormerFeatures,
     build_network,
     create_model,
     list_models,
     variant_config,
 )
 from dmformer.models.lively import lively_
-from dmformer.models.segmentation import SemanticFPN, UPerNet, pool_bins
+from dmformer.models.segmentation import DMFormerFeatures, SemanticFPN, UPerNet, pool_bins
 from tests.networks import TINY, answers, image, one_thread
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 Source: Wei et al., "DMFormer: Closing the Gap Between CNN and Vision Transformers", ICASSP 2023, arXiv:2209.07738.
 Neither code nor weights were published with it. The file follows the paper's order: attention, block, stem and
 downsampling, network, variants. What the paper leaves open is a field of :class:`DMFormerConfig`, and its docstring
-says which fields are the paper's and which are choices of this project. What segmentation puts on the stages is in
-``models/segmentation.py``.
+says which fields are the paper's and which are choices of this project. What other tasks put on the stages is
+in ``models/segmentation.py``.
 
 Shapes are written (N, C, H, W): batch, channels, height, width; E stands for the expanded channels N·C of the paper.
 """
@@ -369,22 +369,6 @@ class DMFormer(DMFormerBackbone):
         return logits
 
 
-class DMFormerFeatures(DMFormerBackbone):
-    """The backbone alone, for a head of somebody else's.
-
-    Output: the four stage maps, (N, widths[i], H/s, W/s) for s of 4, 8, 16, 32, as the last block of each stage left
-    them (no norm).
-    """
-
-    def __init__(self, config: DMFormerConfig) -> None:
-        super().__init__(config)
-        self.apply(init_weights_)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(N, in_channels, H, W) -> four maps."""
-        return tuple(self.forward_features(x))
-
-
 def init_weights_(module: nn.Module) -> None:
     """Draw a layer's initial weights; for ``nn.Module.apply``."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -436,11 +420,11 @@ def variant_config(name: str, **overrides: Any) -> DMFormerConfig:
 
 def build_network(config: DMFormerConfig) -> DMFormerBackbone:
     """A freshly initialised network of the configuration's task, in training mode."""
-    if config.task == "segmentation":
-        from dmformer.models.segmentation import DMFormerSegmenter  # that file builds on this one
+    if config.task == "classification":
+        return DMFormer(config)
+    from dmformer.models.segmentation import DMFormerFeatures, DMFormerSegmenter  # that file builds on this one
 
-        return DMFormerSegmenter(config)
-    return DMFormer(config) if config.task == "classification" else DMFormerFeatures(config)
+    return DMFormerSegmenter(config) if config.task == "segmentation" else DMFormerFeatures(config)
 
 
 def create_model(name: str, **overrides: Any) -> DMFormerBackbone:

@@ -1,4 +1,4 @@
-"""Semantic segmentation: a decoder that labels every pixel from the four stage maps.
+"""Semantic segmentation: a decoder that labels every pixel from the four stage maps; and the maps alone.
 
 Two decoders, each by its paper and in the widths that the field uses (those of mmsegmentation's configurations):
 
@@ -203,6 +203,22 @@ class DMFormerSegmenter(DMFormerBackbone):
         check_sides(x)
         logits: Tensor = self.up(self.decoder(self.forward_features(x)))
         return logits
+
+
+class DMFormerFeatures(DMFormerBackbone):
+    """The backbone alone, for a head of somebody else's.
+
+    Output: the four stage maps, (N, widths[i], H/s, W/s) for s of 4, 8, 16, 32, as the last block of each stage left
+    them (no norm).
+    """
+
+    def __init__(self, config: DMFormerConfig) -> None:
+        super().__init__(config)
+        self.apply(init_weights_)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, in_channels, H, W) -> four maps."""
+        return tuple(self.forward_features(x))
 
 
 def check_sides(x: Tensor) -> None:
