@@ -28,8 +28,10 @@ from dmformer.models.segmentation import DMFormerFeatures, SemanticFPN, UPerNet,
 from tests.networks import TINY, answers, image, one_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.conftest import Run
 
 LIMIT = 1e-9
 FPN = {"task": "segmentation", "decoder": "fpn", "decoder_widths": (10, 6)}
@@ -286,6 +288,15 @@ def test_preprocessing_is_assumed_by_the_task(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "a.pth")
     assert (loaded.preprocessing.image_size, loaded.preprocessing.crop_fraction) == (512, 1.0)
     assert "512 pixels" in " ".join(loaded.notes)
+
+
+@pytest.mark.parametrize("options", [["dmformer_nano_fpn"], ["dmformer_nano", "--model-option", "task=features"]])
+def test_a_bundle_of_them_is_refused_as_long_as_bundles_hold_classifiers_only(
+    options: list[str], inline: Callable[..., Run]
+) -> None:
+    done = inline("export", "--image-size", "64", "--dry-run", "--arch", *options)
+    assert done.code == 2
+    assert "bundles hold classifiers only as yet" in done.error_line
 
 
 # --- Deploy form and ONNX ---------------------------------------------------------------------------------------------
