@@ -25,6 +25,7 @@ from dmformer.commands.pack import pack
 from dmformer.commands.predict import predict
 from dmformer.commands.serve_layout import serve_layout
 from dmformer.commands.sign import sign
+from dmformer.commands.train import train
 from dmformer.commands.unpack import unpack
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (export, sign, cache):
+for _command in (export, train, sign, cache):
     app.command()(_command)
 for _opens_bundles in (build, verify, bench, predict, inspect, doctor, check, pack, unpack):
     app.command()(under_policy(_opens_bundles))

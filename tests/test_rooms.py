@@ -25,7 +25,7 @@ PACKAGE = Path(dmformer.__file__).parent
 ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors", "cryptography")
 COMMANDS = (
     "export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval", "sign", "check", "pack", "unpack",
-    "cache", "serve-layout",
+    "cache", "serve-layout", "train",
 )  # fmt: skip
 
 BLOCKER = """

@@ -207,6 +207,10 @@ class Stages:
         if not self.live:
             self.console.print(f"{name}: {time.monotonic() - begun:.1f} s")
 
+    def say(self, line: str) -> None:
+        """One line, above the bars."""
+        self.console.print(line)
+
 
 @contextmanager
 def stages() -> Iterator[Stages]:

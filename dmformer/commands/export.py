@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,8 @@ import typer
 
 from dmformer.commands import _engine as engine
 from dmformer.commands import _present as present
-from dmformer.errors import StageFailed, UsageError
+from dmformer.commands._options import parse_pairs
+from dmformer.errors import StageFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,7 +119,7 @@ def export(
         "images": images,
         "calibration": calibration,
         "max_accuracy_drop": max_accuracy_drop,
-        "options": parse_options(model_options or []),
+        "options": parse_pairs(model_options or [], "--model-option", "gate_input=x_prime"),
         "seed": seed,
         "deploy_form": deploy_form,
         "force": force,
@@ -157,20 +157,6 @@ def export(
         raise CheckFailed(
             f"{failure(result.parity)}; the bundle was written to {output} all the same, as --force asked"
         )
-
-
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; a value is JSON where it reads as JSON, and a plain word otherwise."""
-    options = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key or not text:
-            raise UsageError(f"--model-option {pair!r}; expected KEY=VALUE, for instance gate_input=x_prime")
-        try:
-            options[key] = json.loads(text)
-        except ValueError:
-            options[key] = text
-    return options
 
 
 def _say_source(weights: str, arch: str, seed: int | None, notes: Sequence[str], training: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from PIL.Image import Image
+    from PIL.Image import Image, Resampling
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -86,8 +86,22 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """
         from PIL.Image import Resampling
 
-        upright = self._upright(image)
-        width, height = upright.size
+        cropped = self._fit(self.upright(image), Resampling[self.interpolation.upper()])
+        return np.asarray(cropped, dtype=np.uint8).reshape(self.image_size, self.image_size, -1)
+
+    def label_pixels(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Labels (H, W) of an image's pixels, resized and cropped as the image is, to the nearest: (size, size).
+
+        Raises:
+            UsageError: an image so narrow that it cannot be resized.
+        """
+        from PIL.Image import Resampling, fromarray
+
+        return np.asarray(self._fit(fromarray(labels), Resampling.NEAREST))
+
+    def _fit(self, image: Image, resampling: Resampling) -> Image:
+        """Resize the shorter side, crop the centre."""
+        width, height = image.size
         if min(width, height) == 0:
             raise UsageError(f"image of {width}x{height} pixels; expected at least one")
         if self.crop_fraction * 64 < 1:
@@ -96,13 +110,18 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         resized_size = (max(self.image_size, round(width * scale)), max(self.image_size, round(height * scale)))
         if max(resized_size) > 64 * self.image_size:
             raise UsageError(f"image of {width}x{height} pixels; expected sides no more than 1:64")
-        resized = upright.resize(resized_size, Resampling[self.interpolation.upper()])
+        resized = image.resize(resized_size, resampling)
         left, top = (resized_size[0] - self.image_size) // 2, (resized_size[1] - self.image_size) // 2
-        cropped = resized.crop((left, top, left + self.image_size, top + self.image_size))
-        return np.asarray(cropped, dtype=np.uint8).reshape(self.image_size, self.image_size, -1)
+        return resized.crop((left, top, left + self.image_size, top + self.image_size))
 
-    def _upright(self, image: Image) -> Image:
-        """In the network's colours; transparency is dropped, as torchvision's loader of training images does."""
+    def upright(self, image: Image) -> Image:
+        """Orient by EXIF and convert to the channels that the network takes.
+
+        Transparency is dropped, as torchvision's loader of training images does.
+
+        Raises:
+            UsageError: an image of 16-bit or floating-point samples, or one whose colours or metadata cannot be read.
+        """
         from PIL import ImageOps
 
         if image.mode in _UNSUPPORTED_MODES:

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact, Evidence, FileEntry, Simplification
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.models.dmformer import DMFormer
+    from dmformer.models.dmformer import DMFormerBackbone
 
 
 def describe_export(
     checkpoint: Checkpoint,
     *,
-    model: DMFormer,
+    model: DMFormerBackbone,
     weights: Literal["checkpoint", "demonstration", "random"],
     seed: int | None,
     deploy_form: bool,

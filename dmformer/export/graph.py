@@ -17,7 +17,7 @@ from dmformer.export.simplify import Simplifier
 from dmformer.export.torch_onnx import onnx_metadata, trace
 from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.deploy import deploy
-from dmformer.models.dmformer import DMFormer
+from dmformer.models.dmformer import DMFormerBackbone
 from dmformer.progress import Stage
 from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
@@ -62,7 +62,7 @@ class GraphSource:
     """
 
     checkpoint: Checkpoint
-    model: DMFormer
+    model: DMFormerBackbone
     deploy_form: bool
     images: Sequence[Path]
     scratch: Path

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.manifest import Manifest
-    from dmformer.models.dmformer import DMFormer
+    from dmformer.models.dmformer import DMFormerBackbone
 
 _MOST_CALIBRATION = 512
 T = TypeVar("T")
@@ -188,7 +188,7 @@ class _Export:
         """Whether a format can be timed on this machine; one that is built for named targets is for other machines."""
         return registry.adapter(row).probe().available and not (row.buildable and self.request.engine.targets)
 
-    def _calibrate(self, model: DMFormer) -> Calibration | None:
+    def _calibrate(self, model: DMFormerBackbone) -> Calibration | None:
         """PyTorch's answers to the calibration images, where a reduced precision is asked for."""
         if not self.request.reduced:
             return None
@@ -345,7 +345,7 @@ class _Export:
 
     def _finish(
         self,
-        model: DMFormer,
+        model: DMFormerBackbone,
         golden: Golden,
         artifacts: list[Artifact],
         simplification: Simplification,

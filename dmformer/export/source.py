@@ -11,6 +11,7 @@ import torch
 from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.data.images import list_images
 from dmformer.data.labelled import ImageSet, image_set
+from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint
 from dmformer.models.dmformer import create_model
 from dmformer.models.lively import lively_
@@ -42,18 +43,25 @@ def find_source(
     """A file where one is named; random weights where only an architecture is; the demonstration where neither is.
 
     Raises:
-        UsageError: the checkpoint, the architecture, an option or the image folder cannot be used.
+        UsageError: the checkpoint, the architecture, an option or the image folder cannot be used; or the network is
+            no classifier, which bundles cannot hold yet.
     """
     given = tuple(list_images(images)) if images is not None else ()
     if weights is not None:
-        checkpoint = load_checkpoint(weights, arch, options, image_size)
+        checkpoint = _classifier(load_checkpoint(weights, arch, options, image_size))
         return Source(checkpoint, "checkpoint", None, given, _calibration(calibration, checkpoint))
     if arch is not None:
-        checkpoint = random_checkpoint(arch, options, image_size, seed)
+        checkpoint = _classifier(random_checkpoint(arch, options, image_size, seed))
         return Source(checkpoint, "random", seed, given, _calibration(calibration, checkpoint))
     checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT, None, options, image_size)
     images_for_ranges = _calibration(calibration or CALIBRATION_IMAGES, checkpoint)
     return Source(checkpoint, "demonstration", None, given or tuple(list_images(SAMPLE_IMAGES)), images_for_ranges)
+
+
+def _classifier(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.config.task != "classification":
+        raise UsageError(f"{checkpoint.arch}, task {checkpoint.config.task}; bundles hold classifiers only as yet")
+    return checkpoint
 
 
 def _calibration(folder: Path | None, checkpoint: Checkpoint) -> ImageSet | None:

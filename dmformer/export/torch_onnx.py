@@ -19,7 +19,7 @@ from dmformer import __version__
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.export import onnx_file
-from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
+from dmformer.models.dmformer import INPUT_NAME
 from dmformer.runtimes.layers import module_path
 
 if TYPE_CHECKING:
@@ -35,13 +35,15 @@ OPSET = 20  # the first with Gelu as one operator; below it, the exporter writes
 _TRACED_BATCH = 2  # tracing at 1 could bake a squeeze in
 
 
-def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
-    """Write the network as ONNX: float32, (batch, C, H, W) -> (batch, classes), with the batch left open.
+def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path, *, open_size: bool = False) -> None:
+    """Write the network as ONNX: float32, (batch, C, H, W) -> what its task gives, with the batch left open.
 
     Args:
         checkpoint: what the file says of itself.
         model: the network, in its training or its deploy form.
         destination: the file.
+        open_size: leave height and width open too; the deploy form must then be one for any size, and for
+            segmentation both must be multiples of 32.
 
     Nodes are named ``MODULE/OPERATOR``, for instance ``stages.2.blocks.4.dma.expand/Conv``.
 
@@ -51,6 +53,13 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
     """
     require("onnx", extra="export", purpose="export to ONNX")
     size = checkpoint.preprocessing.image_size
+    outputs = checkpoint.config.output_names
+    open_axes = {0: "batch", 2: "height", 3: "width"} if open_size else {0: "batch"}
+    axes = {INPUT_NAME: open_axes}
+    for name, shape in zip(outputs, checkpoint.config.output_shapes(size, size), strict=True):
+        axes[name] = {0: "batch"}
+        if open_size and len(shape) == 3:
+            axes[name] |= {2: f"{name}_height", 3: f"{name}_width"}
     example = torch.zeros(_TRACED_BATCH, checkpoint.config.in_channels, size, size)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
@@ -62,8 +71,8 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
+                output_names=list(outputs),
+                dynamic_axes=axes,
             )
     except Exception as error:
         raise StageFailed(f"export to ONNX failed: {first_line(error)}") from error

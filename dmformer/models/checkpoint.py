@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError, first_line
-from dmformer.models.dmformer import DMFormer, DMFormerConfig, variant_config
+from dmformer.models.dmformer import DMFormerBackbone, DMFormerConfig, build_network, variant_config
 from dmformer.models.infer import UNTOLD, infer_config, variant_name
 
 METADATA_KEY = "dmformer"
@@ -64,10 +64,10 @@ class Checkpoint:
     training: Mapping[str, Any] = field(default_factory=dict)
     described: bool = False
 
-    def model(self) -> DMFormer:
+    def model(self) -> DMFormerBackbone:
         """The network with these weights, in evaluation mode."""
         with torch.device("meta"):  # initial weights, which take a second to draw, would only be overwritten
-            model = DMFormer(self.config)
+            model = build_network(self.config)
         counters = {
             k: torch.zeros(v.shape, dtype=v.dtype) for k, v in model.state_dict().items() if k.endswith(_COUNTER)
         }
@@ -135,10 +135,15 @@ def load_checkpoint(
         config = _decide_config(state, metadata, arch, options or {}, fallback or {}, notes)
     except UsageError as error:
         raise UsageError(f"checkpoint {str(path)!r}: {error}") from error
+    if config.task == "features":
+        state = _without_head(state, notes)
     _check_fit(state, config, path)
     preprocessing = metadata.preprocessing if metadata else default_preprocessing(config)
     if metadata is None:
-        notes.append("preprocessing is not in the checkpoint: ImageNet's was assumed (224 pixels, bicubic)")
+        notes.append(
+            "preprocessing is not in the checkpoint: ImageNet's was assumed "
+            f"({preprocessing.image_size} pixels, {preprocessing.interpolation})"
+        )
     if len(preprocessing.channels) != config.in_channels:
         raise UsageError(
             f"checkpoint {str(path)!r}: its preprocessing gives channels {preprocessing.channels!r}; "
@@ -161,10 +166,14 @@ def load_checkpoint(
 
 
 def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
-    """ImageNet's evaluation transform; one input channel is scaled to -1..1 instead."""
+    """ImageNet's evaluation transform; 512 pixels uncropped for segmentation, as on ADE20K.
+
+    One input channel is scaled to -1..1 instead.
+    """
+    size: dict[str, Any] = {"image_size": 512, "crop_fraction": 1.0} if config.task == "segmentation" else {}
     if config.in_channels == 1:
-        return Preprocessing(channels="L", mean=(0.5,), std=(0.5,))
-    return Preprocessing()
+        return Preprocessing(channels="L", mean=(0.5,), std=(0.5,), **size)
+    return Preprocessing(**size)
 
 
 def _read(path: Path) -> tuple[Any, str | None, str]:
@@ -333,6 +342,8 @@ def _decide_config(
         shaped = {}
     else:
         shaped, _ = infer_config(state)
+    if options.get("task") == "features":
+        options = {**options, "decoder": None, "decoder_widths": []}
     given = {name: value for name, value in fallback.items() if name in UNTOLD} | told | dict(options)
     config = DMFormerConfig.from_dict({**shaped, **given})
     assumed = [name for name in UNTOLD if name not in given]
@@ -343,15 +354,26 @@ def _decide_config(
 
 
 def _class_count(state: dict[str, Tensor]) -> dict[str, int]:
-    head = state.get("head.weight")
-    return {"num_classes": head.shape[0]} if head is not None and head.ndim == 2 else {}
+    for name, rank in (("head.weight", 2), ("decoder.classifier.conv.weight", 4)):
+        last = state.get(name)
+        if last is not None and last.ndim == rank:
+            return {"num_classes": last.shape[0]}
+    return {}
+
+
+def _without_head(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The stages' tensors alone."""
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(("norm.", "head.", "decoder."))}
+    if len(kept) < len(state):
+        notes.append(f"task features: {len(state) - len(kept)} tensors of the head were left out")
+    return kept
 
 
 def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, path: Path) -> None:
     """Compare names and shapes with the network's; meta tensors, so that nothing is allocated for it."""
     try:
         with torch.device("meta"):
-            network = DMFormer(config)
+            network = build_network(config)
     except (RuntimeError, TypeError) as error:  # a size that no tensor can have
         raise UsageError(f"checkpoint {str(path)!r}: its configuration asks for a network beyond all memory") from error
     expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(_COUNTER)}

@@ -14,6 +14,7 @@ t = bias - s·mean (Ioffe and Szegedy, arXiv:1502.03167), and a linear map of a 
 6. Layer scales: the first scales ``mix`` and ``skip`` (the gate multiplies per channel as well, so they commute), the
    second the last convolution of the feed-forward network.
 7. The last BatchNorm goes through the average pool into the classifier.
+8. Segmentation: in a decoder each BatchNorm follows a convolution, as in the stem. Dropout goes.
 
 One more rewrite holds at one image size only: taps of a dilated kernel that never meet anything but padding are cut.
 
@@ -30,12 +31,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from dmformer.models.dmformer import LayerScale, Stem
+from dmformer.models.dmformer import DMFormer, LayerScale, Stem
+from dmformer.models.segmentation import ConvNormReLU, DMFormerSegmenter, PixelClassifier, check_sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dmformer.models.dmformer import Block, DMFormer, DynamicMultilevelAttention, Stage
+    from dmformer.models.dmformer import Block, DMFormerBackbone, DynamicMultilevelAttention, Stage
 
 
 class DeployGate(nn.Module):
@@ -113,25 +115,64 @@ class DeployStage(nn.Module):
         return self.blocks(self.downsample(x))
 
 
-class DeployDMFormer(nn.Module):
-    """The deploy form of a network: float (N, in_channels, H, W) -> logits (N, num_classes)."""
+class DeployBackbone(nn.Module):
+    """The four stages of a network in deploy form."""
 
-    def __init__(self, stages: Iterable[DeployStage], head: nn.Linear) -> None:
+    def __init__(self, stages: Iterable[DeployStage]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """The four stage maps: (N, in_channels, H, W) -> (N, widths[i], H/s, W/s) for s of 4, 8, 16, 32."""
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+class DeployDMFormer(DeployBackbone):
+    """The deploy form of a classifier: float (N, in_channels, H, W) -> logits (N, num_classes)."""
+
+    def __init__(self, stages: Iterable[DeployStage], head: nn.Linear) -> None:
+        super().__init__(stages)
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits (N, num_classes)."""
-        for stage in self.stages:
-            x = stage(x)
-        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, C, H, W) -> (N, C)
+        pooled = F.adaptive_avg_pool2d(self.forward_features(x)[-1], 1).flatten(1)  # (N, C, H, W) -> (N, C)
         logits: Tensor = self.head(pooled)
         return logits
 
 
+class DeployFeatures(DeployBackbone):
+    """The deploy form of a backbone alone: float (N, in_channels, H, W) -> four maps."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, in_channels, H, W) -> (N, widths[i], H/s, W/s) for s of 4, 8, 16, 32."""
+        return tuple(self.forward_features(x))
+
+
+class DeploySegmenter(DeployBackbone):
+    """The deploy form of a segmentation network: float (N, in_channels, H, W) -> logits (N, num_classes, H, W)."""
+
+    def __init__(self, stages: Iterable[DeployStage], decoder: nn.Module, up: nn.Module) -> None:
+        super().__init__(stages)
+        self.decoder, self.up = decoder, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W).
+
+        Raises:
+            UsageError: a side is no multiple of 32.
+        """
+        check_sides(x)
+        logits: Tensor = self.up(self.decoder(self.forward_features(x)))
+        return logits
+
+
 @torch.no_grad()
-def deploy(model: DMFormer, image_size: int | None = None) -> DeployDMFormer:
+def deploy(model: DMFormerBackbone, image_size: int | None = None) -> DeployBackbone:
     """The deploy form of a network, which is left as it is.
 
     Everything is folded in float64; the result has the type of the network's weights.
@@ -151,11 +192,32 @@ def deploy(model: DMFormer, image_size: int | None = None) -> DeployDMFormer:
             side = (side + 1) // 2 // 2 if index == 0 else side // 2
         blocks = [_block(cast("Block", block), side) for block in stage.blocks]
         stages.append(DeployStage(_downsample(stage.downsample), blocks))
+    return _with_head(source, stages).to(dtype).eval()
+
+
+def _with_head(source: DMFormerBackbone, stages: list[DeployStage]) -> DeployBackbone:
+    """The stages, with what the network's task puts on them folded."""
+    if isinstance(source, DMFormerSegmenter):
+        return DeploySegmenter(stages, _decoder(source.decoder), source.up)
+    if not isinstance(source, DMFormer):
+        return DeployFeatures(stages)
     scale, shift = _affine(source.norm)
     head = source.head
     head.bias.add_(head.weight @ shift)
     head.weight.mul_(scale)
-    return DeployDMFormer(stages, head).to(dtype).eval()
+    return DeployDMFormer(stages, head)
+
+
+def _decoder(decoder: nn.Module) -> nn.Module:
+    """The decoder with each norm in the convolution before it, and without dropout."""
+    for module in list(decoder.modules()):
+        if isinstance(module, ConvNormReLU):
+            conv = cast("nn.Conv2d", module.conv)
+            module.conv = _filter(conv).then(_affine(cast("nn.BatchNorm2d", module.norm))).as_conv(conv)
+            del module.norm
+        elif isinstance(module, PixelClassifier):
+            del module.dropout
+    return decoder
 
 
 class Affine(NamedTuple):

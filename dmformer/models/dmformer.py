@@ -3,7 +3,8 @@
 Source: Wei et al., "DMFormer: Closing the Gap Between CNN and Vision Transformers", ICASSP 2023, arXiv:2209.07738.
 Neither code nor weights were published with it. The file follows the paper's order: attention, block, stem and
 downsampling, network, variants. What the paper leaves open is a field of :class:`DMFormerConfig`, and its docstring
-says which fields are the paper's and which are choices of this project.
+says which fields are the paper's and which are choices of this project. What other tasks put on the stages is
+in ``models/segmentation.py``.
 
 Shapes are written (N, C, H, W): batch, channels, height, width; E stands for the expanded channels N·C of the paper.
 """
@@ -11,8 +12,8 @@ Shapes are written (N, C, H, W): batch, channels, height, width; E stands for th
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import msgspec
 import torch
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 # Names of the network's input and output in every exported format.
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
+STRIDES = (4, 8, 16, 32)  # of the stages' maps
+FEATURE_NAMES = tuple(f"features_s{stride}" for stride in STRIDES)
+
+Task = Literal["classification", "segmentation", "features"]
+Decoder = Literal["fpn", "upernet"]
+DECODER_WIDTHS: dict[str, tuple[str, ...]] = {"fpn": ("pyramid", "head"), "upernet": ("all convolutions",)}
 
 Count = Annotated[int, Meta(ge=1, le=65536)]
 Depth = Annotated[int, Meta(ge=1, le=1024)]
@@ -61,6 +68,11 @@ class DMFormerConfig:
         ffn_ratios: hidden width of each stage's feed-forward network, as a multiple of C.
         batch_norm_eps: epsilon of every BatchNorm.
         drop_path: largest stochastic-depth rate, reached linearly at the last block. Training only.
+        task: what follows the stages: a classifier, a decoder that labels every pixel, or nothing (their four maps).
+        decoder: Semantic FPN (``"fpn"``) or UPerNet (``"upernet"``) for segmentation, ``None`` otherwise.
+        decoder_widths: channels of the decoder: of the pyramid and of the head (Semantic FPN), or of all its
+            convolutions (UPerNet); empty where there is no decoder.
+        decoder_dropout: share of channels dropped before the last convolution of a decoder. Training only.
     """
 
     widths: tuple[Count, Count, Count, Count] = (64, 128, 320, 512)
@@ -79,6 +91,10 @@ class DMFormerConfig:
     ffn_ratios: tuple[Positive, Positive, Positive, Positive] = (4.0, 4.0, 4.0, 4.0)
     batch_norm_eps: Positive = 1e-5
     drop_path: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    task: Task = "classification"
+    decoder: Decoder | None = None
+    decoder_widths: tuple[Count, ...] = ()
+    decoder_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.1
 
     def __post_init__(self) -> None:
         if problems := list(_config_problems(self)):
@@ -88,6 +104,21 @@ class DMFormerConfig:
     def stem_channels(self) -> int:
         """Channels of the stem's first two convolutions."""
         return self.widths[0] if self.stem_width is None else self.stem_width
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of what the network gives, in order."""
+        return FEATURE_NAMES if self.task == "features" else (OUTPUT_NAME,)
+
+    def output_shapes(self, height: int, width: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what the network gives for one image of so many pixels, without the batch."""
+        if self.task == "classification":
+            return ((self.num_classes,),)
+        if self.task == "segmentation":
+            return ((self.num_classes, height, width),)
+        # The stem's convolutions of stride 2 round up, then down; those between stages down.
+        rows, columns = (height + 1) // 2 // 2, (width + 1) // 2 // 2
+        return tuple((channels, rows >> index, columns >> index) for index, channels in enumerate(self.widths))
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON types; :meth:`from_dict` reads it back."""
@@ -122,6 +153,12 @@ def _config_problems(c: DMFormerConfig) -> Iterator[str]:
         yield f"kernel_sizes is {c.kernel_sizes}; expected odd sizes"
     if any(w % c.gate_reduction for w in c.widths):
         yield f"gate_reduction is {c.gate_reduction}; expected a divisor of every width of {c.widths}"
+    if (c.task == "segmentation") != (c.decoder is not None):
+        known = " or ".join(get_args(Decoder)) if c.task == "segmentation" else "none"
+        yield f"decoder is {c.decoder} with task {c.task}; expected {known}"
+    names = DECODER_WIDTHS[c.decoder] if c.decoder is not None else ()
+    if len(c.decoder_widths) != len(names):
+        yield f"{len(c.decoder_widths)} decoder_widths; expected {len(names)}: {', '.join(names) or 'no decoder'}"
 
 
 class DynamicMultilevelAttention(nn.Module):
@@ -288,11 +325,10 @@ class Stage(nn.Module):
         return self.blocks(self.downsample(x))
 
 
-class DMFormer(nn.Module):
-    """The backbone with its classifier: BatchNorm, global average pool, linear layer.
+class DMFormerBackbone(nn.Module):
+    """The four stages: what every task has in common.
 
     Input: (N, in_channels, H, W), float, normalised as the checkpoint's preprocessing says; H and W of at least 32.
-    Output: logits (N, num_classes).
     """
 
     def __init__(self, config: DMFormerConfig) -> None:
@@ -303,9 +339,6 @@ class DMFormer(nn.Module):
         self.stages = nn.ModuleList(
             Stage(index, [next(rates) for _ in range(depth)], config) for index, depth in enumerate(config.depths)
         )
-        self.norm = nn.BatchNorm2d(config.widths[-1], eps=config.batch_norm_eps)
-        self.head = nn.Linear(config.widths[-1], config.num_classes)
-        self.apply(_init_weights)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The four stage maps: (N, in_channels, H, W) -> (N, widths[i], H/s, W/s) for s of 4, 8, 16, 32."""
@@ -315,6 +348,19 @@ class DMFormer(nn.Module):
             maps.append(x)
         return maps
 
+
+class DMFormer(DMFormerBackbone):
+    """The backbone with its classifier: BatchNorm, global average pool, linear layer.
+
+    Output: logits (N, num_classes).
+    """
+
+    def __init__(self, config: DMFormerConfig) -> None:
+        super().__init__(config)
+        self.norm = nn.BatchNorm2d(config.widths[-1], eps=config.batch_norm_eps)
+        self.head = nn.Linear(config.widths[-1], config.num_classes)
+        self.apply(init_weights_)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits (N, num_classes)."""
         x = self.norm(self.forward_features(x)[-1])
@@ -323,7 +369,8 @@ class DMFormer(nn.Module):
         return logits
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights_(module: nn.Module) -> None:
+    """Draw a layer's initial weights; for ``nn.Module.apply``."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=(2.0 / module.weight[0].numel()) ** 0.5)
         if module.bias is not None:
@@ -331,7 +378,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 # S and L: names and stage layout are the paper's, widths and depths are ours. T and nano are ours altogether.
-VARIANTS: dict[str, DMFormerConfig] = {
+_CLASSIFIERS: dict[str, DMFormerConfig] = {
     "dmformer_nano": DMFormerConfig(widths=(16, 32, 64, 128), depths=(1, 1, 2, 1)),
     "dmformer_t": DMFormerConfig(widths=(32, 64, 160, 256), depths=(2, 2, 6, 2)),
     "dmformer_s": DMFormerConfig(widths=(64, 128, 320, 512), depths=(3, 3, 10, 3)),
@@ -339,9 +386,24 @@ VARIANTS: dict[str, DMFormerConfig] = {
 }
 
 
-def list_models() -> list[str]:
-    """Names that :func:`create_model` takes, smallest network first."""
-    return list(VARIANTS)
+def _segmenter(backbone: str, decoder: Decoder, *widths: int) -> DMFormerConfig:
+    """ADE20K's 150 classes on the stages of a classification variant."""
+    return replace(_CLASSIFIERS[backbone], task="segmentation", num_classes=150, decoder=decoder, decoder_widths=widths)
+
+
+# S with either decoder is what the paper trained on ADE20K; the decoders' widths are their usual ones. nano is ours.
+VARIANTS: dict[str, DMFormerConfig] = {
+    **_CLASSIFIERS,
+    "dmformer_nano_fpn": _segmenter("dmformer_nano", "fpn", 64, 32),
+    "dmformer_nano_upernet": _segmenter("dmformer_nano", "upernet", 48),
+    "dmformer_s_fpn": _segmenter("dmformer_s", "fpn", 256, 128),
+    "dmformer_s_upernet": _segmenter("dmformer_s", "upernet", 512),
+}
+
+
+def list_models(task: Task | None = None) -> list[str]:
+    """Names that :func:`create_model` takes, or those of one task; of a task, the smallest network first."""
+    return [name for name, config in VARIANTS.items() if task in (None, config.task)]
 
 
 def variant_config(name: str, **overrides: Any) -> DMFormerConfig:
@@ -356,14 +418,24 @@ def variant_config(name: str, **overrides: Any) -> DMFormerConfig:
     return DMFormerConfig.from_dict({**VARIANTS[name].to_dict(), **overrides})
 
 
-def create_model(name: str, **overrides: Any) -> DMFormer:
+def build_network(config: DMFormerConfig) -> DMFormerBackbone:
+    """A freshly initialised network of the configuration's task, in training mode."""
+    if config.task == "classification":
+        return DMFormer(config)
+    from dmformer.models.segmentation import DMFormerFeatures, DMFormerSegmenter  # that file builds on this one
+
+    return DMFormerSegmenter(config) if config.task == "segmentation" else DMFormerFeatures(config)
+
+
+def create_model(name: str, **overrides: Any) -> DMFormerBackbone:
     """A freshly initialised network, in training mode.
 
     Args:
         name: one of :func:`list_models`.
-        **overrides: fields of :class:`DMFormerConfig`, for instance ``num_classes=10``.
+        **overrides: fields of :class:`DMFormerConfig`, for instance ``num_classes=10``, or ``task="features"`` for a
+            backbone that gives its stages' maps.
 
     Raises:
         UsageError: no such variant, no such field, or a value out of its range.
     """
-    return DMFormer(variant_config(name, **overrides))
+    return build_network(variant_config(name, **overrides))

@@ -10,10 +10,10 @@ from torch import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dmformer.models.dmformer import DMFormer
+    from dmformer.models.dmformer import DMFormerBackbone
 
 
-def count_macs(model: DMFormer, image_size: int) -> int:
+def count_macs(model: DMFormerBackbone, image_size: int) -> int:
     """Multiply-accumulates of convolutions and linear layers for one image of ``image_size`` pixels a side.
 
     The network is run once, on the device of its weights; on ``meta`` nothing is computed.

@@ -15,11 +15,18 @@ UNTOLD = ("dilations", "gate_input", "inner_residual", "batch_norm_eps")
 
 
 def variant_name(config: DMFormerConfig) -> str | None:
-    """The variant with these widths and depths; ``None`` where it is none of them."""
+    """The variant with these widths, depths and decoder; ``None`` where it is none of them.
+
+    A backbone alone (task ``features``) has the name of the classifier that it comes from.
+    """
     for name, variant in VARIANTS.items():
-        if (variant.widths, variant.depths) == (config.widths, config.depths):
+        if _shape(variant) == _shape(config):
             return name
     return None
+
+
+def _shape(config: DMFormerConfig) -> tuple[object, ...]:
+    return config.widths, config.depths, config.decoder, config.decoder_widths
 
 
 def infer_config(state: dict[str, Tensor]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -56,7 +63,7 @@ def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[st
     told = {
         "widths": widths,
         "depths": depths,
-        "num_classes": shapes["head.weight"][0],
+        **_infer_head(shapes),
         "in_channels": stem[1],
         "stem_width": None if stem[0] == widths[0] else stem[0],
         "expansion": expanded // widths[0],
@@ -69,3 +76,21 @@ def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[st
     if len(kernel_sizes) != len(DMFormerConfig.kernel_sizes):
         told["dilations"] = list(range(1, len(kernel_sizes) + 1))  # the default's pattern, carried on
     return told, UNTOLD
+
+
+def _infer_head(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Task, classes and decoder: what follows the stages."""
+    if "decoder.fuse.conv.weight" in shapes:
+        widths = [shapes["decoder.fuse.conv.weight"][0]]
+    elif "decoder.levels.0.conv0.conv.weight" in shapes:
+        widths = [shapes["decoder.smooth.0.weight"][0], shapes["decoder.levels.0.conv0.conv.weight"][0]]
+    elif any(name.startswith(("head.", "norm.")) for name in shapes):
+        return {"num_classes": shapes["head.weight"][0]}
+    else:
+        return {"task": "features"}
+    return {
+        "task": "segmentation",
+        "num_classes": shapes["decoder.classifier.conv.weight"][0],
+        "decoder": "upernet" if len(widths) == 1 else "fpn",
+        "decoder_widths": widths,
+    }

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmformer.models.dmformer import DMFormer, Gate, LayerScale
+from dmformer.models.dmformer import DMFormerBackbone, Gate, LayerScale
 
 
-def lively_(model: DMFormer, seed: int = 0) -> DMFormer:
+def lively_(model: DMFormerBackbone, seed: int = 0) -> DMFormerBackbone:
     """Overwrite all weights and statistics in place; returns the model in evaluation mode.
 
     BatchNorm statistics are measured on seeded noise, then moved away from it. They are kept to the precision of

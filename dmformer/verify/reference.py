@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from dmformer.data.labelled import ImageSet
     from dmformer.data.preprocessing import Preprocessing
-    from dmformer.models.dmformer import DMFormer
+    from dmformer.models.dmformer import DMFormerBackbone
 
 GOLDEN_IMAGES = 5
 _MOST_REAL = 3  # of the golden images; the others are noise, which reaches what few images may not
@@ -54,7 +54,7 @@ def source_images(preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], ...]
     return wide[:side], tall[:, : side // 2]
 
 
-def make_golden(model: DMFormer, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
+def make_golden(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     """Run the network on preprocessed images, in float32 as one batch and in float64 image by image.
 
     PyTorch's dilated depth-wise convolutions in float64 use one thread, so the images share the cores.
@@ -78,7 +78,7 @@ def make_golden(model: DMFormer, preprocessing: Preprocessing, pixels: NDArray[n
     )
 
 
-def torch_logits(model: DMFormer, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
+def torch_logits(model: DMFormerBackbone, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
     """The network's float32 outputs for each image, (N, classes).
 
     Raises:
@@ -107,7 +107,7 @@ def in_double(model: nn.Module) -> nn.Module:
     return double
 
 
-def _in_float64(model: DMFormer, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+def _in_float64(model: DMFormerBackbone, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
     import torch
 
     double = in_double(model)

@@ -1,0 +1,91 @@
+"""Images with a class for every pixel, in the folders of ADE20K's scene parsing benchmark (``ADEChallengeData2016``).
+
+Source: Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017. Below one folder::
+
+    images/training/NAME.jpg         annotations/training/NAME.png
+    images/validation/NAME.jpg       annotations/validation/NAME.png
+    objectInfo150.txt                or classes.txt: one name a line
+
+An annotation has one 8-bit number a pixel: 0 counts for nothing, 1 … are the classes 0 … in the order of the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from dmformer.data.images import list_images, open_image
+from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+IGNORED = 255  # in the labels that come out; a 0 in the files
+
+Part = Literal["training", "validation"]
+
+
+@dataclass(frozen=True)
+class AnnotatedSet:
+    """Image files, the annotation of each, and the names of the classes."""
+
+    images: tuple[Path, ...]
+    annotations: tuple[Path, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def annotated_set(folder: Path, part: Part) -> AnnotatedSet:
+    """The images of one part of a data set and their annotations.
+
+    Raises:
+        UsageError: no such folder, no names of classes, no image, or an image without an annotation.
+    """
+    classes = _class_names(folder)
+    images = list_images(folder / "images" / part)
+    annotations = [
+        (folder / "annotations" / part / path.relative_to(folder / "images" / part)).with_suffix(".png")
+        for path in images
+    ]
+    for image, annotation in zip(images, annotations, strict=True):
+        if not annotation.is_file():
+            raise UsageError(f"{image}: no annotation; expected one at {annotation}")
+    return AnnotatedSet(tuple(images), tuple(annotations), classes)
+
+
+def load_labels(path: Path, classes: int) -> NDArray[np.uint8]:
+    """The annotation in a file as labels (H, W): 0 to ``classes - 1``, or ``IGNORED``.
+
+    Raises:
+        UsageError: no image of one 8-bit number a pixel, or a number beyond the classes; the message names the file.
+    """
+    image = open_image(path)
+    if image.mode not in ("L", "P", "1"):
+        raise UsageError(f"{path}: annotation of mode {image.mode!r}; expected one 8-bit number a pixel")
+    numbers = np.asarray(image, dtype=np.uint8)
+    if numbers.max() > classes:
+        raise UsageError(f"{path}: annotation has {numbers.max()}; expected 0 (ignored) to {classes}")
+    labels: NDArray[np.uint8] = numbers - np.uint8(1)  # 0 wraps to 255
+    return labels
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    plain, table = folder / "classes.txt", folder / "objectInfo150.txt"
+    try:
+        if plain.is_file():
+            names = [line.strip() for line in plain.read_text(encoding="utf-8").splitlines() if line.strip()]
+        elif table.is_file():  # columns are parted by tabs; the last has the name, after a line of headings
+            lines = table.read_text(encoding="utf-8").splitlines()[1:]
+            names = [line.rsplit("\t", 1)[-1].strip() for line in lines if line.strip()]
+        else:
+            raise UsageError(f"{folder}: no classes.txt and no objectInfo150.txt; expected the classes' names in one")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{folder}: the classes' names cannot be read: {error}") from error
+    if not 2 <= len(names) < IGNORED:
+        raise UsageError(f"{folder}: {len(names)} names of classes; expected 2 to {IGNORED - 1}")
+    return tuple(names)

@@ -1,0 +1,133 @@
+"""Accuracy and agreement of labelled pixels, with NumPy only: it runs on devices.
+
+The measures are those of PASCAL VOC and ADE20K: one confusion matrix over all pixels of all images, from which the
+intersection over union of each class follows, its mean over classes, and the share of pixels that are right.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from msgspec import Struct
+
+from dmformer.data.annotated import IGNORED
+from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class PixelAccuracy(Struct, frozen=True, kw_only=True):
+    """How well pixels are labelled; shares from 0 to 1.
+
+    Attributes:
+        pixels: how many have a label that counts.
+        pixel_accuracy: share of those that are right; ``None`` where there are none.
+        miou: mean of ``iou`` over the classes that have one; ``None`` where none has.
+        iou: intersection over union of each class; ``None`` for a class that occurs neither in the labels nor in the
+            answers.
+    """
+
+    pixels: int
+    pixel_accuracy: float | None
+    miou: float | None
+    iou: tuple[float | None, ...]
+
+
+class PixelAgreement(Struct, frozen=True, kw_only=True):
+    """How many pixels two sets of answers label alike.
+
+    There is no interval: neighbouring pixels are not independent, so that one from their number would be far too
+    narrow. ``lowest`` shows how much images differ instead.
+
+    Attributes:
+        images: how many.
+        pixels: of all images together.
+        agreement: share of pixels with equal classes (0 to 1).
+        lowest: the same of the image where it is smallest.
+        flips: pixels with another class.
+        below_noise: those of them whose margin is so small that the two may part within the limit of parity.
+    """
+
+    images: int
+    pixels: int
+    agreement: float
+    lowest: float
+    flips: int
+    below_noise: int
+
+
+def confusion_matrix(
+    predicted: NDArray[Any], labels: NDArray[Any], classes: int, ignored: int = IGNORED
+) -> NDArray[np.int64]:
+    """Count pixels by label and answer: (classes, classes), rows are labels, columns answers.
+
+    Matrices of several images add up.
+
+    Args:
+        predicted: integers 0 to ``classes - 1``, of any shape.
+        labels: integers of the same shape, 0 to ``classes - 1`` or ``ignored``.
+        classes: how many there are.
+        ignored: the label of pixels that are left out, whatever was answered there.
+
+    Raises:
+        UsageError: shapes differ, or a value is no class.
+    """
+    if predicted.shape != labels.shape:
+        raise UsageError(f"answers of shape {predicted.shape} for labels of shape {labels.shape}; expected the same")
+    for name, values in (("answer", predicted), ("label", labels)):
+        if not np.issubdtype(values.dtype, np.integer):
+            raise UsageError(f"{name}s of type {values.dtype}; expected integers")
+    counted = labels != ignored
+    found, wanted = predicted[counted].astype(np.int64), labels[counted].astype(np.int64)
+    for name, values in (("answer", found), ("label", wanted)):
+        if values.size and (values.min() < 0 or values.max() >= classes):
+            strange = values.min() if values.min() < 0 else values.max()
+            raise UsageError(f"{name} {strange} is no class; expected 0 to {classes - 1}, or {ignored} in labels")
+    counts = np.bincount(wanted * classes + found, minlength=classes * classes)
+    return counts.reshape(classes, classes)
+
+
+def pixel_accuracy(matrix: NDArray[np.int64]) -> PixelAccuracy:
+    """What follows from a confusion matrix (classes, classes) with labels in its rows."""
+    right = np.diag(matrix)
+    union = matrix.sum(0) + matrix.sum(1) - right
+    iou = tuple(float(r) / float(u) if u else None for r, u in zip(right, union, strict=True))
+    present = [value for value in iou if value is not None]
+    pixels = int(matrix.sum())
+    return PixelAccuracy(
+        pixels=pixels,
+        pixel_accuracy=float(right.sum()) / pixels if pixels else None,
+        miou=float(np.mean(present)) if present else None,
+        iou=iou,
+    )
+
+
+def pixel_agreement(candidate: NDArray[Any], expected: NDArray[Any], limit: float = 0.0) -> PixelAgreement:
+    """Compare the classes that two sets of logits (N, classes, H, W) choose; ties go to the lower class.
+
+    Args:
+        candidate: a runtime's.
+        expected: PyTorch's.
+        limit: how far any value may be from PyTorch's; two values may part by twice as much.
+
+    Raises:
+        UsageError: shapes differ, or there is nothing to compare.
+    """
+    if candidate.shape != expected.shape or candidate.ndim != 4 or not candidate.size:
+        raise UsageError(
+            f"logits of shapes {candidate.shape} and {expected.shape}; expected the same, (N, classes, H, W)"
+        )
+    chosen, wanted = candidate.argmax(1)[:, None], expected.argmax(1)[:, None]  # (N, 1, H, W)
+    flipped = chosen != wanted
+    margin = np.take_along_axis(expected, wanted, 1) - np.take_along_axis(expected, chosen, 1)
+    flips = int(flipped.sum())
+    return PixelAgreement(
+        images=len(expected),
+        pixels=flipped.size,
+        agreement=1 - flips / flipped.size,
+        lowest=float(1 - flipped.mean((1, 2, 3)).max()),
+        flips=flips,
+        below_noise=int((flipped & (margin <= 2 * limit)).sum()),
+    )
