@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.reader import own_bundle
 from dmformer.errors import StageFailed, UsageError
+from dmformer.supervise import announce
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +70,7 @@ def staged(destination: Path) -> Iterator[Path]:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         # Named before it is made: an interrupt that comes between the two leaves nothing either.
-        folder = destination.parent / f".{destination.name}-{secrets.token_hex(8)}"
+        folder = announce(destination.parent / f".{destination.name}-{secrets.token_hex(8)}")
         try:
             folder.mkdir()
             yield folder
