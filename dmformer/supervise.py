@@ -1,15 +1,17 @@
 """The command line in a child process, so that a crash of native code becomes one line and an exit code.
 
 Engines parse what a bundle holds in C++, and a file that means harm can make them crash: OpenVINO 2026.4 ends by SIGFPE
-on a convolution with a stride of 0. A process cannot outlive that, and its parent can. Linux only, where the parent is
-told apart what came from the terminal, which its child has got as well; elsewhere the command line runs as it is.
+on an input of 2^31 columns. A process cannot outlive that, and its parent can. Linux only, where the parent can tell
+what the terminal sent, which its child has got as well; elsewhere the command line runs as it is.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
 _CRASHES = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 _PR_SET_PDEATHSIG = 1
+_announced: int | None = None  # memory that parent and child share, once there are two
+
+
+def announce(path: Path) -> Path:
+    """Say that a file or folder is temporary before it is made: where this process crashes, its parent removes it."""
+    if _announced is not None:
+        os.write(_announced, os.fsencode(path.absolute()) + b"\0")
+    return path
 
 
 def supervise(main: Callable[[], None]) -> None:
@@ -29,6 +39,8 @@ def supervise(main: Callable[[], None]) -> None:
     if not sys.platform.startswith("linux"):
         main()
         return
+    global _announced  # noqa: PLW0603 - one process has one parent
+    _announced = os.memfd_create("announced")
     waited_for = {signal.SIGCHLD, *(signal.Signals[name] for name in _FORWARDED)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it would not come
@@ -62,6 +74,7 @@ def _end_with(parent: int) -> None:
 def _end_as(code: int) -> NoReturn:
     if code >= 0:
         os._exit(code)  # the child has flushed and cleaned up
+    _remove_announced()
     name = signal.Signals(-code).name
     if name in _CRASHES:
         sys.stderr.write(
@@ -75,3 +88,14 @@ def _end_as(code: int) -> NoReturn:
     signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
     sys.exit(128 - code)
+
+
+def _remove_announced() -> None:
+    """What the child would have removed."""
+    assert _announced is not None
+    for name in os.pread(_announced, os.fstat(_announced).st_size, 0).split(b"\0")[:-1]:
+        path = Path(os.fsdecode(name))
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

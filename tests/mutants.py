@@ -85,7 +85,7 @@ def changed_graph(data: bytes, generator: random.Random) -> bytes:
     graph = model.graph
     names = [name for node in graph.node for name in node.output] + [tensor.name for tensor in graph.initializer]
     for _ in range(generator.choice((1, 1, 2, 4))):
-        kind, node, tensor = generator.randrange(8), generator.choice(graph.node), generator.choice(graph.initializer)
+        kind, node, tensor = generator.randrange(9), generator.choice(graph.node), generator.choice(graph.initializer)
         lists = [attribute.ints for each in graph.node for attribute in each.attribute if attribute.ints]
         if kind < 3:
             numbers = generator.choice(lists)
@@ -96,7 +96,10 @@ def changed_graph(data: bytes, generator: random.Random) -> bytes:
             tensor.data_type = generator.randrange(25)
         elif kind == 5:
             node.op_type = generator.choice(OPERATORS)
-        elif kind == 6 and node.input:
+        elif kind == 6:
+            sizes = generator.choice((*graph.input, *graph.output)).type.tensor_type.shape.dim
+            generator.choice(sizes).dim_value = generator.choice(EXTREME)
+        elif kind == 7 and node.input:
             node.input[generator.randrange(len(node.input))] = generator.choice(names)
         else:
             graph.node.remove(node)
@@ -152,7 +155,9 @@ def run(bundle: Path, arguments: list[str], kind: str, first: int, last: int) ->
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     make = mutator(kind, (bundle / (XML if kind == "xml" else ONNX)).read_bytes())
     for number in range(first, last):
-        mutant = Path(shutil.copytree(bundle, bundle.parent / "mutant", dirs_exist_ok=True))
+        mutant = bundle.parent / "mutant"
+        shutil.rmtree(mutant, ignore_errors=True)
+        shutil.copytree(bundle, mutant)
         mutate(mutant, kind, number, make)
         code, said = command_line([argument.replace("BUNDLE", str(mutant)) for argument in arguments])
         sys.stdout.write(json.dumps({"number": number, "code": code, "said": said}) + "\n")

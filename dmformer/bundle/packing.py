@@ -14,6 +14,7 @@ from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_file
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.supervise import announce
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +53,7 @@ def pack(bundle: Bundle, destination: Path | None = None) -> Path:
     _check_replaceable(target)
     if target.resolve().is_relative_to(folder):
         raise UsageError(f"output {str(target)!r} is inside the bundle; expected a file outside it")
-    staging = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
+    staging = announce(target.with_name(f".{target.name}-{secrets.token_hex(8)}"))
     try:
         try:
             with staging.open("xb") as file:

@@ -33,6 +33,7 @@ from dmformer.bundle.manifest import (
 from dmformer.bundle.signature import MAX_SIGNATURE_BYTES
 from dmformer.bundle.trust import admit
 from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.supervise import announce
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -190,7 +191,7 @@ def open_bundle(named: Path) -> Bundle:
         admit(manifest, read_signature_file(named), str(named))
         return _bundle(named, manifest)
     # Named before it is made, so that an interrupt between the two leaves nothing.
-    folder = Path(tempfile.gettempdir()) / f"dmformer-{secrets.token_hex(8)}"
+    folder = announce(Path(tempfile.gettempdir()) / f"dmformer-{secrets.token_hex(8)}")
     try:
         folder.mkdir(mode=0o700)
         extract(named, folder)

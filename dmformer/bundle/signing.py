@@ -9,6 +9,7 @@ from dmformer.bundle.manifest import SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest
 from dmformer.bundle.signature import Signature, sign
 from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.supervise import announce
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +34,7 @@ def sign_bundle(folder: Path, key: Ed25519PrivateKey) -> Signature:
     signature = sign(read_manifest(folder), key)
     if signature.manifest_sha256 != bundle.manifest_sha256:
         raise CheckFailed(f"{folder} changed while it was checked, and was not signed; run it again")
-    staging = folder / f".{SIGNATURE}-{secrets.token_hex(8)}"
+    staging = announce(folder / f".{SIGNATURE}-{secrets.token_hex(8)}")
     try:
         try:
             staging.write_bytes(signature.encode())

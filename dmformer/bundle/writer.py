@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.reader import own_bundle
 from dmformer.errors import StageFailed, UsageError
+from dmformer.supervise import announce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def staged(destination: Path, replaceable: Callable[[Path], None] = _check_repla
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _locked(destination):
             _clear_leftovers(destination)
-            staging = _hidden(destination, secrets.token_hex(_TOKEN_BYTES))
+            staging = announce(_hidden(destination, secrets.token_hex(_TOKEN_BYTES)))
             try:
                 folder = staging / "bundle"
                 folder.mkdir(parents=True)

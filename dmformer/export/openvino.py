@@ -29,7 +29,7 @@ def to_openvino(source: ConversionSource, folder: Path) -> Converted:
         model = ov.Core().read_model(str(source.onnx))
         _name_by_position(model)
         ov.save_model(model, str(path), compress_to_fp16=False)
-    except RuntimeError as error:
+    except Exception as error:  # names that are no text, too
         raise StageFailed(f"conversion to OpenVINO failed: {first_line(error)}") from error
     return Converted((path, path.with_suffix(".bin")), versions("openvino"))
 
