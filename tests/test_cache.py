@@ -423,6 +423,22 @@ def test_a_damaged_bundle_is_made_anew(filled: Path, tmp_path: Path) -> None:
     assert "dmformer_nano: the whole export" not in {cached.what for cached in result.manifest.evidence.cached}
 
 
+def test_a_bundle_that_contradicts_its_manifest_is_made_anew(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(self: Cache, key: str, kind: type[Any], root: Path) -> Any:
+        found = whole(self, key, kind, root)
+        (root / "onnx/fp32/model.onnx").write_bytes(b"something else")
+        monkeypatch.setattr(Cache, "find", whole)
+        return found
+
+    whole = Cache.find
+    monkeypatch.setattr(Cache, "find", find)
+    result = dmformer.export(output=tmp_path / "second", **TINY)
+    open_bundle(tmp_path / "second").check_all()
+    assert "dmformer_nano: the whole export" not in {cached.what for cached in result.manifest.evidence.cached}
+
+
 def test_every_precision_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "cache"))
     loose_images = Path(shutil.copytree(SAMPLE_IMAGES, tmp_path / "photos"))

@@ -66,6 +66,7 @@ class KnownExport:
             with staged(output) as folder:
                 manifest, parity = self._fill(folder, self.key)
         except (_NotWhole, CheckFailed):
+            self.cache.taken.clear()  # nothing of it is used
             return None
         return ExportResult(output, manifest, parity)
 
