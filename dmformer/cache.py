@@ -124,7 +124,7 @@ class NoCache:
         if found is not None:
             return found
         made = make()
-        if sound(made):
+        if sound(made) and self.key(what, inputs) == key:  # otherwise a file has changed meanwhile: made of which?
             self.keep(key, what, made, root)
         return made
 
@@ -174,7 +174,7 @@ class Cache(NoCache):
 
     def holds(self, key: str) -> bool:
         """Whether there is an entry; whether it is whole is not known before :meth:`find`."""
-        return (self._entries / key).is_file()
+        return bool(key) and (self._entries / key).is_file()
 
     def find(self, key: str, kind: type[T], root: Path) -> T | None:
         """A value, its files written below ``root``; ``None`` where there is none, or no whole one."""

@@ -31,6 +31,7 @@ from tests.test_rooms import ENGINES, python
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from dmformer.export.request import ExportResult
     from tests.conftest import Run
 
 
@@ -116,6 +117,19 @@ def test_what_is_not_sound_is_not_kept(cache: Cache, tmp_path: Path) -> None:
     assert not cache.folder.exists()
 
 
+def test_what_was_made_while_its_input_changed_is_not_kept(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "input").write_text("before")
+
+    def make() -> int:
+        (tmp_path / "input").write_text("after")
+        return 3
+
+    cache.get_or_make("work", tmp_path / "input", int, make, tmp_path)
+    assert not cache.folder.exists()
+    cache.get_or_make("work", tmp_path / "input", int, make, tmp_path)
+    assert cache.get_or_make("work", tmp_path / "input", int, refuse, tmp_path) == 3
+
+
 def test_no_cache_works_always(tmp_path: Path) -> None:
     nothing, count = NoCache(), []
     for _ in range(2):
@@ -190,7 +204,7 @@ def test_every_argument_is_in_the_key_of_an_export(cache: Cache, tmp_path: Path)
     keys = {name: KnownExport(cache, weights, FACTS | {name: new}).key for name, new in changes.items()}
     keys[""] = KnownExport(cache, weights, FACTS).key
     keys["no weights"] = KnownExport(cache, None, FACTS).key
-    assert None not in keys.values()
+    assert all(keys.values())
     assert len(set(keys.values())) == len(changes) + 2
     for name in ("output", "force"):
         assert KnownExport(cache, weights, FACTS | {name: "other"}).key == keys[""]
@@ -213,7 +227,7 @@ def test_every_argument_is_in_the_key_of_an_export(cache: Cache, tmp_path: Path)
 )
 def test_what_cannot_be_known_has_no_key(cache: Cache, weights: Path | None, changed: dict[str, Any]) -> None:
     known = KnownExport(cache, weights, FACTS | changed)
-    assert known.key is None
+    assert not known.key
     assert known.take(Path("b")) is None
 
 
@@ -373,6 +387,17 @@ def test_without_the_cache_everything_is_made(filled: Path, tmp_path: Path, monk
     dmformer.export(output=tmp_path / "second", **TINY)
 
 
+def test_a_bundle_whose_checkpoint_changed_meanwhile_is_not_kept(exported: ExportResult, tmp_path: Path) -> None:
+    cache, weights = Cache(tmp_path / "cache"), tmp_path / "w.safetensors"
+    weights.write_bytes(b"before")
+    known = KnownExport(cache, weights, FACTS)
+    weights.write_bytes(b"after")
+    known.keep(exported.output, exported)
+    assert not cache.folder.exists()
+    KnownExport(cache, weights, FACTS).keep(exported.output, exported)
+    assert len(entries(cache)) == 1
+
+
 def test_one_format_more_takes_what_is_there(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmformer.export.pipeline.verified_graph", no_export)
     result = dmformer.export(output=tmp_path / "second", formats=["onnx", "openvino"], **TINY)
@@ -420,6 +445,22 @@ def test_a_damaged_bundle_is_made_anew(filled: Path, tmp_path: Path) -> None:
     result = dmformer.export(output=tmp_path / "second", **TINY)
     open_bundle(tmp_path / "second").check_all()
     assert hash_file(tmp_path / "second/onnx/fp32/model.onnx")[0] == onnx
+    assert "dmformer_nano: the whole export" not in {cached.what for cached in result.manifest.evidence.cached}
+
+
+def test_a_bundle_that_contradicts_its_manifest_is_made_anew(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(self: Cache, key: str, kind: type[Any], root: Path) -> Any:
+        found = whole(self, key, kind, root)
+        (root / "onnx/fp32/model.onnx").write_bytes(b"something else")
+        monkeypatch.setattr(Cache, "find", whole)
+        return found
+
+    whole = Cache.find
+    monkeypatch.setattr(Cache, "find", find)
+    result = dmformer.export(output=tmp_path / "second", **TINY)
+    open_bundle(tmp_path / "second").check_all()
     assert "dmformer_nano: the whole export" not in {cached.what for cached in result.manifest.evidence.cached}
 
 

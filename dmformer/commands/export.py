@@ -125,9 +125,8 @@ def export(
         "force": force,
         "engine": EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace),
     }
-    cache = NoCache() if no_cache or dry_run else open_cache()
-    known = KnownExport(cache, weights, arguments)  # before PyTorch is imported, which takes seconds
-    result = known.take(output)
+    known = KnownExport(NoCache() if no_cache or dry_run else open_cache(), weights, arguments)
+    result = known.take(output)  # before PyTorch is imported, which takes seconds
     if result is None:
         require("torch", extra="export", purpose="dmformer export")
         from dmformer.export.api import make_request
@@ -142,7 +141,7 @@ def export(
             _show_plan(request)
             return
         with present.stages() as shown:
-            result = known.keep(run_export(request, shown.stage, cache))
+            result = run_export(request, shown.stage, known)
     else:
         taken = result.manifest.model
         _say_source(taken.weights, taken.arch, taken.seed, taken.notes, taken.training)

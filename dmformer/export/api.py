@@ -63,14 +63,14 @@ def export(
         UnavailableError: a package that a format needs is not installed.
         UsageError: an argument or a file cannot be used.
     """
-    cache = open_cache() if use_cache else NoCache()
-    known = KnownExport(cache, Path(weights) if weights is not None else None, arguments)
+    path = Path(weights) if weights is not None else None
+    known = KnownExport(open_cache() if use_cache else NoCache(), path, arguments)
     taken = known.take(Path(arguments.get("output", DEFAULT_BUNDLE)))
     if taken is not None:
         return taken
     from dmformer.export.pipeline import export as run_export
 
-    return known.keep(run_export(make_request(weights, **arguments), stage, cache))
+    return run_export(make_request(weights, **arguments), stage, known)
 
 
 def make_request(

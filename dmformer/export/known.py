@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from dmformer.bundle.manifest import MANIFEST, Manifest
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.writer import staged
 from dmformer.data.images import list_images
-from dmformer.errors import CheckFailed, UsageError
+from dmformer.errors import UsageError
 from dmformer.export.request import ExportResult
 from dmformer.runtimes import registry
 from dmformer.verify.parity import ParityReport
@@ -47,11 +46,15 @@ class KnownExport:
 
     def __init__(self, cache: NoCache, weights: Path | None, arguments: Mapping[str, Any]) -> None:
         self.cache = cache
-        self.key: str | None = None
+        self._asked = (weights, arguments)
+        self.key = self._find_key()
+
+    def _find_key(self) -> str:
+        """Empty where nothing is cached, or something cannot be read: the export itself says what."""
         try:
-            self.key = cache.key(_WHAT, _inputs(weights, arguments))
-        except (OSError, UsageError):  # what cannot be read is told by the export itself
-            return
+            return self.cache.key(_WHAT, _inputs(*self._asked))
+        except (OSError, UsageError):
+            return ""
 
     def take(self, output: Path) -> ExportResult | None:
         """Write the bundle from the cache, its evidence marked as measured then; ``None`` where it has none.
@@ -60,12 +63,13 @@ class KnownExport:
             StageFailed: the bundle could not be written.
             UsageError: the output folder cannot be used.
         """
-        if self.key is None or not self.cache.holds(self.key):
+        if not self.cache.holds(self.key):
             return None
         try:
             with staged(output) as folder:
                 manifest, parity = self._fill(folder, self.key)
-        except (_NotWhole, CheckFailed):
+        except _NotWhole:
+            self.cache.taken.clear()  # nothing of it is used
             return None
         return ExportResult(output, manifest, parity)
 
@@ -74,20 +78,34 @@ class KnownExport:
         if found is None:
             raise _NotWhole
         bundle = own_bundle(folder)
-        bundle.check_all()
+        # What was kept agreed with its manifest, and is here again to the bit: the cache hashed it on its way.
+        sizes = {entry.path: entry.bytes for entry in bundle.manifest.entries}
+        if bundle.unlisted() or sizes != {name: (folder / name).stat().st_size for name in sizes}:
+            raise _NotWhole
         evidence = bundle.manifest.evidence
         marked = (*self.cache.taken, *evidence.cached)
         manifest = msgspec.structs.replace(bundle.manifest, evidence=msgspec.structs.replace(evidence, cached=marked))
         (folder / MANIFEST).write_bytes(manifest.encode())
         return manifest, found.parity
 
-    def keep(self, made: ExportResult) -> ExportResult:
-        """Keep a bundle that was just written, where every check held and nothing is missing that was asked for."""
-        if self.key is not None and made.parity.passed and not made.broken:
-            names = [MANIFEST, *(entry.path for entry in own_bundle(made.output).manifest.entries)]
-            whole = Whole(files=tuple(made.output / name for name in names), parity=made.parity)
-            self.cache.keep(self.key, f"{made.manifest.model.arch}: {_WHAT}", whole, made.output)
-        return replace(made, not_kept=self.cache.trouble)
+    def keep(self, folder: Path, made: ExportResult) -> None:
+        """Keep a bundle in which every check held and nothing is missing that was asked for.
+
+        Args:
+            folder: it, before anybody else can see or replace it.
+            made: what was found of it.
+
+        Raises:
+            CheckFailed: it is not what its manifest says.
+        """
+        changed = self._find_key() != self.key  # a file, while the export ran: nobody knows which of the two it read
+        if not self.key or changed or not made.parity.passed or made.broken:
+            return
+        bundle = own_bundle(folder)
+        bundle.check_all()
+        names = [MANIFEST, *(entry.path for entry in bundle.manifest.entries)]
+        whole = Whole(files=tuple(folder / name for name in names), parity=made.parity)
+        self.cache.keep(self.key, f"{made.manifest.model.arch}: {_WHAT}", whole, folder)
 
 
 class _NotWhole(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import functools
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -59,19 +60,21 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.manifest import Manifest
+    from dmformer.export.known import KnownExport
     from dmformer.models.dmformer import DMFormerBackbone
 
 _MOST_CALIBRATION = 512
 T = TypeVar("T")
 
 
-def export(request: ExportRequest, stage: Stage = silent, cache: NoCache | None = None) -> ExportResult:
+def export(request: ExportRequest, stage: Stage = silent, known: KnownExport | None = None) -> ExportResult:
     """Trace, simplify, reduce the precision, convert, verify each step, and write the bundle.
 
     Args:
         request: what to export.
         stage: told about each step.
-        cache: has the results of stages that were done before with the same inputs, and keeps those whose checks held.
+        known: its cache has the results of stages that were done before with the same inputs, and keeps what is made
+            now, where its checks held.
 
     Raises:
         CheckFailed: a check failed; nothing was written, unless ``request.force``.
@@ -83,7 +86,11 @@ def export(request: ExportRequest, stage: Stage = silent, cache: NoCache | None 
     with staged(request.output) as folder:
         scratch = folder.with_name("scratch")
         scratch.mkdir()
-        return _Export(request, folder, scratch, stage, cache or NoCache()).run()
+        cache = known.cache if known is not None else NoCache()
+        made = _Export(request, folder, scratch, stage, cache).run()
+        if known is not None:
+            known.keep(folder, made)
+    return replace(made, not_kept=cache.trouble)
 
 
 def _held(found: VerifiedGraph | Reduced | Proven) -> bool:
@@ -406,6 +413,7 @@ class _Export:
             Timed,
             lambda: compare_precisions(own_bundle(self.folder), self.stage),
             self.folder,
+            lambda found: found.report.noise_floor is not None,  # otherwise another run may know more
         )
         self._write_report(BENCH_REPORT, timed.report)
         kept = fastest(timed.artifacts) if self.request.choose_fastest else self._asked_for(timed.artifacts)
