@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test test-fast lint digits picture clean
+.PHONY: install demo test test-fast lint digits scenes picture clean
 
 install: $(VENV)/installed
 
@@ -34,11 +34,19 @@ test: lint
 test-fast: install
 	$(BIN)/pytest --numprocesses 2 -m 'not slow'
 
-# Remakes the checkpoint and the images that ship with the package: about two minutes on two cores.
+# Remakes the demonstration checkpoint and its images: about two minutes on two cores.
 digits: install
 	$(BIN)/python -m dmformer.train.digits --images out/digits --samples dmformer/assets
 	$(BIN)/dmformer train --recipe digits --data out/digits --output out/digits-run
 	cp out/digits-run/model.safetensors dmformer/assets/dmformer_nano_digits.safetensors
+
+# Remakes the segmentation checkpoint and its sample images: minutes on two cores.
+scenes: install
+	$(BIN)/python -m dmformer.train.scenes --images out/scenes
+	$(BIN)/dmformer train --recipe scenes --data out/scenes --output out/scenes-run \
+		--weights dmformer/assets/dmformer_nano_digits.safetensors
+	cp out/scenes-run/model.safetensors dmformer/assets/dmformer_nano_fpn_scenes.safetensors
+	$(BIN)/python -m dmformer.train.scenes --images dmformer/assets/scenes --training 0 --validation 8
 
 picture: install
 	$(BIN)/python docs/picture.py

@@ -1,4 +1,4 @@
-"""The demonstration checkpoint and images of digits that ship with the package."""
+"""The demonstration checkpoints and the images that ship with the package."""
 
 from __future__ import annotations
 
@@ -8,3 +8,5 @@ _HERE = Path(__file__).parent
 DEMONSTRATION_CHECKPOINT = _HERE / "dmformer_nano_digits.safetensors"
 SAMPLE_IMAGES = _HERE / "digits"  # held out
 CALIBRATION_IMAGES = _HERE / "digits-training"  # the network was trained on these; in folders named after the class
+SEGMENTATION_CHECKPOINT = _HERE / "dmformer_nano_fpn_scenes.safetensors"
+SEGMENTATION_SAMPLES = _HERE / "scenes"  # held out; in ADE20K's folders, with annotations
