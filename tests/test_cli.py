@@ -217,9 +217,8 @@ def test_doctor_says_what_each_artifact_can_do_here(inline: Cli, spoilt: Path) -
     assert [artifact["reason"] for artifact in found.values()] == [None, None, None]
 
     def newer(content: dict[str, Any]) -> None:
-        content["artifacts"] = [artifact for artifact in content["artifacts"] if artifact["format"] == "onnx"] + [
-            {**content["artifacts"][1], "format": "openvino", "built_with": {"openvino": "9999.1"}}
-        ]
+        _, onnx, openvino = content["artifacts"]
+        content["artifacts"] = [onnx, {**openvino, "built_with": {"openvino": "9999.1"}}]
 
     rewrite(spoilt, newer)
     found = doctor()
@@ -252,7 +251,9 @@ def test_doctor_says_why_an_engine_does_not_run(inline: Cli, spoilt: Path) -> No
     target |= {"gpu": None, "min_batch": 1, "opt_batch": 1, "max_batch": 8, "workspace_mb": None, "build_s": 1.0}
 
     def add(content: dict[str, Any]) -> None:
-        engine = {**content["artifacts"][1], "format": "tensorrt", "target": {**target, "onnx_sha256": "0" * 64}}
+        files = [{"path": "tensorrt/fp32/model.plan", "bytes": 1, "sha256": "0" * 64}]
+        named = {"format": "tensorrt", "files": files, "target": {**target, "onnx_sha256": "0" * 64}}
+        engine = {**content["artifacts"][1], **named}
         content["artifacts"].append(engine)
 
     rewrite(spoilt, add)
