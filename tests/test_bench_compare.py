@@ -73,10 +73,22 @@ def test_the_larger_noise_counts(tmp_path: Path) -> None:
         against(report_of(row(10)), report_of(row(13)), tmp_path)
 
 
-def test_without_any_noise_floor_nothing_is_judged(tmp_path: Path) -> None:
-    found = against(report_of(row(10), noise=None), report_of(row(30), noise=None), tmp_path).comparison
-    assert found is not None
-    assert found.changes[0].verdict == "unknown"
+def test_without_any_noise_floor_the_interval_judges(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="slower"):
+        against(report_of(row(10), noise=None), report_of(row(30), noise=None), tmp_path)
+
+
+@pytest.mark.parametrize("changed", [{"threads": 2}, {"batch": 2}, {"runtime": "other"}])
+def test_a_run_that_shares_no_row_is_no_success(tmp_path: Path, changed: dict[str, Any]) -> None:
+    with pytest.raises(CheckFailed, match="which has fake fp32 batch 1, 1 threads"):
+        against(report_of(row(10)), report_of(row(10, **changed)), tmp_path)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    baseline = Baseline.read(written(report_of(row(10), arch="dmformer_s"), tmp_path), 0.05)
+    baseline.check_model("dmformer_s")
+    with pytest.raises(UsageError, match="is of dmformer_s; this bundle is of dmformer_l"):
+        baseline.check_model("dmformer_l")
 
 
 def test_rows_are_the_same_with_the_same_settings(tmp_path: Path) -> None:
@@ -98,6 +110,9 @@ def test_the_machine_is_compared_too(tmp_path: Path) -> None:
     assert "a tie; the same artifact" in lines[1]
 
 
+HOLLOW = msgspec.structs.replace(report_of(row(1)), results=(msgspec.structs.replace(row(1), samples_ns=((1,), ())),))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -108,6 +123,7 @@ def test_the_machine_is_compared_too(tmp_path: Path) -> None:
         (b'{"results": []}', "missing required field"),
         (b"[" * 100_000, "bench --json wrote"),
         (msgspec.json.encode(report_of()), "no row with figures"),
+        (msgspec.json.encode(HOLLOW), "without samples"),
         (msgspec.json.encode(report_of(row(1), environment={"cpu": "an abacus"})), "is of a an abacus; this is a"),
     ],
 )

@@ -128,18 +128,20 @@ def run(plan: Plan, stage: Stage = silent) -> BenchReport:
 def _fill(found: _Found, work: _Work, advance: Advance) -> None:
     plan = work.plan
     for number in range(plan.rounds):
-        if all(answers and answers[-1].error for answers in found.answers):
+        if all(answers and answers[-1].error for answers in found.answers[:-1]):
             break
         told = work.limits()
         found.limits.append(told.limits)
-        if told.error and not number:
-            found.notes.append(f"the machine's limits were not measured: {told.error}")
+        note = f"the machine's limits were not measured: {told.error}"
+        if told.error and note not in found.notes:
+            found.notes.append(note)
         advance()
         again = False
         for place in plan.order(number):
-            answers = found.answers[-1 if place == 0 and again else place]
-            again = again or place == 0
-            if not answers or answers[-1].measurement:  # a configuration that failed is not tried again
+            answers = found.answers[-1 if place == plan.twin and again else place]
+            again = again or place == plan.twin
+            failed = any(told.error for told in (*answers, *found.answers[place]))
+            if not failed:  # a configuration that failed is not tried again
                 answers.append(work.measure(plan.configurations[place], first=not answers))
             advance()
     for place in plan.profiled:
@@ -239,26 +241,31 @@ def _report(plan: Plan, found: _Found, environment: dict[str, object], begun: da
             result = msgspec.structs.replace(result, profile=told.profile, profile_reason=told.error)
         results.append(result)
     again = [answer.measurement for answer in found.answers[-1] if answer.measurement]
-    both = results[0].timed and len(again) == len(found.answers[-1]) > 0
-    noise = noise_floor(results[0].call_ns, _again(plan, found).call_ns) if both else None
+    twin = results[plan.twin]
+    both = twin.timed and len(again) == len(found.answers[-1]) > 0
+    noise = noise_floor(twin.call_ns, _again(plan, found).call_ns) if both else None
+    lost = next((answer.error for answer in found.answers[-1] if answer.error), None)
+    if twin.timed and lost is not None:
+        found.notes.append(f"no noise floor: {twin.title}, timed once more, failed: {lost}")
     return BenchReport(
         environment=environment,
         results=tuple(results),
         limits=median_limits(found.limits),
         noise_floor=noise,
+        twin=plan.twin,
         standings=standings(results, noise),
         rounds=plan.rounds,
         partial=found.partial,
         arch=manifest.model.arch,
         measured_at=begun.isoformat(timespec="seconds"),
-        images=str(plan.images[0].parent) if plan.images else None,
+        images=f"{len(plan.images)} files, the first {plan.images[0]}" if plan.images else None,
         skipped=plan.skipped,
         notes=tuple(found.notes),
     )
 
 
 def _again(plan: Plan, found: _Found) -> Result:
-    return _result(plan.configurations[0], found.answers[-1], (), None)
+    return _result(plan.configurations[plan.twin], found.answers[-1], (), None)
 
 
 def _result(

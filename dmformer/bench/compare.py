@@ -50,10 +50,21 @@ class Baseline:
             raise UsageError(f"baseline {path!r}: {error}; {expected}") from error
         if not any(row.timed for row in report.results):
             raise UsageError(f"baseline {path!r} has no row with figures; expected at least one")
+        if any(row.timed and not all(row.samples_ns or [()]) for row in report.results):
+            raise UsageError(f"baseline {path!r} has a row without samples; {expected}")
         there, here = report.environment.get("cpu"), cpu_model()
         if there != here:
             raise UsageError(f"baseline {path!r} is of a {there}; this is a {here}: make a baseline on this machine")
         return Baseline(path, report, allowed)
+
+    def check_model(self, arch: str) -> None:
+        """Refuse to compare two networks.
+
+        Raises:
+            UsageError: the earlier run was of another one.
+        """
+        if self.report.arch != arch:
+            raise UsageError(f"baseline {self.path!r} is of {self.report.arch}; this bundle is of {arch}")
 
     def compare(self, now: BenchReport) -> Comparison:
         """This run against it."""
@@ -63,9 +74,12 @@ class Baseline:
         """Refuse what became slower.
 
         Raises:
-            CheckFailed: a row is slower by more than is allowed, beyond the noise.
+            CheckFailed: a row is slower by more than is allowed, beyond the noise; or no row is in both runs.
         """
         changes = now.comparison.changes if now.comparison is not None else ()
+        if not changes:
+            had = ", ".join(f"{row.title}, {row.threads} threads" for row in self.report.results if row.timed)
+            raise CheckFailed(f"no row of this run is in {self.path} as well, which has {had}; expected one at least")
         slower = [change for change in changes if change.verdict == "slower" and change.ratio > 1 + self.allowed]
         if slower:
             worst = max(slower, key=lambda change: change.ratio)
@@ -80,8 +94,7 @@ def compare(now: BenchReport, baseline: BenchReport, name: str) -> Comparison:
 
     Differences within the larger noise floor of the two runs, or whose interval of 95 % holds no change, are ties.
     """
-    floors = [report.noise_floor for report in (now, baseline) if report.noise_floor is not None]
-    noise = max(floors) if floors else None
+    noise = max(now.noise_floor or 0.0, baseline.noise_floor or 0.0)
     rows = {_key(row): place for place, row in enumerate(now.results) if row.timed}
 
     def changes() -> Iterator[Change]:

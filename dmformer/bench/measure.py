@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -55,6 +55,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
         load_ms: from opening the artifact to being ready, the engine's own import left out.
         first_inference_ms: the first call, which may allocate and compile.
         stable: whether the warm-up settled.
+        cut: whether the deadline came before the calls and the duration that were asked for.
         latencies_ns: each timed call, in the order in which they ended.
         wall_ns: how long the timed calls took together; less than their sum where several were under way at once.
         gpu: its state right after the timed calls; ``None`` on a CPU, or where it cannot be asked.
@@ -72,6 +73,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
     latencies_ns: list[int]
     wall_ns: int
     peak_rss_mb: float
+    cut: bool = False
     layers: dict[str, int] = {}
     device_ns: list[int] = []
     gpu: dict[str, Any] | None = None
@@ -105,6 +107,7 @@ class _Steady:
     latencies_ns: list[int] = field(default_factory=list)
     device_ns: list[int] = field(default_factory=list)
     wall_ns: int = 0
+    cut: bool = False
 
 
 def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: float | None = None) -> Measurement:
@@ -127,7 +130,9 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
         used = runtime.details
         if used.threads != runtime.threads:
             raise StageFailed(f"{runtime.name} runs on {used.threads} threads; expected {runtime.threads}")
+        loaded_mb = _peak_rss_mb()
         layers = _proven_layers(runtime, promised) if promised is not None else {}
+        _forget_peak_rss()  # the proof may have loaded the model once more
         first_ns = _timed(ask)
         for other, _ in others:
             opened.enter_context(other)
@@ -139,9 +144,10 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
             load_ms=load_ns / 1e6,
             first_inference_ms=first_ns / 1e6,
             stable=steady.stable,
+            cut=steady.cut,
             latencies_ns=steady.latencies_ns,
             wall_ns=steady.wall_ns,
-            peak_rss_mb=_peak_rss_mb(),
+            peak_rss_mb=max(loaded_mb, _peak_rss_mb()),
             layers=layers,
             device_ns=steady.device_ns,
             gpu=gpu_state() if runtime.device_ns is not None else None,
@@ -149,9 +155,10 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
 
 
 def batches(inputs: NDArray[np.float32], batch: int) -> list[NDArray[np.float32]]:
-    """Batches, each starting one row further on; made beforehand, so that making them is not timed."""
+    """Batches, each starting one row further on: parts of one array, so that making them takes no time and no room."""
     count = len(inputs)
-    return [np.ascontiguousarray(inputs[np.arange(start, start + batch) % count]) for start in range(count)]
+    rows = np.ascontiguousarray(inputs[np.arange(count + batch - 1) % count])
+    return [rows[start : start + batch] for start in range(count)]
 
 
 def network_alone(runtime: Runtime, name: str, inputs: NDArray[np.float32], batch: int) -> Ask:
@@ -170,9 +177,9 @@ def _alone(runtime: Runtime, ask: Ask, extent: Extent) -> _Steady:
     """One call after the other, in this thread."""
     found = _Steady(_warm_up(lambda: _timed(ask), extent))
     begun = time.perf_counter()
-    while not found.latencies_ns or not extent.over:
-        enough = len(found.latencies_ns) >= extent.least_calls
-        if enough and time.perf_counter() - begun >= extent.duration_s:
+    while len(found.latencies_ns) < extent.least_calls or time.perf_counter() - begun < extent.duration_s:
+        if found.latencies_ns and extent.over:
+            found.cut = True
             break
         found.latencies_ns.append(_timed(ask))
         if (taken := runtime.device_ns) is not None:
@@ -190,6 +197,7 @@ def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
     stop = threading.Event()
     ended: list[tuple[int, int]] = []  # when, and how long it took; appending is atomic
     stable: list[bool] = []
+    cut = False
 
     def work(ask: Ask) -> None:
         try:
@@ -207,9 +215,9 @@ def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
         try:
             warm.wait()
             begun = time.perf_counter_ns()
-            while not extent.over and not any(run.done() for run in running):
-                wall_ns = time.perf_counter_ns() - begun
-                if len(ended) >= extent.least_calls and wall_ns >= extent.duration_s * 1e9:
+            while len(ended) < extent.least_calls or time.perf_counter_ns() - begun < extent.duration_s * 1e9:
+                if extent.over or any(run.done() for run in running):
+                    cut = True
                     break
                 time.sleep(0.005)
             wall_ns = time.perf_counter_ns() - begun
@@ -223,7 +231,7 @@ def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
     counted = [taken for when, taken in ended if when <= begun + wall_ns]
     if not counted:
         raise StageFailed(f"no call of {len(asks)} streams ended in time; expected a longer limit, or fewer streams")
-    return _Steady(all(stable), counted, [], wall_ns)
+    return _Steady(all(stable), counted, [], wall_ns, cut)
 
 
 def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
@@ -238,14 +246,15 @@ def _warm_up(call: Callable[[], int], extent: Extent) -> bool:
     """Call until time, calls and stability are reached; False if the last never was."""
     latencies: list[int] = []
     begun = time.perf_counter()
-    while not extent.over:
+    latest = begun + (extent.deadline_s - begun) / 2  # the rest is for what is measured
+    while time.perf_counter() < latest:
         latencies.append(call())
         elapsed = time.perf_counter() - begun
         if elapsed < WARM_UP_S or len(latencies) < WARM_UP_CALLS:
             continue
         if settled(latencies):
             return True
-        if elapsed > WARM_UP_LIMIT * WARM_UP_S and len(latencies) > WARM_UP_LIMIT * WARM_UP_CALLS:
+        if elapsed > WARM_UP_LIMIT * WARM_UP_S:
             return False
     return False
 
@@ -257,6 +266,12 @@ def settled(latencies: list[int]) -> bool:
         return False
     medians = [float(np.median(latencies[-(i + 1) * size : len(latencies) - i * size])) for i in range(STABLE_WINDOWS)]
     return max(medians) <= (1 + STABLE_WITHIN) * min(medians)
+
+
+def _forget_peak_rss() -> None:
+    """Let the peak begin at what is resident now, where the system knows how (Linux: proc(5), clear_refs)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak_rss_mb() -> float:

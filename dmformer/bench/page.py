@@ -109,6 +109,8 @@ def _tables(report: BenchReport) -> list[Table]:
     versions = environment.pop("versions", {})
     told = [(name.replace("_", " "), _plain(value)) for name, value in environment.items() if value is not None]
     told += [(str(name), str(version)) for name, version in dict(versions).items()]
+    if report.images is not None:
+        told.append(("images", report.images))
     found = [
         Table(
             title="Figures",
@@ -119,8 +121,8 @@ def _tables(report: BenchReport) -> list[Table]:
         ),
         Table(title="Measured with", rows=told, text_last=True),
     ]
-    if remarks := [*report.notes, *report.skipped]:
-        found.append(Table(title="Not measured", rows=[[remark] for remark in remarks], text_last=True))
+    if remarks := words.remarks(report):
+        found.append(Table(title="To be known", rows=[[remark] for remark in remarks], text_last=True))
     return found
 
 

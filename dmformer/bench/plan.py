@@ -51,12 +51,19 @@ class Plan:
     profile: bool
     skipped: tuple[str, ...]
 
+    @property
+    def twin(self) -> int:
+        """Place of the configuration that is timed twice, for the noise: not PyTorch, where there is another."""
+        return next((place for place, row in enumerate(self.configurations) if row.runtime != "torch"), 0)
+
     def order(self, number: int) -> list[int]:
-        """Places of configurations in a round, the first one twice; each round begins elsewhere.
+        """Places of configurations in a round, one of them twice, as far apart as can be; each round begins elsewhere.
 
         What is timed first in a round meets a processor that has rested.
         """
-        runs = [*range(len(self.configurations)), 0]
+        others = [place for place in range(len(self.configurations)) if place != self.twin]
+        half = (len(others) + 1) // 2
+        runs = [self.twin, *others[:half], self.twin, *others[half:]]
         start = number * len(runs) // self.rounds
         return runs[start:] + runs[:start]
 
@@ -155,6 +162,8 @@ def _check(request: Request) -> None:
         if not 0 < seconds < math.inf:
             raise UsageError(f"{name} {seconds:g} s; expected more than 0")
     check_threads(request.threads)
+    if request.profile and request.modes and "compute" not in request.modes:
+        raise UsageError(f"a profile of mode {', '.join(request.modes)}; expected --mode compute with --profile")
 
 
 def _modes(request: Request) -> list[Mode]:
@@ -172,8 +181,8 @@ def _streams(named: Sequence[int], cores: int) -> list[int]:
     """Without a number: one stream for each core."""
     found = list(dict.fromkeys(named)) or [cores]
     for count in found:
-        if not 1 <= count <= 4 * usable_cores():
-            raise UsageError(f"{count} streams; expected 1 to {4 * usable_cores()}, four times the cores")
+        if not 1 <= count <= cores:
+            raise UsageError(f"{count} streams; expected 1 to {cores}, a thread for each at least")
     return found
 
 

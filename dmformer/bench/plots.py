@@ -176,12 +176,12 @@ def stages(profile: Profile) -> Draw:
         for kind in kinds:
             colour = dict(zip(_KINDS, _SERIES, strict=True)).get(kind, _MUTED)
             widths = np.array([profile.modules[name].parts.get(kind, 0.0) for name in names])
-            axes.barh(range(len(names)), widths, left=left, color=colour, label=kind, height=0.6)
+            axes.barh(range(len(names)), widths, left=left, color=colour, label=_literal(kind), height=0.6)
             left += widths
         for place, total in enumerate(left):
-            share = total / profile.total_ms
+            share = total / (profile.total_ms or 1)
             axes.annotate(f"{share:.0%}", (total, place), (4, 0), textcoords="offset points", va="center", color=_INK)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [_literal(name) for name in names])
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("milliseconds of one inference")
@@ -213,6 +213,11 @@ def svg(draw: Draw, height_in: float, *, narrow: bool) -> str:
         text = text.replace(colour, f"var(--{variable})")
     prefix = f"p{next(_numbers)}-"
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", text)
+
+
+def _literal(text: str) -> str:
+    """Between two dollars matplotlib would read a formula."""
+    return text.replace("$", r"\$")
 
 
 def _label(row: Result, narrow: bool) -> str:

@@ -92,7 +92,7 @@ def summarise_kernels(kernels: Sequence[Kernel], calls: int) -> Profile:
         operators=_largest_first(operators),
         modules={
             stage: Part(ms=sum(parts.values()), parts=_largest_first(parts))
-            for stage, parts in sorted(modules.items(), key=lambda item: (item[0] == OUTSIDE, item[0]))
+            for stage, parts in sorted(modules.items(), key=lambda item: _order(item[0]))
         },
         layout_ms=layout,
         elementwise_ms=elementwise,
@@ -138,6 +138,12 @@ def _place(path: str, kernel: Kernel) -> tuple[str, str]:
     stage = f"{first}.{rest[0]}"
     inner = rest[3:] if rest[1:2] == ["blocks"] else rest[1:]
     return stage, inner[0] if inner else "residual sums"
+
+
+def _order(stage: str) -> tuple[bool, int]:
+    """Stages by their number, then what is outside of them."""
+    number = stage.rpartition(".")[2]
+    return stage == OUTSIDE, int(number) if number.isdecimal() else 0
 
 
 def _largest_first(times: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from dmformer.bench.configuration import Configuration
 from dmformer.bench.limits import Limits, attainable_ms
 from dmformer.bench.profile import Profile
-from dmformer.bench.statistics import Latency, Ratio, latency, paired_ratio
+from dmformer.bench.statistics import Latency, Ratio, latency, middle_ns, paired_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,8 +108,8 @@ class Comparison(Struct, frozen=True, kw_only=True):
 class BenchReport(Struct, frozen=True, kw_only=True):
     """All configurations of one run.
 
-    The first configuration is run twice in each round. ``noise_floor`` is the distance of the ratio of its two medians
-    from 1, the median over rounds: smaller differences between configurations are ties. ``limits`` are the medians over
+    The row ``twin`` is run twice in each round. ``noise_floor`` is the distance of the ratio of its two medians from 1,
+    the median over rounds: smaller differences between configurations are ties. ``limits`` are the medians over
     rounds. ``partial`` marks a run that was stopped: its rows have the rounds that finished. ``skipped`` has a sentence
     for each artifact that no runtime here can run, ``notes`` for whatever else is to be known.
     """
@@ -118,6 +118,7 @@ class BenchReport(Struct, frozen=True, kw_only=True):
     results: tuple[Result, ...]
     limits: Limits | None = None
     noise_floor: float | None = None
+    twin: int = 0
     standings: tuple[Standing, ...] = ()
     rounds: int = 0
     partial: bool = False
@@ -148,6 +149,8 @@ def summarise(
     on_device = [sample for measured in rounds for sample in measured.device_ns]
     stable = all(measured.stable for measured in rounds)
     reason = None if stable else "the warm-up did not settle within 3 %: the machine is busy or its clock changes"
+    if any(measured.cut for measured in rounds):
+        stable, reason = False, "the time limit ended it early: give it a longer --time-limit"
     result = msgspec.structs.replace(
         planned,
         status="ok" if stable else "unstable",
@@ -193,7 +196,7 @@ def standings(results: Sequence[Result], noise: float | None) -> tuple[Standing,
             groups.setdefault((row.batch, row.mode, row.streams), []).append(place)
     found = []
     for places in groups.values():
-        quickest = min(places, key=lambda place: results[place].call_ms or float("inf"))
+        quickest = min(places, key=lambda place: middle_ns(results[place].call_ns))
         for place in places:
             if place != quickest:
                 ratio = paired_ratio(results[place].call_ns, results[quickest].call_ns, noise)

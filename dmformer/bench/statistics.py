@@ -98,10 +98,12 @@ def unpaired_ratio(candidate: Rounds, baseline: Rounds, noise: float | None) -> 
         drawn = rng.integers(0, len(rounds), (_RESAMPLES, len(rounds)))
         return np.median(_resampled_medians(rounds, drawn, rng), axis=1)
 
-    def middle(rounds: Rounds) -> float:
-        return float(np.median([np.median(samples) for samples in rounds]))
+    return _judged(middle_ns(candidate) / middle_ns(baseline), medians(candidate) / medians(baseline), noise)
 
-    return _judged(middle(candidate) / middle(baseline), medians(candidate) / medians(baseline), noise)
+
+def middle_ns(rounds: Rounds) -> float:
+    """The median over rounds of the rounds' medians."""
+    return float(np.median([np.median(samples) for samples in rounds]))
 
 
 def _resampled_medians(rounds: Rounds, drawn: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float64]:

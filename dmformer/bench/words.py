@@ -19,7 +19,7 @@ def digits(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """In seconds up to two minutes, then in minutes."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{digits(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def summary(report: BenchReport) -> list[str]:
@@ -40,7 +40,12 @@ def summary(report: BenchReport) -> list[str]:
 def remarks(report: BenchReport) -> list[str]:
     """What was not measured, or not as it should be."""
     rows = [f"{row.title}: {reason}" for row in report.results for reason in (row.reason, row.profile_reason) if reason]
-    return [*(f"not timed: {reason}" for reason in report.skipped), *report.notes, *rows]
+    beyond = [
+        f"{row.title}: more than the limit; the machine was disturbed while its limits were measured"
+        for row in report.results
+        if row.share_of_limit is not None and row.share_of_limit > 1
+    ]
+    return [*(f"not timed: {reason}" for reason in report.skipped), *report.notes, *rows, *beyond]
 
 
 def verdicts(report: BenchReport) -> list[str]:
@@ -95,14 +100,15 @@ def noise(report: BenchReport) -> str | None:
     """How far a configuration is from itself."""
     if report.noise_floor is None:
         return None
-    first = report.results[0]
-    return (
-        f"noise floor {report.noise_floor:.1%}: {first.title} against itself in this run; smaller differences are ties"
-    )
+    twin = report.results[report.twin]
+    said = f"{twin.title} against itself in this run; smaller differences are ties"
+    return f"noise floor {report.noise_floor:.1%}: {said}"
 
 
 def profile(row: Result, found: Profile) -> str:
     """Where the time of an inference goes."""
+    if not found.total_ms:
+        return f"{row.title}, {found.kernels} kernels, all below what the profiler can tell"
     stages = ", ".join(
         f"{stage} {part.ms / found.total_ms:.0%} ({_largest(part.parts, found.total_ms)})"
         for stage, part in sorted(found.modules.items(), key=lambda item: -item[1].ms)

@@ -154,6 +154,10 @@ def bundle_named(named: Path | None) -> Bundle:
     return bundle
 
 
+_MANY = 8  # parts of a stage that is worth a line now and then where there is no terminal
+_LINES = 4
+
+
 class Stages:
     """A line and a bar for each stage: live on a terminal, one plain line when it ends elsewhere."""
 
@@ -201,7 +205,20 @@ class Stages:
         """One stage; its bar moves while it runs, by parts where they are known, and is full when it is done."""
         begun = time.monotonic()
         task = self.progress.add_task(name, total=parts)
-        yield lambda: self.progress.advance(task)
+        ended = 0
+
+        def advance() -> None:
+            nonlocal ended
+            ended += 1
+            self.progress.advance(task)
+            if self.live or parts is None or parts < _MANY or ended == parts:
+                return
+            if ended * _LINES // parts > (ended - 1) * _LINES // parts:
+                taken = time.monotonic() - begun
+                left = taken / ended * (parts - ended)
+                self.console.print(f"{name}: {ended} of {parts} in {taken:.0f} s, about {left:.0f} s left")
+
+        yield advance
         self.progress.update(task, total=parts or 1, completed=parts or 1)
         self.progress.stop_task(task)
         if not self.live:

@@ -121,6 +121,8 @@ def bench(
     present.say(
         f"{plan.processes} processes, about {duration_said(plan.expected_s)}, at most {duration_said(plan.longest_s)}"
     )
+    if before is not None:
+        before.check_model(plan.bundle.manifest.model.arch)
     with present.stages() as shown:
         report = api.run(plan, shown.stage)
     report = msgspec.structs.replace(
@@ -128,12 +130,12 @@ def bench(
         command=shlex.join(["dmformer", *sys.argv[1:]]),
         comparison=before.compare(report) if before is not None else None,
     )
-    _show(report, json_file)
     present.write_json(report, json_file)
     if html is not None:
         from dmformer.bench.page import render
 
         present.write_report(html, render(report, plan.bundle.manifest).encode())
+    _show(report, json_file)
     if report.partial:
         raise KeyboardInterrupt
     if before is not None:
@@ -179,8 +181,9 @@ def _table(report: BenchReport) -> Table:
     first = report.results[0]
     cores = f"{first.cores} threads" if first.cores > 1 else "1 thread"
     left_out = "" if several else ", preprocessing left out"
+    processes = "1 process" if report.rounds == 1 else f"{report.rounds} processes"
     stopped = ", stopped before the end" if report.partial else ""
-    title = f"Latency of {report.arch}{left_out}, {cores}, {report.rounds} processes a row{stopped}"
+    title = f"Latency of {report.arch}{left_out}, {cores}, {processes} a row{stopped}"
     listing = present.table(title, [*columns, "computes", "status"], numeric=columns[2 if several else 1 :])
     for row in sorted(report.results, key=_place):
         timed = row.latency_ms
