@@ -190,11 +190,11 @@ BUILD = "build BUNDLE --format ov"
 @pytest.mark.parametrize(
     ("command", "kind", "count"),
     [
-        (PREDICT + "ort", "onnx", 150),
-        (PREDICT + "ort", "graph", 100),
-        (PREDICT + "ov", "xml", 100),
-        (BUILD, "onnx", 50),
-        (BUILD, "graph", 50),
+        (PREDICT + "ort", "onnx", 80),
+        (PREDICT + "ort", "graph", 60),
+        (PREDICT + "ov", "xml", 60),
+        (BUILD, "onnx", 25),
+        (BUILD, "graph", 25),
     ],
     ids=["onnxruntime bytes", "onnxruntime graphs", "openvino bytes", "build bytes", "build graphs"],
 )
