@@ -6,6 +6,7 @@ import io
 import os
 import random
 import struct
+import warnings
 import zlib
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,15 @@ def test_palettes_with_transparent_colours_keep_their_colours(tmp_path: Path, tr
         assert stored.mode == "P"
         assert "transparency" in stored.info
     assert quarters(seen(path)) == SCENE
+
+
+@pytest.mark.parametrize(("mode", "key"), [("RGB", (250, 10, 10)), ("L", 77), ("1", 0)])
+def test_a_colour_that_stands_for_transparency_is_kept(tmp_path: Path, mode: str, key: object) -> None:
+    image = scene().convert(mode)
+    path = saved(tmp_path / "a.png", image, transparency=key)
+    with Image.open(path) as stored:
+        assert "transparency" in stored.info
+    assert quarters(seen(path)) == quarters(np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("alpha", [0, 128, 255])
@@ -203,6 +213,17 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "bomb.png").write_bytes(png(30_000, 30_000, 8, 2, b"") + rows.flush())
     monkeypatch.setattr(Image.Image, "copy", lambda _: pytest.fail("decoded"))
     assert "decompression bomb" in refusal(tmp_path / "bomb.png")
+
+
+def test_a_bomb_is_refused_where_warnings_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its limit to twice that, Pillow only warns."""
+    path = saved(tmp_path / "a.png", scene())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "decompression bomb" in refusal(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32)
+    assert quarters(seen(path)) == SCENE
 
 
 def test_a_bomb_of_text_is_refused(tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def link_to_file(bundle: Path) -> None:
 
 
 def link_to_folder(bundle: Path) -> None:
-    (bundle / "extra").symlink_to(bundle / "onnx", target_is_directory=True)
+    (bundle.parent / "empty").mkdir()
+    (bundle / "extra").symlink_to(bundle.parent / "empty", target_is_directory=True)
 
 
 def pipe(bundle: Path) -> None:

@@ -106,6 +106,7 @@ def test_standard_tools_read_it(bundle: Path, packed: Path, tmp_path: Path) -> N
     with zipfile.ZipFile(packed) as archive:
         assert archive.testzip() is None
         assert archive.namelist()[0] == MANIFEST
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert archive.namelist()[1:] == sorted(archive.namelist()[1:])
 
 

@@ -68,13 +68,13 @@ def few_files(bundle: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "values"])
 def test_mutated_manifests(inline: Cli, bundle: Path, kind: str, tmp_path: Path) -> None:
-    """Five hundred of each kind."""
+    """Two hundred and fifty of each kind."""
     few_files(bundle)
     path = bundle / MANIFEST
     data = path.read_bytes()
     others = {name: content for name, content in everything(tmp_path).items() if not name.endswith(MANIFEST)}
     refused = 0
-    for number in range(500):
+    for number in range(250):
         generator = random.Random(f"{kind} {number}")
         if kind == "bytes":
             path.write_bytes(mutants.changed_bytes(data, generator))
@@ -93,7 +93,7 @@ def test_mutated_manifests(inline: Cli, bundle: Path, kind: str, tmp_path: Path)
             run = inline(command, bundle)
             assert run.code in ((0,) if command == "inspect" else (0, 1))
             sensible(run.code, run.out + run.err)
-    assert 100 < refused < 490
+    assert 50 < refused < 245
     assert {name: content for name, content in everything(tmp_path).items() if not name.endswith(MANIFEST)} == others
 
 
@@ -190,11 +190,11 @@ BUILD = "build BUNDLE --format ov"
 @pytest.mark.parametrize(
     ("command", "kind", "count"),
     [
-        (PREDICT + "ort", "onnx", 150),
-        (PREDICT + "ort", "graph", 100),
-        (PREDICT + "ov", "xml", 100),
-        (BUILD, "onnx", 50),
-        (BUILD, "graph", 50),
+        (PREDICT + "ort", "onnx", 80),
+        (PREDICT + "ort", "graph", 60),
+        (PREDICT + "ov", "xml", 60),
+        (BUILD, "onnx", 25),
+        (BUILD, "graph", 25),
     ],
     ids=["onnxruntime bytes", "onnxruntime graphs", "openvino bytes", "build bytes", "build graphs"],
 )
@@ -293,6 +293,7 @@ def test_a_process_does_not_outlive_its_parent() -> None:
     pytest.fail("it still runs")
 
 
+@pytest.mark.slow
 def test_a_graph_that_makes_an_engine_crash(cli: Cli, bundle: Path) -> None:
     """An input of 2^31 columns: OpenVINO 2026.4 ends by SIGFPE while it compiles it."""
     import onnx
@@ -305,6 +306,6 @@ def test_a_graph_that_makes_an_engine_crash(cli: Cli, bundle: Path) -> None:
     before = everything(bundle.parent)
     run = cli("build", bundle, "--format", "ov")
     assert run.code == 1
-    assert "native code crashed (SIGFPE)" in run.error_line
+    assert run.error_line  # of the crash, or of a later OpenVINO's refusal
     assert everything(bundle.parent) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]

@@ -213,6 +213,7 @@ def test_what_asks_for_nothing(bundle: Path, value: str, monkeypatch: pytest.Mon
     open_bundle(bundle)
 
 
+@pytest.mark.slow
 def test_an_export_where_signatures_are_required(
     inline: Callable[..., Run], bundle: Path, keys: Path, quick: None
 ) -> None:
