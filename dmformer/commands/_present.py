@@ -154,8 +154,7 @@ def bundle_named(named: Path | None) -> Bundle:
     return bundle
 
 
-_MANY = 8  # parts of a stage that is worth a line now and then where there is no terminal
-_LINES = 4
+_SILENT_S = 10.0  # after which a stage tells how far it is where there is no terminal
 
 
 class Stages:
@@ -205,18 +204,17 @@ class Stages:
         """One stage; its bar moves while it runs, by parts where they are known, and is full when it is done."""
         begun = time.monotonic()
         task = self.progress.add_task(name, total=parts)
-        ended = 0
+        ended, said = 0, begun
 
         def advance() -> None:
-            nonlocal ended
+            nonlocal ended, said
             ended += 1
             self.progress.advance(task)
-            if self.live or parts is None or parts < _MANY or ended == parts:
-                return
-            if ended * _LINES // parts > (ended - 1) * _LINES // parts:
-                taken = time.monotonic() - begun
-                left = taken / ended * (parts - ended)
-                self.console.print(f"{name}: {ended} of {parts} in {taken:.0f} s, about {left:.0f} s left")
+            now = time.monotonic()
+            if not self.live and parts is not None and ended < parts and now - said >= _SILENT_S:
+                said = now
+                left = (now - begun) / ended * (parts - ended)
+                self.console.print(f"{name}: {ended} of {parts} in {now - begun:.0f} s, about {left:.0f} s left")
 
         yield advance
         self.progress.update(task, total=parts or 1, completed=parts or 1)
