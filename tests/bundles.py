@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from dmformer.bundle.manifest import MANIFEST, hash_file
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -43,3 +42,15 @@ def one_line(error: BaseException) -> str:
 def lengthen(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"\0")
+
+
+def copied(bundle: Path, artifact: dict[str, Any], **named: str) -> dict[str, Any]:
+    """An artifact of a manifest under another format or precision, with copies of its files."""
+    made = {**artifact, **named}
+    files = []
+    for file in artifact["files"]:
+        path = f"{made['format']}/{made['precision']}/{Path(file['path']).name}"
+        (bundle / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / file["path"], bundle / path)
+        files.append({**file, "path": path})
+    return {**made, "files": files}

@@ -80,6 +80,12 @@ class Run:
         return lines[0]
 
 
+def pytest_configure() -> None:
+    """Shells start background jobs with Ctrl-C ignored, which child processes would inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., Run]:
     """Run ``dmformer`` in a process and a working folder of its own, with a home of its own."""

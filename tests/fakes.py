@@ -17,8 +17,8 @@ class FakeRuntime(Runtime):
     """One input and one output, no artifact; subclasses answer in ``infer`` and may show ``layers``."""
 
     name = "fake"
-    input_spec: ClassVar[TensorSpec]
-    output_spec: ClassVar[TensorSpec]
+    input_spec: ClassVar[TensorSpec] = TensorSpec("x", "float32", ("batch", 2))
+    output_spec: ClassVar[TensorSpec] = TensorSpec("y", "float32", ("batch", 2))
 
     def __init__(self, *, precision: str = "fp32") -> None:
         super().__init__(Path("fake.model"), threads=1, precision=precision)

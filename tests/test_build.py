@@ -187,6 +187,7 @@ def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetClockInfo=lambda _, kind: 1000 * kind,
         nvmlDeviceGetTemperature=lambda _, __: 61,
         nvmlDeviceGetPowerUsage=lambda _: 71500,
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(used=3 << 20),
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     assert gpu_state() == {
@@ -195,6 +196,7 @@ def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "sm_clock_mhz": 1000,
         "memory_clock_mhz": 2000,
         "temperature_c": 61,
+        "memory_used_mb": 3,
         "power_w": 71.5,
         "throttle": ["SwPowerCap"],
     }

@@ -32,7 +32,7 @@ class Device:
             capture_output=True,
             text=True,
             cwd=cwd,
-            env={**bare, "XDG_STATE_HOME": str(cwd / "state")},
+            env={**bare, "XDG_STATE_HOME": str(cwd / "state"), "COLUMNS": "300"},
             timeout=300,
             check=False,
         )

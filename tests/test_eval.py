@@ -30,7 +30,7 @@ from dmformer.runtimes import base, registry
 from dmformer.train.digits import CLASSES, PREPROCESSING, load_digits, write_images
 from dmformer.verify.accuracy import Paired, logits_of, wilson_interval
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
-from tests.bundles import lengthen, one_line, rewrite
+from tests.bundles import copied, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -251,11 +251,14 @@ def test_weights_that_cannot_be_read(exported: ExportResult, tmp_path: Path, nam
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def as_int8(content: dict[str, Any]) -> None:
-    """List the onnx and openvino files once more, under another precision: eval believes the name."""
-    content["artifacts"] += [
-        {**artifact, "precision": "int8"} for artifact in content["artifacts"] if artifact["format"] != "torch"
-    ]
+def add_int8(bundle: Path) -> None:
+    """Copies of the onnx and openvino files, under another precision: eval believes the name."""
+
+    def add(content: dict[str, Any]) -> None:
+        kept = [artifact for artifact in content["artifacts"] if artifact["format"] != "torch"]
+        content["artifacts"] += [copied(bundle, artifact, precision="int8") for artifact in kept]
+
+    rewrite(bundle, add)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def as_int8(content: dict[str, Any]) -> None:
 def test_runtimes_and_precisions_are_chosen(
     bundle: Path, runtimes: list[str], precisions: list[str], expected: list[str]
 ) -> None:
-    rewrite(bundle, as_int8)
+    add_int8(bundle)
     found = evaluate(bundle, SAMPLE_IMAGES, runtimes=runtimes, precisions=precisions)
     assert [f"{row.runtime} {row.precision}" for row in found.results] == expected
 

@@ -13,7 +13,7 @@ from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.serving import serve_layout
 from dmformer.errors import CheckFailed, UsageError
-from tests.bundles import lengthen, one_line, rewrite
+from tests.bundles import copied, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,9 +66,8 @@ def add_engine(bundle: Path, **target: Any) -> None:
 
     def change(content: dict[str, Any]) -> None:
         (onnx,) = (artifact for artifact in content["artifacts"] if artifact["format"] == "onnx")
-        content["artifacts"].append(
-            {**onnx, "format": "tensorrt", "precision": "fp16", "target": {**TARGET, **target}, "built_with": {}}
-        )
+        engine = copied(bundle, onnx, format="tensorrt", precision="fp16")
+        content["artifacts"].append({**engine, "target": {**TARGET, **target}, "built_with": {}})
 
     rewrite(bundle, change)
 

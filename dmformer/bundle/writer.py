@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _TOKEN_BYTES = 8
+_PATIENCE_S = 2.0  # for a process that was killed a moment ago and is on its way out
 _RETIRED = "old"
 _LITTLE_BYTES = 1_000_000
 _RENAME_EXCHANGE = 2
@@ -123,7 +124,7 @@ def _locked(destination: Path) -> Iterator[None]:
     """One writer at a time; the system gives the lock back however the process that holds it ends."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(_hidden(destination, "lock"), blocking=False)
+    lock = FileLock(_hidden(destination, "lock"), timeout=_PATIENCE_S)
     try:
         lock.acquire()
     except Timeout as error:
