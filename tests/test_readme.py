@@ -62,7 +62,8 @@ main()
 
 
 def typed_in(clone: Path, line: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XDG_STATE_HOME": str(clone.parent / "state")}
+    kept = {"XDG_STATE_HOME": str(clone.parent / "state"), "DMFORMER_CACHE": str(clone.parent / "cache")}
+    environment = {**os.environ, **kept}
     command = [sys.executable, "-c", BRIEFLY, *line[1:]]
     return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

@@ -162,42 +162,47 @@ def test_what_is_saved_is_the_average(trained: Path) -> None:
 
 # --- Killed, and going on ---------------------------------------------------------------------------------------------
 
-KILLED = """
+RUN = """
 import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from dmformer.train.api import train
 from tests.training import small
+data, output, how = sys.argv[1:]
 torch.set_num_threads(1)
+torch.manual_seed(len(how))
 done = 0
 @contextmanager
 def stage(name, parts):
     def advance():
         global done
         done += 1
-        if done == 6:
+        if how == "killed" and done == 6:
             os.kill(os.getpid(), signal.SIGKILL)
     yield advance
-train(Path(sys.argv[1]), Path(sys.argv[2]), small(precision="fp16"), stage=stage)
+recipe = small(precision="fp16")  # with a scale of the loss, which is kept as well
+train(Path(data), Path(output), recipe, resume=how == "resumed", stage=stage)
 """
 
 
 def test_after_kill_9_a_resumed_run_ends_in_the_same_bytes(colours: Path, tmp_path: Path) -> None:
     """Killed in the second of two epochs, two steps after the snapshot."""
-    recipe = small(precision="fp16")  # with a scale of the loss, which is kept as well
-    whole = train(colours, tmp_path / "whole", recipe)
-    run = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(colours), str(run)]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True, timeout=300)
+
+    def trained_in(output: Path, how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", RUN, str(colours), str(output), how]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, cwd=root, check=False, capture_output=True, text=True, timeout=300)
+
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    assert trained_in(whole, "whole").returncode == 0
+    done = trained_in(run, "killed")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [row.step for row in read_rows(run / "log.jsonl")] == [4]
     assert not (run / "model.safetensors").exists()
     (run / ".last.pt.123").write_bytes(b"half")  # what a kill while a snapshot is written leaves
-    torch.manual_seed(5)
-    resumed = train(colours, run, recipe, resume=True)
-    assert resumed.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
+    assert trained_in(run, "resumed").returncode == 0
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert [row.step for row in read_rows(run / "log.jsonl")] == [4, 8]
     assert not (run / ".last.pt.123").exists()
 
