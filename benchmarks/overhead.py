@@ -65,11 +65,11 @@ def benchmark_app(model: Path, threads: int) -> float:
     # fmt: on
     rows = open_bundle(model.parents[2]).manifest.inputs[0]
     size = ",".join(str(number) for number in (1, *rows.shape[1:]))  # the batch is dynamic in the file
-    told = subprocess.run([*command, "-shape", f"[{size}]"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"Median:\s+([0-9.]+) ms", told)
+    told = subprocess.run([*command, "-data_shape", f"[{size}]"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"Median:\s+([0-9.]+) (us|ms)", told)
     if found is None:
         raise SystemExit(f"benchmark_app told no median:\n{told}")
-    return float(found[1])
+    return float(found[1]) / (1000 if found[2] == "us" else 1)
 
 
 def ours(bundle: Path, runtime: str, threads: int) -> float:
