@@ -177,7 +177,7 @@ def _table(report: BenchReport) -> Table:
 
     several = any(row.mode != "compute" for row in report.results)
     columns = ["runtime", *(["mode"] if several else []), "batch"]
-    columns += ["p50 ms", "p90 ms", "images/s", "of limit", "load ms", "first ms", "MiB", "samples"]
+    columns += ["p50 ms", "p90 ms", "img/s", "of limit", "load ms", "first ms", "MiB"]
     first = report.results[0]
     cores = f"{first.cores} threads" if first.cores > 1 else "1 thread"
     left_out = "" if several else ", preprocessing left out"
@@ -198,7 +198,6 @@ def _table(report: BenchReport) -> Table:
             digits(row.throughput_ips),
             "-" if row.share_of_limit is None else f"{row.share_of_limit:.0%}",
             *(digits(figure) for figure in figures),
-            str(row.samples),
             describe(row.layers),
             present.mark(row.status == "ok", row.status),
         ]
