@@ -303,3 +303,13 @@ def reduced_bundle(reduced: ExportResult, tmp_path: Path) -> Path:
 def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
     """``bench`` with a script in the place of its worker; gives the list of the jobs that it was given."""
     return lambda script=QUICK: script_workers(monkeypatch, script)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of images to train on, of two classes; not to be written into."""
+    from tests.training import write_colours
+
+    folder = tmp_path_factory.mktemp("colours")
+    write_colours(folder)
+    return folder

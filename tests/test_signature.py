@@ -210,7 +210,7 @@ def test_the_python_functions_ask(bundle: Path, keys: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("value", ["", "0"])
 def test_what_asks_for_nothing(bundle: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REQUIRE, value)
-    open_bundle(bundle)
+    assert open_bundle(bundle).root == bundle
 
 
 @pytest.mark.slow

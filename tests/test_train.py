@@ -24,7 +24,7 @@ from dmformer.train.journal import read_rows
 from dmformer.train.recipe import Recipe, make_recipe
 from dmformer.train.start import build, find_start
 from tests.networks import one_thread
-from tests.training import SMALL, STILL, small, tensors, toml, write_colours
+from tests.training import SMALL, STILL, small, tensors, toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,13 +36,6 @@ if TYPE_CHECKING:
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("colours")
-    write_colours(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +23,7 @@ from dmformer.machine import describe_machine
 from dmformer.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from dmformer.bench.configuration import Configuration
     from dmformer.bundle.reader import Bundle
@@ -100,7 +99,7 @@ def bench(
 
 @dataclass
 class _Found:
-    """What the processes of a run gave so far; the last list of answers is of the first configuration, once more."""
+    """What the processes of a run gave so far; the last list of answers is of the twin, timed once more."""
 
     answers: list[list[Answer]]
     limits: list[Limits | None] = field(default_factory=list)
@@ -156,6 +155,7 @@ class _Work:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan = plan
         self.folder = folder
+        self.answer = folder / "answer.json"
         self.images = tuple(str(path.absolute()) for path in plan.images)
         if not self.images and any(row.mode == "end-to-end" for row in plan.configurations):
             self.images = self._golden_images()
@@ -165,10 +165,8 @@ class _Work:
 
     def limits(self) -> machine_limits.Answer:
         """The machine's limits, now."""
-        with self._answer() as path:
-            order = machine_limits.Order(threads=self.cores, peaks=self.peaks, answer=str(path))
-            environment = environment_for(self.cores)
-            return self._ask("dmformer.bench.limits", order, path, machine_limits.Answer, environment)
+        order = machine_limits.Order(threads=self.cores, peaks=self.peaks, answer=str(self.answer))
+        return self._ask("dmformer.bench.limits", order, machine_limits.Answer, environment_for(self.cores))
 
     def measure(self, row: Configuration, *, first: bool) -> Answer:
         """One round of one configuration; the first one proves the precision."""
@@ -180,44 +178,37 @@ class _Work:
 
     def _work(self, row: Configuration, *, prove_precision: bool, profile: bool) -> Answer:
         plan = self.plan
-        with self._answer() as path:
-            job = Job(
-                bundle=str(plan.bundle.root.absolute()),
-                manifest_sha256=plan.bundle.manifest_sha256,
-                configuration=row,
-                images=self.images,
-                duration_s=plan.duration_s / plan.rounds,
-                least_calls=plan.least_calls,
-                limit_s=plan.limit_s / _KILL_AFTER,
-                prove_precision=prove_precision,
-                profile=profile,
-                answer=str(path),
-            )
-            return self._ask("dmformer.bench.worker", job, path, Answer)
+        job = Job(
+            bundle=str(plan.bundle.root.absolute()),
+            manifest_sha256=plan.bundle.manifest_sha256,
+            configuration=row,
+            images=self.images,
+            duration_s=plan.duration_s / plan.rounds,
+            least_calls=plan.least_calls,
+            limit_s=plan.limit_s / _KILL_AFTER,
+            prove_precision=prove_precision,
+            profile=profile,
+            answer=str(self.answer),
+        )
+        return self._ask("dmformer.bench.worker", job, Answer)
 
     def _ask(
         self,
         module: str,
         order: msgspec.Struct,
-        path: Path,
         kind: type[Told],
         environment: dict[str, str] | None = None,
     ) -> Told:
+        self.answer.unlink(missing_ok=True)  # of the process before
         try:
             with Child(module, environment=environment) as child:
                 child.work(msgspec.json.encode(order), self.plan.limit_s)
         except StageFailed as error:
             return kind(error=str(error))
         try:
-            return msgspec.json.decode(path.read_bytes(), type=kind)
+            return msgspec.json.decode(self.answer.read_bytes(), type=kind)
         except (OSError, msgspec.DecodeError):
             return kind(error="the process ended without an answer")
-
-    @contextmanager
-    def _answer(self) -> Iterator[Path]:
-        path = self.folder / "answer.json"
-        path.unlink(missing_ok=True)
-        yield path
 
     def _golden_images(self) -> tuple[str, ...]:
         from PIL import Image
@@ -240,13 +231,10 @@ def _report(plan: Plan, found: _Found, environment: dict[str, object], begun: da
         if (told := found.profiles.get(place)) is not None:
             result = msgspec.structs.replace(result, profile=told.profile, profile_reason=told.error)
         results.append(result)
-    again = [answer.measurement for answer in found.answers[-1] if answer.measurement]
-    twin = results[plan.twin]
-    both = twin.timed and len(again) == len(found.answers[-1]) > 0
-    noise = noise_floor(twin.call_ns, _again(plan, found).call_ns) if both else None
-    lost = next((answer.error for answer in found.answers[-1] if answer.error), None)
-    if twin.timed and lost is not None:
-        found.notes.append(f"no noise floor: {twin.title}, timed once more, failed: {lost}")
+    twin, again = results[plan.twin], _result(plan.configurations[plan.twin], found.answers[-1], (), None)
+    noise = noise_floor(twin.call_ns, again.call_ns) if twin.timed and again.timed else None
+    if twin.timed and again.status == "failed":
+        found.notes.append(f"no noise floor: {twin.title}, timed once more, failed: {again.reason}")
     return BenchReport(
         environment=environment,
         results=tuple(results),
@@ -262,10 +250,6 @@ def _report(plan: Plan, found: _Found, environment: dict[str, object], begun: da
         skipped=plan.skipped,
         notes=tuple(found.notes),
     )
-
-
-def _again(plan: Plan, found: _Found) -> Result:
-    return _result(plan.configurations[plan.twin], found.answers[-1], (), None)
 
 
 def _result(
