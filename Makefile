@@ -46,7 +46,7 @@ scenes: install
 	$(BIN)/dmformer train --recipe scenes --data out/scenes --output out/scenes-run \
 		--weights dmformer/assets/dmformer_nano_digits.safetensors
 	cp out/scenes-run/model.safetensors dmformer/assets/dmformer_nano_fpn_scenes.safetensors
-	$(BIN)/python -m dmformer.train.scenes --images dmformer/assets/scenes --training 0 --validation 8
+	$(BIN)/python -m dmformer.train.scenes --images dmformer/assets/scenes --training 32 --validation 8
 
 picture: install
 	$(BIN)/python docs/picture.py

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmformer.assets import SEGMENTATION_CHECKPOINT, SEGMENTATION_SAMPLES
+from dmformer.assets import SCENES, SEGMENTATION_CHECKPOINT
 from dmformer.data.annotated import annotated_set, load_labels
 from dmformer.data.images import load_pixels
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
@@ -59,16 +59,16 @@ def test_it_is_as_accurate_as_it_says(shipped: Checkpoint, tmp_path: Path) -> No
     assert found.pixel_accuracy == pytest.approx(shipped.training["held_out_pixel_accuracy"], abs=1e-4)
 
 
-def test_the_samples_are_the_first_of_the_validation_images(shipped: Checkpoint, tmp_path: Path) -> None:
-    write_scenes(tmp_path, 0, 8)
+def test_the_samples_are_the_first_of_each_part(shipped: Checkpoint, tmp_path: Path) -> None:
+    write_scenes(tmp_path, 32, 8)
     names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
-    assert names == sorted(path.relative_to(SEGMENTATION_SAMPLES) for path in SEGMENTATION_SAMPLES.rglob("*.png"))
+    assert names == sorted(path.relative_to(SCENES) for path in SCENES.rglob("*.png"))
     for part in ("images", "annotations"):
-        written, there = (sorted((root / part).rglob("*.png")) for root in (tmp_path, SEGMENTATION_SAMPLES))
+        written, there = (sorted((root / part).rglob("*.png")) for root in (tmp_path, SCENES))
         for one, other in zip(written, there, strict=True):
             np.testing.assert_array_equal(
                 load_pixels([one], shipped.preprocessing), load_pixels([other], shipped.preprocessing)
             )
-    found = accuracy_on(SEGMENTATION_SAMPLES, shipped)
+    found = accuracy_on(SCENES, shipped)
     assert found.miou is not None
     assert found.miou > 0.7

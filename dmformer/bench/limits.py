@@ -6,6 +6,7 @@ a large matrix product, nor faster than its least traffic at the rate of a large
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from msgspec import Struct
 
 from dmformer.errors import DMFormerError
 from dmformer.runtimes import registry
+from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -115,9 +117,16 @@ def least_work(manifest: Manifest, artifact: Artifact, batch: int) -> tuple[floa
         read once, with the images in and the answers out. What layers hand to one another may stay in caches.
     """
     weights = max(file.bytes for file in artifact.files)
-    rows = (*manifest.inputs, *manifest.outputs)
-    values = sum(int(np.prod([size for size in row.shape[1:] if isinstance(size, int)])) for row in rows)
+    values = sum(math.prod(shape) for shape in _shapes(manifest))
     return 2.0 * manifest.model.macs * batch, float(weights + 4 * values * batch)
+
+
+def _shapes(manifest: Manifest) -> list[tuple[int, ...]]:
+    """Of the input and the outputs for one image, those that are open at the size of the preprocessing."""
+    side = manifest.preprocessing.image_size
+    strides = (1, *(STRIDES if manifest.model.task == "features" else (1,)))
+    rows = zip((*manifest.inputs, *manifest.outputs), strides, strict=True)
+    return [tuple(size if isinstance(size, int) else side // stride for size in row.shape[1:]) for row, stride in rows]
 
 
 def attainable_ms(limits: Limits, runtime: str, layers: Mapping[str, int], work: tuple[float, float]) -> float | None:

@@ -143,8 +143,9 @@ def _wrong(artifact: Artifact) -> float | None:
     """In percent: of the labels, or without labels of PyTorch's answers."""
     if artifact.accuracy is None:
         return None
-    right = artifact.accuracy.top1 if artifact.accuracy.top1 is not None else artifact.accuracy.agreement_with_torch
-    return None if right is None else 100 * (1 - right)
+    found = artifact.accuracy
+    known = [share for share in (found.top1, found.pixel_accuracy, found.agreement_with_torch) if share is not None]
+    return 100 * (1 - known[0]) if known else None
 
 
 def _scatter(axes: Any, points: Sequence[tuple[Result, float]], label: str, narrow: bool) -> None:

@@ -8,6 +8,11 @@ For a precision P there is ``outputs_P/NAME``: what the ONNX file at that precis
 engine (in onnxruntime at fp32, one operator at a time at a reduced precision); and for a reduced one
 ``emulated_P/NAME``: what the network answers emulated at that precision in PyTorch.
 
+Maps (N·C·H·W) with many values are thinned: of an output with a number n in ``strides/NAME`` there is every n-th row
+and column. n is odd, so that every phase of an enlargement by 2 or 4 is among them.
+
+Where height and width are open, ``other/…`` has the same arrays for images of another height and width.
+
 ``sources/N`` (uint8, H·W·C, of any size) are images before resizing and cropping, and ``source_pixels`` (uint8,
 N·H·W·C) what the preprocessing that the network was trained with makes of them.
 """
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 # Noise and answers of networks hardly compress; what expands like zeros is no golden file.
 _MOST_EXPANDED = 50
 _MOST_SMALL = 16 << 20
+_OTHER = "other/"
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Golden:
         emulated: by reduced precision, what the network emulated at it answers.
         sources: images before resizing and cropping, (H, W, C) each.
         source_pixels: what is made of them, (sources, H, W, C).
+        strides: of the rows and columns that are kept, by output; 1 where it has none.
+        other: the same for another height and width, where they are open.
     """
 
     images: NDArray[np.uint8]
@@ -55,6 +63,23 @@ class Golden:
     emulated: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
     sources: tuple[NDArray[np.uint8], ...] = ()
     source_pixels: NDArray[np.uint8] | None = None
+    strides: dict[str, int] = field(default_factory=dict)
+    other: Golden | None = None
+
+    @property
+    def sizes(self) -> tuple[Golden, ...]:
+        """This, and the same for another height and width."""
+        return (self,) if self.other is None else (self, self.other)
+
+    @property
+    def size(self) -> str:
+        """Height and width in pixels, in words."""
+        height, width = self.inputs.shape[2:]
+        return f"{height}x{width}"
+
+    def thinned(self, outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs at the rows and columns that are kept here."""
+        return thinned(outputs, self.strides)
 
     @property
     def first_and_last(self) -> NDArray[np.float32]:
@@ -67,7 +92,11 @@ class Golden:
         return self.inputs[-1:]
 
     def worst_row(self, answers: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The input whose answers are furthest from PyTorch's in float64, (1, C, H, W)."""
+        """The input whose answers are furthest from PyTorch's in float64, (1, C, H, W).
+
+        Args:
+            answers: to all inputs, thinned.
+        """
         apart = np.zeros(len(self.inputs))
         for name, exact in self.outputs_float64.items():
             with np.errstate(invalid="ignore"):
@@ -78,16 +107,33 @@ class Golden:
 
     def save(self, path: Path) -> None:
         """Write ``golden.npz``; the same content gives the same bytes."""
-        arrays: dict[str, Any] = {"images": self.images, "inputs": self.inputs}
-        arrays |= {f"outputs/{name}": array for name, array in self.outputs.items()}
-        arrays |= {f"outputs_float64/{name}": array for name, array in self.outputs_float64.items()}
-        for kind, by_precision in (("outputs", self.files), ("emulated", self.emulated)):
-            for precision, outputs in by_precision.items():
-                arrays |= {f"{kind}_{precision}/{name}": array for name, array in outputs.items()}
-        arrays |= {f"sources/{index}": array for index, array in enumerate(self.sources)}
-        if self.source_pixels is not None:
-            arrays["source_pixels"] = self.source_pixels
-        np.savez_compressed(path, **arrays)
+        np.savez_compressed(path, **_arrays(self))
+
+
+def thinned(outputs: Mapping[str, NDArray[Any]], strides: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """Maps (N, C, H, W) at every n-th row and column, by their strides; what is no map as it is."""
+    found = {}
+    for name, array in outputs.items():
+        stride = strides.get(name, 1)
+        fewer = array.ndim == 4 and stride > 1
+        found[name] = np.ascontiguousarray(array[:, :, ::stride, ::stride]) if fewer else array
+    return found
+
+
+def _arrays(golden: Golden) -> dict[str, Any]:
+    arrays: dict[str, Any] = {"images": golden.images, "inputs": golden.inputs}
+    arrays |= {f"outputs/{name}": array for name, array in golden.outputs.items()}
+    arrays |= {f"outputs_float64/{name}": array for name, array in golden.outputs_float64.items()}
+    for kind, by_precision in (("outputs", golden.files), ("emulated", golden.emulated)):
+        for precision, outputs in by_precision.items():
+            arrays |= {f"{kind}_{precision}/{name}": array for name, array in outputs.items()}
+    arrays |= {f"sources/{index}": array for index, array in enumerate(golden.sources)}
+    if golden.source_pixels is not None:
+        arrays["source_pixels"] = golden.source_pixels
+    arrays |= {f"strides/{name}": np.int64(stride) for name, stride in golden.strides.items() if stride > 1}
+    if golden.other is not None:
+        arrays |= {f"{_OTHER}{name}": array for name, array in _arrays(golden.other).items()}
+    return arrays
 
 
 def load_golden(path: Path) -> Golden:
@@ -116,21 +162,41 @@ def parse_golden(data: bytes, path: Path) -> Golden:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             _check_expansion(sum(member.file_size for member in archive.zip.infolist()), len(data))
             arrays = {name: archive[name] for name in archive.files}
-        golden = Golden(
-            images=arrays["images"],
-            inputs=arrays["inputs"],
-            outputs=_group(arrays, "outputs/"),
-            outputs_float64=_group(arrays, "outputs_float64/"),
-            files={name: _group(arrays, f"outputs_{name}/") for name in _precisions(arrays, "outputs_")},
-            emulated={name: _group(arrays, f"emulated_{name}/") for name in _precisions(arrays, "emulated_")},
-            sources=tuple(_group(arrays, "sources/").values()),
-            source_pixels=arrays.get("source_pixels"),
-        )
+        golden = _golden(arrays)
     except KeyError as error:
         raise UsageError(f"{path}: no array {error}; expected the golden file of a bundle") from error
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise UsageError(f"{path}: damaged: {first_line(error)}; expected the golden file of a bundle") from error
+    for part in golden.sizes:
+        _check_part(part, path)
+    return golden
+
+
+def _golden(arrays: dict[str, NDArray[Any]]) -> Golden:
+    others = _group(arrays, _OTHER)
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(_OTHER)}
+    return Golden(
+        images=arrays["images"],
+        inputs=arrays["inputs"],
+        outputs=_group(arrays, "outputs/"),
+        outputs_float64=_group(arrays, "outputs_float64/"),
+        files={name: _group(arrays, f"outputs_{name}/") for name in _precisions(arrays, "outputs_")},
+        emulated={name: _group(arrays, f"emulated_{name}/") for name in _precisions(arrays, "emulated_")},
+        sources=tuple(_group(arrays, "sources/").values()),
+        source_pixels=arrays.get("source_pixels"),
+        strides={name: int(stride) for name, stride in _group(arrays, "strides/").items()},
+        other=_golden(others) if others else None,
+    )
+
+
+def _check_part(golden: Golden, path: Path) -> None:
     _check_arrays(golden, path)
+    if wrong := [stride for stride in golden.strides.values() if stride < 1]:
+        raise UsageError(f"{path}: a stride of {wrong[0]}; expected 1 or more")
+    if golden.other is not None and (
+        golden.other.other is not None or set(golden.other.outputs) != set(golden.outputs)
+    ):
+        raise UsageError(f"{path}: the arrays of another height and width have other outputs; expected the same")
     others: list[dict[str, NDArray[Any]]] = [golden.outputs_float64, *golden.files.values(), *golden.emulated.values()]
     for other in others:
         if not golden.outputs or set(golden.outputs) != set(other):
@@ -138,7 +204,6 @@ def parse_golden(data: bytes, path: Path) -> Golden:
         for name, array in golden.outputs.items():
             if other[name].shape != array.shape:
                 raise UsageError(f"{path}: output {name!r} of shape {array.shape} and {other[name].shape}")
-    return golden
 
 
 def _check_expansion(expanded: int, size: int) -> None:

@@ -12,6 +12,7 @@ from dmformer.bundle.names import check_distinct, check_name
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.runtimes.target import Target
+from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, Task
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +22,12 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 GOLDEN = "golden.npz"
 MAX_MANIFEST_BYTES = 16 << 20
+
+_OUTPUTS: dict[Task, tuple[str, ...]] = {
+    "classification": (OUTPUT_NAME,),
+    "segmentation": (OUTPUT_NAME,),
+    "features": FEATURE_NAMES,
+}
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -37,9 +44,20 @@ class FileEntry(Struct, frozen=True, kw_only=True):
 
 
 class Accuracy(Struct, frozen=True, kw_only=True):
-    """Shares from 0 to 1; ``null`` without labels, or without PyTorch's answers to agree with.
+    """Shares from 0 to 1; ``null`` without labels, for another task, or without PyTorch's answers to agree with.
 
     The intervals are those of 95 % confidence: what the same network may reach on other images of the same kind.
+
+    Attributes:
+        images: how many.
+        top1: images whose class is the network's first choice.
+        top1_interval: of ``top1``.
+        top5: images whose class is among the network's first five.
+        top5_interval: of ``top5``.
+        miou: mean over the classes of ``iou``.
+        pixel_accuracy: pixels with the right class.
+        iou: intersection over union of each class's pixels; ``null`` for a class that occurs nowhere.
+        agreement_with_torch: images, or for segmentation pixels, that get the class which PyTorch gives them.
     """
 
     images: int
@@ -47,6 +65,9 @@ class Accuracy(Struct, frozen=True, kw_only=True):
     top1_interval: tuple[float, float] | None = None
     top5: float | None = None
     top5_interval: tuple[float, float] | None = None
+    miou: float | None = None
+    pixel_accuracy: float | None = None
+    iou: tuple[float | None, ...] | None = None
     agreement_with_torch: float | None = None
 
 
@@ -145,7 +166,7 @@ class Model(Struct, frozen=True, kw_only=True):
 
     arch: str
     config: dict[str, Any]
-    task: Literal["classification"]
+    task: Task
     classes: tuple[str, ...]
     parameters: int
     macs: int
@@ -227,15 +248,23 @@ class Manifest(Struct, frozen=True, kw_only=True):
     evidence: Evidence
 
     def __post_init__(self) -> None:
-        if len(self.inputs) != 1 or len(self.outputs) != 1:
-            raise UsageError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs; expected one each")
-        shape = self.outputs[0].shape
-        if len(shape) != 2 or not isinstance(shape[1], int):
-            raise UsageError(f"an output of shape {shape}; expected a batch and a number of classes")
-        if self.model.classes and shape[-1:] != (len(self.model.classes),):
-            raise UsageError(f"{len(self.model.classes)} class names for an output of shape {shape}")
+        if len(self.inputs) != 1:
+            raise UsageError(f"{len(self.inputs)} inputs; expected one")
+        names = tuple(output.name for output in self.outputs)
+        if names != _OUTPUTS[self.model.task]:
+            raise UsageError(f"outputs {', '.join(names)}; expected {', '.join(_OUTPUTS[self.model.task])}")
+        rank = 2 if self.model.task == "classification" else 4
+        for output in self.outputs:
+            if len(output.shape) != rank or not isinstance(output.shape[1], int):
+                raise UsageError(
+                    f"output {output.name!r} of shape {output.shape}; expected {rank} dimensions, a number of channels"
+                )
+        if self.model.classes and self.class_count not in (0, len(self.model.classes)):
+            raise UsageError(f"{len(self.model.classes)} class names for an output of shape {self.outputs[0].shape}")
         size = self.preprocessing.image_size
-        if self.inputs[0].shape[1:] != (len(self.preprocessing.channels), size, size):
+        sides = self.inputs[0].shape[2:]
+        fits = sides == (size, size) or (len(sides) == 2 and all(isinstance(side, str) for side in sides))
+        if not fits or self.inputs[0].shape[1] != len(self.preprocessing.channels):
             raise UsageError(f"an input of shape {self.inputs[0].shape} for images of {size} pixels")
         kinds = [(artifact.format, artifact.precision) for artifact in self.artifacts]
         if len(set(kinds)) < len(kinds):
@@ -248,9 +277,14 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return (*self.files, *(file for artifact in self.artifacts for file in artifact.files))
 
     @property
-    def output_count(self) -> int:
-        """How many numbers the network answers for an image."""
-        return int(self.outputs[0].shape[-1])
+    def class_count(self) -> int:
+        """How many classes the network tells apart; 0 where it gives features."""
+        return 0 if self.model.task == "features" else int(self.outputs[0].shape[1])
+
+    @property
+    def open_size(self) -> bool:
+        """Whether the network takes images of any height and width (of multiples of 32, for segmentation)."""
+        return isinstance(self.inputs[0].shape[2], str)
 
     def encode(self) -> bytes:
         """As indented JSON."""

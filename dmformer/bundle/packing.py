@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import stat
 import zipfile
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ from dmformer.bundle.archive import extract
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_file
 from dmformer.bundle.writer import staged
-from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.supervise import announce
+from dmformer.errors import CheckFailed, UsageError
+from dmformer.whole import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,22 +52,14 @@ def pack(bundle: Bundle, destination: Path | None = None) -> Path:
     _check_replaceable(target)
     if target.resolve().is_relative_to(folder):
         raise UsageError(f"output {str(target)!r} is inside the bundle; expected a file outside it")
-    staging = announce(target.with_name(f".{target.name}-{secrets.token_hex(8)}"))
-    try:
-        try:
-            with staging.open("xb") as file:
-                with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
-                    for name, data in _contents(bundle):
-                        archive.writestr(_member(name), data)
-                    for entry in sorted(bundle.manifest.entries, key=lambda entry: entry.path):
-                        _add(archive, entry, bundle.root / entry.path)
-                file.flush()
-                os.fsync(file.fileno())
-            staging.replace(target)
-        finally:
-            staging.unlink(missing_ok=True)
-    except OSError as error:
-        raise StageFailed(f"{str(target)!r} could not be written: {error.strerror or error}") from error
+    with whole_file(target) as staging, staging.open("xb") as file:
+        with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            for name, data in _contents(bundle):
+                archive.writestr(_member(name), data)
+            for entry in sorted(bundle.manifest.entries, key=lambda entry: entry.path):
+                _add(archive, entry, bundle.root / entry.path)
+        file.flush()
+        os.fsync(file.fileno())
     return target
 
 

@@ -1,24 +1,30 @@
-"""An image in, classes and probabilities out, through any runtime of a bundle."""
+"""An image in, classes out (of the image, or of its pixels), through any runtime of a bundle."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import Choice, cannot_run, select
-from dmformer.data.images import load_pixels
-from dmformer.errors import StageFailed
+from dmformer.data.images import load_pixels, load_whole, open_image
+from dmformer.data.overlay import Entry, overlay
+from dmformer.data.preprocessing import Preprocessing
+from dmformer.errors import StageFailed, UsageError
 from dmformer.runtimes import registry
+from dmformer.task import OUTPUT_NAME, STRIDES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
+    from PIL.Image import Image
     from typing_extensions import Self
 
     from dmformer.bundle.reader import Bundle
@@ -50,11 +56,70 @@ class PredictReport(Struct, frozen=True, kw_only=True):
     predictions: tuple[Prediction, ...]
 
 
-class Predictor:
-    """Classifies image files, ``batch`` at a time. A context manager.
+class ClassShare(Struct, frozen=True, kw_only=True):
+    """One class: its index, its name where the checkpoint has names, and its share of the pixels (0..1)."""
 
-    Any number of threads may call :meth:`predict`: images are decoded side by side, inferences run one after another,
-    each with all the threads of the engine. Leaving the context waits for the inference that runs.
+    index: int
+    name: str | None
+    share: float
+
+
+class SegmentedImage(Struct, frozen=True, kw_only=True):
+    """The classes of an image's pixels, the largest share first, and the picture of them, where one was written."""
+
+    image: str
+    classes: tuple[ClassShare, ...]
+    overlay: str | None = None
+
+
+class SegmentReport(Struct, frozen=True, kw_only=True):
+    """What ``predict`` writes as JSON for segmentation."""
+
+    runtime: str
+    precision: str
+    predictions: tuple[SegmentedImage, ...]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What a network for segmentation makes of an image.
+
+    Attributes:
+        path: of the image.
+        labels: the class of each pixel that the network saw, (H, W).
+        classes: those that occur, the largest share first.
+        preprocessing: of the network; its ``seen`` says which part of the image that was.
+        whole: whether the network saw all of the image.
+    """
+
+    path: Path
+    labels: NDArray[np.intp]
+    classes: tuple[ClassShare, ...]
+    preprocessing: Preprocessing
+    whole: bool
+
+    def overlay(self) -> Image:
+        """A Pillow image: the classes in colour over the image, with a legend.
+
+        Raises:
+            UsageError: the image cannot be read any more.
+        """
+        image = self.preprocessing.upright(open_image(self.path))
+        box = (0.0, 0.0, float(image.width), float(image.height))
+        if not self.whole:
+            box = self.preprocessing.seen(*image.size)
+        legend = [Entry(one.index, one.name or f"class {one.index}", one.share) for one in self.classes]
+        return overlay(image, self.labels, box, legend)
+
+
+class Predictor:
+    """Runs image files through a network, ``batch`` at a time. A context manager.
+
+    Any number of threads may call its methods: images are decoded side by side, inferences run one after another, each
+    with all the threads of the engine. Leaving the context waits for the inference that runs.
+
+    Where height and width are open, :meth:`segment` shows the network all of an image, its shorter side at the size of
+    the bundle's preprocessing; in all other cases it sees the centre square.
     """
 
     def __init__(self, choice: Choice, threads: int | None = None, batch: int = _BATCH) -> None:
@@ -78,35 +143,86 @@ class Predictor:
         """Classify image files.
 
         Raises:
-            UsageError: an image cannot be read; the message names it.
+            UsageError: the bundle is for another task, or an image cannot be read; the message names it.
             StageFailed: the runtime failed, or answered with NaN or infinity.
         """
-        paths = [Path(image) for image in ([images] if isinstance(images, (str, Path)) else images)]
-        preprocessing = self.manifest.preprocessing
-        (output,) = self.manifest.outputs
+        self._check_task("classification")
+        paths = _as_paths(images)
         predictions = []
         for start in range(0, len(paths), self.batch):
             batch = paths[start : start + self.batch]
-            inputs = preprocessing.normalize(load_pixels(batch, preprocessing))
-            with self._turn:
-                logits = self.runtime.run_rows({self.manifest.inputs[0].name: inputs})[output.name]
+            logits = self.outputs(batch)[OUTPUT_NAME]
             predictions += [self._top(path, row, top_k) for path, row in zip(batch, logits, strict=True)]
         return predictions
 
-    def _top(self, path: Path, logits: np.ndarray, top_k: int) -> Prediction:
+    def segment(self, images: str | Path | Sequence[str | Path]) -> Iterator[Segments]:
+        """The class of every pixel of image files, one file after another.
+
+        Raises:
+            UsageError: the bundle is for another task, or an image cannot be read; the message names it.
+            StageFailed: the runtime failed, or answered with NaN or infinity.
+        """
+        self._check_task("segmentation")
+        preprocessing, whole = self.manifest.preprocessing, self.manifest.open_size
+        for path in _as_paths(images):
+            if whole:
+                logits = self._run(load_whole(path, preprocessing, STRIDES[-1]))[OUTPUT_NAME]
+            else:
+                logits = self.outputs(path)[OUTPUT_NAME]
+            self._check_finite(path, logits)
+            labels = logits[0].argmax(0)  # (classes, H, W) -> (H, W); ties go to the lower class
+            counts = np.bincount(labels.ravel())
+            order = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
+            classes = tuple(
+                ClassShare(index=int(i), name=self._class_name(int(i)), share=float(counts[i] / labels.size))
+                for i in order
+            )
+            yield Segments(path, labels, classes, preprocessing, whole)
+
+    def outputs(self, images: str | Path | Sequence[str | Path]) -> dict[str, NDArray[np.float32]]:
+        """What the network gives for image files, for any task, by the names in the manifest; all files in one batch.
+
+        Raises:
+            UsageError: an image cannot be read; the message names it.
+            StageFailed: the runtime failed.
+        """
+        return self._run(load_pixels(_as_paths(images), self.manifest.preprocessing))
+
+    def _run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        inputs = self.manifest.preprocessing.normalize(pixels)
+        with self._turn:
+            return self.runtime.run_rows({self.manifest.inputs[0].name: inputs})
+
+    def _check_task(self, wanted: str) -> None:
+        task = self.manifest.model.task
+        if task != wanted:
+            instead = {"classification": "predict()", "segmentation": "segment()", "features": "outputs()"}[task]
+            raise UsageError(f"a bundle for {task}, asked for {wanted}; expected Predictor.{instead}")
+
+    def _check_finite(self, path: Path, logits: NDArray[np.float32]) -> None:
         if not np.isfinite(logits).all():
             raise StageFailed(f"{self.runtime.name} answers {path} with NaN or infinity; expected finite logits")
+
+    def _class_name(self, index: int) -> str | None:
+        names = self.manifest.model.classes
+        return names[index] if names else None
+
+    def _top(self, path: Path, logits: NDArray[np.float32], top_k: int) -> Prediction:
+        self._check_finite(path, logits)
         scaled = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = scaled / scaled.sum()
-        names = self.manifest.model.classes
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         return Prediction(
             image=str(path),
             classes=tuple(
-                ClassProbability(index=int(i), name=names[i] if names else None, probability=float(probabilities[i]))
+                ClassProbability(index=int(i), name=self._class_name(int(i)), probability=float(probabilities[i]))
                 for i in order
             ),
         )
+
+
+def _as_paths(images: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(image) for image in ([images] if isinstance(images, (str, Path)) else images)]
 
 
 def load(

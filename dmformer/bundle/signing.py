@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING
 
 from dmformer.bundle.manifest import SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest
 from dmformer.bundle.signature import Signature, sign
-from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.supervise import announce
+from dmformer.errors import CheckFailed, UsageError
+from dmformer.whole import whole_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,13 +33,6 @@ def sign_bundle(folder: Path, key: Ed25519PrivateKey) -> Signature:
     signature = sign(read_manifest(folder), key)
     if signature.manifest_sha256 != bundle.manifest_sha256:
         raise CheckFailed(f"{folder} changed while it was checked, and was not signed; run it again")
-    staging = announce(folder / f".{SIGNATURE}-{secrets.token_hex(8)}")
-    try:
-        try:
-            staging.write_bytes(signature.encode())
-            staging.replace(folder / SIGNATURE)
-        finally:
-            staging.unlink(missing_ok=True)
-    except OSError as error:
-        raise StageFailed(f"{folder}: the signature could not be written: {error.strerror or error}") from error
+    with whole_file(folder / SIGNATURE) as staging:
+        staging.write_bytes(signature.encode())
     return signature

@@ -1,11 +1,27 @@
-"""Options whose values are pairs."""
+"""Options whose values are pairs, or one of a few words."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from dmformer.errors import UsageError
+
+T = TypeVar("T", bound=str)
+
+
+def parse_choice(value: str | None, words: tuple[T, ...], option: str) -> T | None:
+    """One of the words, in any case.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if value is None:
+        return None
+    for word in words:
+        if word == value.lower():
+            return word
+    raise UsageError(f"{option} {value!r}; expected one of {', '.join(words)}")
 
 
 def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmformer.errors import StageFailed, UsageError
+from dmformer.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,15 +120,15 @@ def write_json(report: Any, target: str | None) -> None:
 
 
 def write_report(path: Path, data: bytes) -> None:
-    """Write a report's file.
+    """Write a report's file, or a picture.
 
     Raises:
         StageFailed: it could not be written.
     """
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise StageFailed(f"report {str(path)!r} could not be written: {error.strerror}") from error
+    from dmformer.whole import whole_file
+
+    with whole_file(path) as staging:
+        staging.write_bytes(data)
 
 
 def check_json_target(target: str | None) -> None:

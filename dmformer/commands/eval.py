@@ -10,6 +10,8 @@ import typer
 from dmformer.commands import _present as present
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dmformer.bundle.manifest import Accuracy
     from dmformer.verify.evaluate import EvalReport
 
@@ -17,7 +19,11 @@ if TYPE_CHECKING:
 def evaluate(
     data: Annotated[
         Path,
-        typer.Option("--data", metavar="DIR", help="Images, in folders named after their classes; or loose ones."),
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Images, in folders named after their classes or, for segmentation, as ADE20K has them; or loose.",
+        ),
     ],
     bundle: present.BundleArgument = None,
     runtime: present.RuntimeOption = None,
@@ -42,23 +48,15 @@ def evaluate(
 
 
 def _show(report: EvalReport, json_file: str | None) -> None:
-    columns = ["runtime", "top-1", "95 % interval", "top-5", "agrees with PyTorch"]
-    title = f"{report.images} images of {report.data}"
-    listing = present.table(title, columns, numeric=columns[1:])
     rows: list[tuple[str, Accuracy]] = [(f"{row.runtime} {row.precision}", row) for row in report.results]
     if report.torch is not None:
         rows.insert(0, ("PyTorch", report.torch))
+    shown = _PIXEL_COLUMNS if report.task == "segmentation" else _CLASS_COLUMNS
+    listing = present.table(f"{report.images} images of {report.data}", ["runtime", *shown], numeric=list(shown))
     for name, row in rows:
-        interval = row.top1_interval
-        cells = [
-            name,
-            present.percent(row.top1),
-            "-" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}",
-            present.percent(row.top5),
-            present.percent(row.agreement_with_torch),
-        ]
-        present.add_row(listing, cells)
+        present.add_row(listing, [name, *(cell(row) for cell in shown.values())])
     present.show(listing, json_file)
+    _show_weakest(rows[0], report.classes, json_file)
     for result in report.results:
         if result.paired is not None and (result.paired.torch_only or result.paired.runtime_only):
             pair = result.paired
@@ -72,4 +70,37 @@ def _show(report: EvalReport, json_file: str | None) -> None:
     for reason in report.skipped:
         present.say(f"not measured: {reason}")
     if not report.labelled:
-        present.say("no accuracy without labels; expected a subfolder for each class")
+        layout = "images/validation and annotations/validation"
+        present.say(
+            "no accuracy without labels; expected "
+            + (layout if report.task == "segmentation" else "a subfolder for each class")
+        )
+
+
+def _show_weakest(row: tuple[str, Accuracy], classes: tuple[str, ...], json_file: str | None) -> None:
+    """The classes whose pixels are found worst."""
+    name, accuracy = row
+    known = [(iou, index) for index, iou in enumerate(accuracy.iou or ()) if iou is not None]
+    if known:
+        weakest = sorted(known)[:_WEAKEST]
+        said = ", ".join(f"{classes[index] if classes else index} {iou:.1%}" for iou, index in weakest)
+        present.show(f"weakest classes by intersection over union, {name}: {said}", json_file)
+
+
+def _interval(row: Accuracy) -> str:
+    interval = row.top1_interval
+    return "-" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
+
+
+_WEAKEST = 5
+_CLASS_COLUMNS: dict[str, Callable[[Accuracy], str]] = {
+    "top-1": lambda row: present.percent(row.top1),
+    "95 % interval": _interval,
+    "top-5": lambda row: present.percent(row.top5),
+    "agrees with PyTorch": lambda row: present.percent(row.agreement_with_torch),
+}
+_PIXEL_COLUMNS: dict[str, Callable[[Accuracy], str]] = {
+    "mIoU": lambda row: present.percent(row.miou),
+    "pixel accuracy": lambda row: present.percent(row.pixel_accuracy),
+    "agrees with PyTorch": lambda row: present.percent(row.agreement_with_torch),
+}

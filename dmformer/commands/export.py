@@ -9,8 +9,9 @@ import typer
 
 from dmformer.commands import _engine as engine
 from dmformer.commands import _present as present
-from dmformer.commands._options import parse_pairs
+from dmformer.commands._options import parse_choice, parse_pairs
 from dmformer.errors import StageFailed
+from dmformer.task import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +26,15 @@ def export(
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option("--arch", metavar="NAME", help="dmformer_nano, dmformer_t, dmformer_s or dmformer_l."),
+        typer.Option(
+            "--arch", metavar="NAME", help="dmformer_nano, _t, _s or _l; with _fpn or _upernet after nano or s too."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", metavar="NAME", help="features: the four stage maps, without a head. Otherwise the network's own."
+        ),
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -49,6 +58,9 @@ def export(
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Side of the input in pixels; otherwise the checkpoint's.")
     ] = None,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Leave height and width open (segmentation: multiples of 32).")
+    ] = False,
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Real images to compare on; noise fills up.")
     ] = None,
@@ -100,7 +112,8 @@ def export(
 ) -> None:
     """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT.
 
-    Without --weights and --arch, the trained demonstration checkpoint that ships with the package is exported.
+    Without --weights and --arch, a trained demonstration checkpoint that ships with the package is exported: one of
+    digits or, with --task segmentation, one of scenes made of them.
     """
     from dmformer._optional import require
     from dmformer.bundle.locate import remember
@@ -112,6 +125,7 @@ def export(
     check_destination(output)
     arguments: ExportOptions = {
         "arch": arch,
+        "task": parse_choice(task, TASKS, "--task"),
         "formats": formats or ["onnx"],
         "precisions": precisions or ["fp32"],
         "output": output,
@@ -122,6 +136,7 @@ def export(
         "options": parse_pairs(model_options or [], "--model-option", "gate_input=x_prime"),
         "seed": seed,
         "deploy_form": deploy_form,
+        "open_size": dynamic_size,
         "force": force,
         "engine": EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace),
     }
@@ -160,8 +175,9 @@ def export(
 
 def _say_source(weights: str, arch: str, seed: int | None, notes: Sequence[str], training: Mapping[str, Any]) -> None:
     if weights == "demonstration":
-        accuracy = training.get("held_out_top1")
-        said = f", {accuracy:.1%} on held-out digits" if isinstance(accuracy, float) else ""
+        top1, miou = training.get("held_out_top1"), training.get("held_out_miou")
+        said = f", {top1:.1%} on held-out digits" if isinstance(top1, float) else ""
+        said = f", mIoU {miou:.1%} on held-out scenes" if isinstance(miou, float) else said
         present.say(f"no --weights given: exporting the demonstration checkpoint that ships with dmformer{said}")
     if weights == "random":
         present.say(
@@ -176,7 +192,8 @@ def _show_plan(request: ExportRequest) -> None:
     from dmformer.export.request import planned_artifacts
 
     size = request.checkpoint.preprocessing.image_size
-    present.say(f"{request.checkpoint.arch}, {request.checkpoint.config.num_classes} classes, {size}x{size} pixels")
+    config = request.checkpoint.config
+    present.say(f"{request.checkpoint.arch}, {config.task}, {config.num_classes} classes, {size}x{size} pixels")
     present.say(f"would write to {request.output}:")
     for path in planned_artifacts(request):
         present.show(path)

@@ -37,14 +37,19 @@ def _show(manifest: Manifest, root: str) -> None:
     evidence = manifest.evidence.parity
     measured = [manifest.evidence.accuracy] if manifest.evidence.accuracy is not None else []
     for name, value in (
-        ("model", f"{model.arch}, {model.task}, {manifest.output_count} classes"),
+        (
+            "model",
+            f"{model.arch}, {model.task}" + (f", {manifest.class_count} classes" if manifest.class_count else ""),
+        ),
         ("size", f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e9:.3g} GMACs an image"),
         ("weights", weights),
         ("form", "deploy: everything linear folded" if model.deploy_form else "training: as PyTorch has it"),
         (
             "input",
-            f"{pre.image_size}x{pre.image_size} {pre.channels}, {pre.interpolation}, crop {pre.crop_fraction:g}",
+            f"{pre.image_size}x{pre.image_size} {pre.channels}, {pre.interpolation}, crop {pre.crop_fraction:g}"
+            + ("; height and width are open" if manifest.open_size else ""),
         ),
+        *(("output", f"{output.name}, {_shape(output.shape)}") for output in manifest.outputs),
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
         ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),
         *(("measured", f"{cached.made}: {cached.what}") for cached in manifest.evidence.cached),
@@ -72,6 +77,10 @@ def _show(manifest: Manifest, root: str) -> None:
     for precision, kept in {item.precision: item.kept_in_fp32 for item in manifest.artifacts}.items():
         for block, reason in kept.items():
             present.show(f"{block} stays in fp32 at {precision}: {reason}")
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dmformer.commands import _present as present
 from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dmformer.bundle.predictor import Predictor, PredictReport, SegmentReport, Segments
 
 
 def predict(
@@ -27,34 +34,84 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes shown for each image.")] = 5,
     threads: present.ThreadsOption = None,
+    overlays: Annotated[
+        Path,
+        typer.Option("--output", metavar="DIR", help="For the pictures NAME.overlay.png of a segmentation network."),
+    ] = Path(),
     json_file: present.JsonOption = None,
 ) -> None:
-    """Classify images: the most likely classes and their probabilities."""
+    """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
     from dmformer.bundle.packing import SUFFIX
-    from dmformer.bundle.predictor import Predictor, PredictReport, choose
+    from dmformer.bundle.predictor import Predictor, choose
 
     present.check_json_target(json_file)
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)
     if not images:
         raise UsageError("no image given; expected at least one image file")
-    choice = choose(present.bundle_named(named), runtime, precision)
+    bundle = present.bundle_named(named)
+    task = bundle.manifest.model.task
+    if task == "features":
+        raise UsageError("a bundle of features tells no classes; expected dmformer.load(...).outputs(...) in Python")
+    choice = choose(bundle, runtime, precision)
+    targets = _overlay_paths(images, overlays) if task == "segmentation" else []
+    report: PredictReport | SegmentReport
     with Predictor(choice, threads) as predictor:
-        predictions = predictor.predict(images, top_k)
+        if task == "segmentation":
+            report, listing = _segment(predictor, images, targets, top_k)
+        else:
+            report, listing = _classify(predictor, images, top_k)
     present.say(f"{choice.entry.name} {choice.artifact.precision}")
     if choice.instead is not None:
         present.say(f"note: {choice.instead}")
-    report = PredictReport(
-        runtime=choice.entry.name, precision=choice.artifact.precision, predictions=tuple(predictions)
-    )
     present.write_json(report, json_file)
+    present.show(listing, json_file)
+
+
+def _classify(predictor: Predictor, images: list[Path], top_k: int) -> tuple[PredictReport, Table]:
+    from dmformer.bundle.predictor import PredictReport
+
+    predictions = predictor.predict(images, top_k)
     listing = present.table("", ["image", "class", "probability", ""], numeric=["probability"])
     for prediction in predictions:
         for rank, likely in enumerate(prediction.classes):
-            cells = [
-                prediction.image if rank == 0 else "",
-                likely.name if likely.name is not None else str(likely.index),
-                f"{likely.probability:.2%}",
-                "█" * round(20 * likely.probability),
-            ]
-            present.add_row(listing, cells)
-    present.show(listing, json_file)
+            name = likely.name if likely.name is not None else str(likely.index)
+            present.add_row(listing, _cells(prediction.image if rank == 0 else "", name, likely.probability, 2))
+    ran = predictor.runtime
+    return PredictReport(runtime=ran.name, precision=ran.precision, predictions=tuple(predictions)), listing
+
+
+def _segment(predictor: Predictor, images: list[Path], targets: list[Path], top_k: int) -> tuple[SegmentReport, Table]:
+    from dmformer.bundle.predictor import SegmentedImage, SegmentReport
+
+    predictions = []
+    listing = present.table("", ["image", "class", "pixels", ""], numeric=["pixels"])
+    for found, target in zip(predictor.segment(images), targets, strict=True):
+        _write(found, target)
+        predictions.append(SegmentedImage(image=str(found.path), classes=found.classes, overlay=str(target)))
+        for rank, one in enumerate(found.classes[:top_k]):
+            name = one.name if one.name is not None else str(one.index)
+            present.add_row(listing, _cells(str(found.path) if rank == 0 else "", name, one.share, 1))
+        present.say(f"wrote {target}")
+    ran = predictor.runtime
+    return SegmentReport(runtime=ran.name, precision=ran.precision, predictions=tuple(predictions)), listing
+
+
+def _cells(image: str, name: str, share: float, digits: int) -> list[str]:
+    return [image, name, f"{share:.{digits}%}", "█" * round(20 * share)]
+
+
+def _overlay_paths(images: list[Path], folder: Path) -> list[Path]:
+    """A file for each image, all different, also where images of several folders have one name."""
+    if not folder.is_dir():
+        raise UsageError(f"--output {folder}: no such folder; expected one for the pictures")
+    names: list[str] = []
+    for image in images:
+        stems = (image.stem if number == 1 else f"{image.stem}-{number}" for number in itertools.count(1))
+        names.append(next(stem for stem in stems if stem not in names))
+    return [folder / f"{name}.overlay.png" for name in names]
+
+
+def _write(found: Segments, target: Path) -> None:
+    png = io.BytesIO()
+    found.overlay().save(png, "PNG")
+    present.write_report(target, png.getvalue())

@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dmformer.data.images import list_images, open_image
+from dmformer.data.labelled import ImageSet
 from dmformer.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from numpy.typing import NDArray
+
+    from dmformer.data.preprocessing import Preprocessing
 
 IGNORED = 255  # in the labels that come out; a 0 in the files
 
@@ -56,6 +61,47 @@ def annotated_set(folder: Path, part: Part) -> AnnotatedSet:
         if not annotation.is_file():
             raise UsageError(f"{image}: no annotation; expected one at {annotation}")
     return AnnotatedSet(tuple(images), tuple(annotations), classes)
+
+
+def annotated_images(
+    folder: Path, preprocessing: Preprocessing, classes: Sequence[str], class_count: int, part: Part = "validation"
+) -> ImageSet:
+    """The images of one part of a data set, with their annotations; or loose images without.
+
+    Args:
+        folder: in ADE20K's layout, or with images and nothing else.
+        preprocessing: of the network.
+        classes: the network's names of them; empty where it has none.
+        class_count: how many it has.
+        part: of the data set.
+
+    Raises:
+        UsageError: no such folder, no image, an image without an annotation, or classes that are not the network's.
+    """
+    if not (folder / "images").is_dir():
+        return ImageSet(tuple(list_images(folder)), None, preprocessing)
+    found = annotated_set(folder, part)
+    if len(found.classes) != class_count or (classes and tuple(classes) != found.classes):
+        raise UsageError(
+            f"{folder}: {len(found.classes)} classes, {', '.join(found.classes[:3])}, …; expected the network's "
+            f"{class_count}{', ' + ', '.join(classes[:3]) + ', …' if classes else ''}"
+        )
+    return ImageSet(found.images, None, preprocessing, found.annotations)
+
+
+def label_maps(images: ImageSet, classes: int) -> Iterator[NDArray[np.uint8]]:
+    """The labels of each image's pixels as the network sees them, (size, size): 0 to ``classes - 1``, or ``IGNORED``.
+
+    Raises:
+        UsageError: an annotation cannot be read, or is not of its image's size; the message names it.
+    """
+    for image, path in zip(images.paths, images.annotations, strict=True):
+        labels = load_labels(path, classes)
+        size = images.preprocessing.upright(open_image(image)).size
+        if labels.shape != size[::-1]:
+            height, width = labels.shape
+            raise UsageError(f"{path}: annotation of {width}x{height} pixels for an image of {size[0]}x{size[1]}")
+        yield images.preprocessing.label_pixels(labels)
 
 
 def load_labels(path: Path, classes: int) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ import numpy as np
 from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -93,14 +93,24 @@ def load_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> NDArray[
     Raises:
         UsageError: one of them cannot be used; the message names it.
     """
-    rows = []
-    for path in paths:
-        try:
-            rows.append(preprocessing.pixels(open_image(path)))
-        except UsageError as error:
-            message = str(error) if str(path) in str(error) else f"{path}: {error}"
-            raise UsageError(message) from error
-    return np.stack(rows)
+    return np.stack([_made(path, preprocessing.pixels) for path in paths])
+
+
+def load_whole(path: Path, preprocessing: Preprocessing, multiple: int) -> NDArray[np.uint8]:
+    """Decode and resize an image file, nothing cropped: uint8 (1, H, W, C), H and W multiples of ``multiple``.
+
+    Raises:
+        UsageError: it cannot be used; the message names it.
+    """
+    return _made(path, lambda image: preprocessing.whole_pixels(image, multiple))[None]
+
+
+def _made(path: Path, make: Callable[[Image], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    try:
+        return make(open_image(path))
+    except UsageError as error:
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise UsageError(message) from error
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:

@@ -19,22 +19,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Image files, how the network sees them, and the index of each one's class where the folder tells it."""
+    """Image files, how the network sees them, and what is known of them.
+
+    Attributes:
+        paths: of the images.
+        labels: the index of each one's class, where the folder tells it.
+        preprocessing: of the network.
+        annotations: a file with a class for every pixel for each image (:mod:`dmformer.data.annotated`); or none.
+    """
 
     paths: tuple[Path, ...]
     labels: NDArray[np.int64] | None
     preprocessing: Preprocessing
+    annotations: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the right answers are known."""
+        return self.labels is not None or bool(self.annotations)
 
     def spread(self, count: int) -> ImageSet:
         """At most ``count`` of the images, evenly spread, so that sorted class folders are all represented."""
         if len(self) <= count:
             return self
         chosen = np.arange(count) * len(self) // count
-        labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, paths=tuple(self.paths[i] for i in chosen), labels=labels)
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in chosen),
+            labels=None if self.labels is None else self.labels[chosen],
+            annotations=tuple(self.annotations[i] for i in chosen) if self.annotations else (),
+        )
 
     def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
         """Preprocessed images in order, (size or fewer, C, H, W), decoded as they are asked for.

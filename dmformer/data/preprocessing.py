@@ -99,20 +99,49 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
         return np.asarray(self._fit(fromarray(labels), Resampling.NEAREST))
 
+    def whole_pixels(self, image: Image, multiple: int) -> NDArray[np.uint8]:
+        """All of an image, nothing cropped, for a network of open size: a Pillow image -> uint8 (H, W, C).
+
+        The shorter side becomes ``image_size``, the longer one the nearest multiple of ``multiple``, so that the image
+        may be stretched a little.
+
+        Raises:
+            UsageError: as :meth:`pixels`.
+        """
+        from PIL.Image import Resampling
+
+        upright = _not_empty(self.upright(image))
+        scale = self.image_size / min(upright.size)
+        width, height = (max(self.image_size, multiple * round(side * scale / multiple)) for side in upright.size)
+        self._check_shape(upright, width, height)
+        resized = upright.resize((width, height), Resampling[self.interpolation.upper()])
+        return np.asarray(resized, dtype=np.uint8).reshape(height, width, -1)
+
+    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of an image that :meth:`pixels` keeps: left, top, right, bottom in pixels of the image."""
+        resized_width, resized_height = self._resized(width, height)
+        left, top = (resized_width - self.image_size) // 2, (resized_height - self.image_size) // 2
+        across, down = width / resized_width, height / resized_height
+        return left * across, top * down, (left + self.image_size) * across, (top + self.image_size) * down
+
     def _fit(self, image: Image, resampling: Resampling) -> Image:
         """Resize the shorter side, crop the centre."""
-        width, height = image.size
-        if min(width, height) == 0:
-            raise UsageError(f"image of {width}x{height} pixels; expected at least one")
-        if self.crop_fraction * 64 < 1:
-            raise UsageError(f"preprocessing: crop_fraction is {self.crop_fraction}; expected at least 1/64")
-        scale = round(self.image_size / self.crop_fraction) / min(width, height)
-        resized_size = (max(self.image_size, round(width * scale)), max(self.image_size, round(height * scale)))
-        if max(resized_size) > 64 * self.image_size:
-            raise UsageError(f"image of {width}x{height} pixels; expected sides no more than 1:64")
+        resized_size = self._resized(*_not_empty(image).size)
+        self._check_shape(image, *resized_size)
         resized = image.resize(resized_size, resampling)
         left, top = (resized_size[0] - self.image_size) // 2, (resized_size[1] - self.image_size) // 2
         return resized.crop((left, top, left + self.image_size, top + self.image_size))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Before the crop."""
+        if self.crop_fraction * 64 < 1:
+            raise UsageError(f"preprocessing: crop_fraction is {self.crop_fraction}; expected at least 1/64")
+        scale = round(self.image_size / self.crop_fraction) / min(width, height)
+        return max(self.image_size, round(width * scale)), max(self.image_size, round(height * scale))
+
+    def _check_shape(self, image: Image, *resized: int) -> None:
+        if max(resized) > 64 * self.image_size:
+            raise UsageError(f"image of {image.width}x{image.height} pixels; expected sides no more than 1:64")
 
     def upright(self, image: Image) -> Image:
         """Orient by EXIF and convert to the channels that the network takes.
@@ -144,3 +173,9 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))  # (N, H, W, C) -> (N, C, H, W)
+
+
+def _not_empty(image: Image) -> Image:
+    if min(image.size) == 0:
+        raise UsageError(f"image of {image.width}x{image.height} pixels; expected at least one")
+    return image

@@ -14,16 +14,20 @@ from dmformer.export.precision import PRECISIONS, check_calibrated
 from dmformer.export.request import ExportRequest, ExportResult
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
+from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from typing_extensions import TypedDict, Unpack
 
+    from dmformer.task import Task
+
     class ExportOptions(TypedDict, total=False):
         """The keyword arguments of :func:`export` and :func:`make_request`, which has the defaults."""
 
         arch: str | None
+        task: Task | None
         formats: Sequence[str]
         precisions: Sequence[str]
         output: str | Path
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
         options: Mapping[str, Any] | None
         seed: int
         deploy_form: bool
+        open_size: bool
         force: bool
         engine: EngineOptions | None
 
@@ -77,6 +82,7 @@ def make_request(
     weights: str | Path | None = None,
     *,
     arch: str | None = None,
+    task: Task | None = None,
     formats: Sequence[str] = ("onnx",),
     precisions: Sequence[str] = ("fp32",),
     output: str | Path = DEFAULT_BUNDLE,
@@ -87,14 +93,16 @@ def make_request(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     deploy_form: bool = True,
+    open_size: bool = False,
     force: bool = False,
     engine: EngineOptions | None = None,
 ) -> ExportRequest:
     """Everything an export needs, read and checked; nothing is run.
 
     Args:
-        weights: a checkpoint file; without it and without ``arch``, the demonstration checkpoint.
+        weights: a checkpoint file; without it and without ``arch``, the task's demonstration checkpoint.
         arch: a variant's name; without ``weights``, its seeded random weights are exported and marked so.
+        task: ``features`` leaves the head out and exports the four stage maps; otherwise the network's own.
         formats: names or aliases of formats, or ``all``.
         precisions: of ``fp32``, ``fp16`` and ``int8``; or ``auto``: for each format the fastest on this machine within
             the accuracy budget.
@@ -102,13 +110,14 @@ def make_request(
         image_size: side of the input in pixels; otherwise the checkpoint's.
         images: folder of real images to compare on; noise fills up.
         calibration: folder of images like those that the device will see, in subfolders named after their classes
-            where accuracy is to be measured by labels. Of more than 512, as many are taken evenly; ranges are measured
-            on 128 of those.
+            (for segmentation: in ADE20K's folders, the training part) where accuracy is to be measured by labels. Of
+            more than 512, as many are taken evenly; ranges are measured on 128 of those.
         max_accuracy_drop: accuracy that a reduced precision may lose against PyTorch on the calibration images, in
-            percentage points: of top-1 with labels, of agreement without.
+            percentage points: of top-1 or mean intersection over union with labels, of agreement without.
         options: fields of the model's configuration that override what the checkpoint says.
         seed: of random weights.
         deploy_form: fold everything linear before tracing; the outputs stay the same.
+        open_size: leave height and width of the input open; for segmentation to multiples of 32.
         force: write the bundle although a check failed.
         engine: how formats that are compiled are compiled.
 
@@ -122,12 +131,14 @@ def make_request(
     source = find_source(
         Path(weights) if weights is not None else None,
         arch,
+        task,
         options or {},
         image_size,
         Path(images) if images is not None else None,
         Path(calibration) if calibration is not None else None,
         seed,
     )
+    _check_task(source.checkpoint.config.task, source.checkpoint.preprocessing.image_size, precisions, calibration)
     chosen = _precisions(precisions, calibrated=source.calibration is not None)
     if calibration is not None and chosen == ("fp32",):
         raise UsageError(
@@ -139,7 +150,7 @@ def make_request(
     rows = [registry.entry_of_format(name) for name in formats if name.lower() != "all"]
     if engine != EngineOptions() and len(rows) == len(formats) and not any(row.buildable for row in rows):
         raise UsageError("options of an engine, and no format that is compiled; expected --format trt as well")
-    chosen_formats, not_made = _formats(formats, chosen, engine)
+    chosen_formats, not_made = _formats(formats, chosen, engine, open_size=open_size)
     request = ExportRequest(
         checkpoint=source.checkpoint,
         weights=source.weights,
@@ -152,12 +163,23 @@ def make_request(
         seed=source.seed,
         images=source.images,
         deploy_form=deploy_form,
+        open_size=open_size,
         force=force,
         engine=engine,
         not_made=not_made,
     )
     request.pairs()
     return request
+
+
+def _check_task(task: Task, image_size: int, precisions: Sequence[str], calibration: object) -> None:
+    if task == "segmentation" and image_size % STRIDES[-1]:
+        raise UsageError(f"--image-size {image_size} for segmentation; expected a multiple of {STRIDES[-1]}")
+    if task == "features" and (calibration is not None or {"int8", AUTO} & {name.lower() for name in precisions}):
+        raise UsageError(
+            "features have no accuracy, to which int8, auto and --calibration would have to keep; expected fp32 or "
+            "fp16, or the network with its head"
+        )
 
 
 def _precisions(names: Sequence[str], *, calibrated: bool) -> tuple[str, ...]:
@@ -181,7 +203,7 @@ def _is_auto(names: Sequence[str]) -> bool:
 
 
 def _formats(
-    names: Sequence[str], precisions: Sequence[str], engine: EngineOptions
+    names: Sequence[str], precisions: Sequence[str], engine: EngineOptions, *, open_size: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Canonical names, each once, in the order given; ``all`` stands for those that can be made, and says of the rest.
 
@@ -191,10 +213,16 @@ def _formats(
     left_out: list[str] = []
     for name in names:
         if name.lower() != "all":
-            found.append(registry.entry_of_format(name).format)
+            row = registry.entry_of_format(name)
+            if row.buildable and open_size:
+                raise UsageError(f"format {row.format} with open height and width; expected a fixed --image-size")
+            found.append(row.format)
             continue
         for row in registry.ENTRIES:
             if not set(registry.adapter(row).precisions) & set(precisions):
+                continue
+            if row.buildable and open_size:
+                left_out.append(f"{row.format}: its engines have a fixed height and width here")
                 continue
             try:
                 check_convertible(row, engine)

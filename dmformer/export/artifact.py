@@ -90,7 +90,7 @@ def proven(
         golden: what to ask.
         known: what the runtime answered with a file of the same content.
     """
-    answers = known or ask(runtime_of(row, artifact, root), golden.inputs)
+    answers = known or ask(runtime_of(row, artifact, root), golden.inputs, golden.thinned, elsewhere=golden.other)
     excuse = registry.adapter(row).cannot_compute(artifact.precision)
     checks = check_artifact(answers, golden, artifact.promised_share, excuse)
     return msgspec.structs.replace(artifact, layers=answers.layers), checks

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from dmformer import __version__
 from dmformer.bundle.manifest import SCHEMA_VERSION, Manifest, Model, Tensor
-from dmformer.models.dmformer import INPUT_NAME, OUTPUT_NAME
+from dmformer.export.torch_onnx import tensor_axes
 from dmformer.models.flops import count_macs
+from dmformer.task import INPUT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,7 @@ def describe_export(
     weights: Literal["checkpoint", "demonstration", "random"],
     seed: int | None,
     deploy_form: bool,
+    open_size: bool,
     simplification: Simplification,
     artifacts: Sequence[Artifact],
     files: Sequence[FileEntry],
@@ -32,14 +34,24 @@ def describe_export(
 ) -> Manifest:
     """What is in the bundle, where its weights came from, and what was found on the way."""
     size = checkpoint.preprocessing.image_size
-    shape = ("batch", checkpoint.config.in_channels, size, size)
+    axes = tensor_axes(checkpoint, open_size=open_size)
+    shapes: dict[str, tuple[int, ...]] = {INPUT_NAME: (checkpoint.config.in_channels, size, size)}
+    shapes |= dict(zip(checkpoint.config.output_names, checkpoint.config.output_shapes(size, size), strict=True))
+    given, *outputs = (
+        Tensor(
+            name=name,
+            dtype="float32",
+            shape=tuple(axes[name].get(axis, side) for axis, side in enumerate((0, *shape))),
+        )
+        for name, shape in shapes.items()
+    )
     return Manifest(
         schema_version=SCHEMA_VERSION,
         tool_version=__version__,
         model=Model(
             arch=checkpoint.arch,
             config=checkpoint.config.to_dict(),
-            task="classification",
+            task=checkpoint.config.task,
             classes=checkpoint.classes,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             macs=count_macs(model, size),
@@ -51,8 +63,8 @@ def describe_export(
             training=dict(checkpoint.training),
         ),
         preprocessing=checkpoint.preprocessing,
-        inputs=(Tensor(name=INPUT_NAME, dtype="float32", shape=shape),),
-        outputs=(Tensor(name=OUTPUT_NAME, dtype="float32", shape=("batch", checkpoint.config.num_classes)),),
+        inputs=(given,),
+        outputs=tuple(outputs),
         simplification=simplification,
         artifacts=tuple(artifacts),
         files=tuple(files),

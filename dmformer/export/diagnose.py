@@ -24,12 +24,11 @@ from dmformer.export.literal import literal_answers
 from dmformer.export.precision import compute_layers
 from dmformer.export.simplify import Simplifier
 from dmformer.export.torch_onnx import trace
-from dmformer.models.deploy import deploy
 from dmformer.runtimes import registry
 from dmformer.verify.answers import ask
 from dmformer.verify.bisect import Parting, cuts, find_parting, graph_nodes, parting_at_once, tensor_limits
 from dmformer.verify.case import Case, run_case, save_case, staged_case
-from dmformer.verify.checkpoint import reference_checkpoint
+from dmformer.verify.checkpoint import form_in, reference_checkpoint
 from dmformer.verify.compare import TENSOR_FACTORS, float32_limit, largest_difference
 from dmformer.verify.findings import Finding
 from dmformer.verify.interpret import interpret
@@ -131,11 +130,9 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
     if weights is not None or bundle.artifacts("torch"):
         given = reference_checkpoint(bundle, weights)
         checkpoint = replace(given, preprocessing=bundle.manifest.preprocessing)
-        model = checkpoint.model()
-        size = checkpoint.preprocessing.image_size
         path = scratch / "trusted.onnx"
         folded = bundle.manifest.model.deploy_form
-        trace(checkpoint, deploy(model, size) if folded else model, path)
+        trace(checkpoint, form_in(bundle, checkpoint.model()), path, open_size=bundle.manifest.open_size)
         if not folded and bundle.manifest.simplification.kept:
             # It fuses what the deploy form has folded already; tensors keep their names and not their meaning.
             with Simplifier() as simplifier:
@@ -150,7 +147,7 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
             )
         path = bundle.load_path(files[0])
     trusted = Trusted(onnx_file.read(path), golden)
-    exact = interpret(trusted.model, {trusted.input: golden.inputs}, double=True)
+    exact = golden.thinned(interpret(trusted.model, {trusted.input: golden.inputs}, double=True))
     for name, limit in float32_limit(golden.outputs, golden.outputs_float64).items():
         if not largest_difference(exact[name], golden.outputs_float64[name]) <= limit.max_abs:
             raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made from")
@@ -159,7 +156,7 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
 
 def _answers_right(path: Path, golden: Golden) -> bool:
     adapter = registry.available_adapter(registry.entry("onnxruntime"))
-    answers = ask(adapter(path), golden.inputs, layers=False, consistency=False)
+    answers = ask(adapter(path), golden.inputs, golden.thinned, layers=False, consistency=False)
     return all(check.passed for check in check_answers("onnx", answers, references(golden, "fp32")[:1]))
 
 
@@ -188,7 +185,8 @@ class _Search:
         inputs = self.trusted.golden.inputs
         if self.batch > 1:
             return inputs
-        return self.trusted.golden.worst_row(self._show(self.trusted.outputs, inputs))
+        golden = self.trusted.golden
+        return golden.worst_row(golden.thinned(self._show(self.trusted.outputs, inputs)))
 
     def _limits(self) -> dict[str, float]:
         model, inputs = self.trusted.model, {self.trusted.input: self.rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,8 +25,8 @@ from dmformer.runtimes.torch import ModuleRuntime
 from dmformer.verify.answers import BATCH_SIZES, Answers, ask
 from dmformer.verify.compare import Reference
 from dmformer.verify.modules import ModuleTruth
-from dmformer.verify.parity import Check, check_answers, references
-from dmformer.verify.reference import golden_pixels, make_golden
+from dmformer.verify.parity import Check, check_answers, check_other_size, references
+from dmformer.verify.reference import at_another_size, golden_pixels, make_golden
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +57,7 @@ class GraphSource:
         checkpoint: with its preprocessing.
         model: its network, which is left as it is.
         deploy_form: fold the network before it is traced.
+        open_size: leave height and width open.
         images: some of them become golden images.
         scratch: an existing folder for files that do not outlive the export.
         stage: told about each step.
@@ -64,6 +66,7 @@ class GraphSource:
     checkpoint: Checkpoint
     model: DMFormerBackbone
     deploy_form: bool
+    open_size: bool
     images: Sequence[Path]
     scratch: Path
     stage: Stage
@@ -72,7 +75,7 @@ class GraphSource:
         """What is traced; a trace writes into its modules, so it never gets the network itself."""
         if not self.deploy_form:
             return self.checkpoint.model()
-        return deploy(self.model, self.checkpoint.preprocessing.image_size)
+        return deploy(self.model, None if self.open_size else self.checkpoint.preprocessing.image_size)
 
 
 def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
@@ -88,7 +91,7 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
     with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
         with source.stage("PyTorch reference, trace to ONNX"):
             referring = pool.submit(_reference, source)
-            trace(source.checkpoint, source.form(), traced)
+            trace(source.checkpoint, source.form(), traced, open_size=source.open_size)
             golden = referring.result()
         (pytorch,) = references(golden, "fp32")
         simplifying = pool.submit(simplifier.simplify, traced, simplified)
@@ -97,6 +100,7 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
             checks, before = _check_forms(source, form, golden, pytorch)
             answers = _ask_onnxruntime(traced, golden, whole=False)
             checks += check_answers("traced", answers, [pytorch, *before])
+            checks += check_other_size("traced", answers, golden)
         with source.stage("simplify and verify"):
             simplifying.result()
             kept = _Graph(traced, answers, checks)
@@ -115,6 +119,9 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
     largest = kept.answers.largest
     if not isinstance(largest, DMFormerError):
         golden = replace(golden, files={"fp32": largest})
+    elsewhere = kept.answers.elsewhere
+    if golden.other is not None and elsewhere is not None and not isinstance(elsewhere, DMFormerError):
+        golden = replace(golden, other=replace(golden.other, files={"fp32": elsewhere}))
     return VerifiedGraph(kept.file, golden, kept.checks, simplification), kept.answers
 
 
@@ -126,7 +133,8 @@ class _Graph(NamedTuple):
 
 def _reference(source: GraphSource) -> Golden:
     preprocessing = source.checkpoint.preprocessing
-    return make_golden(source.model, preprocessing, golden_pixels(preprocessing, source.images))
+    golden = make_golden(source.model, preprocessing, golden_pixels(preprocessing, source.images))
+    return replace(golden, other=at_another_size(source.model, preprocessing)) if source.open_size else golden
 
 
 def _check_forms(
@@ -141,12 +149,14 @@ def _check_forms(
     for name, model in forms.items():
         runtime = ModuleRuntime(model, source.checkpoint)
         # PyTorch is slow: all images are asked at the largest batch alone.
-        few = ask(runtime, golden.first_and_last, sizes=BATCH_SIZES[:-1], layers=False, consistency=False)
-        whole = ask(runtime, golden.inputs, sizes=BATCH_SIZES[-1:], layers=False, consistency=False)
+        ask_it = functools.partial(ask, runtime, keep=golden.thinned, layers=False, consistency=False)
+        few = ask_it(golden.first_and_last, sizes=BATCH_SIZES[:-1])
+        whole = ask_it(golden.inputs, sizes=BATCH_SIZES[-1:], elsewhere=golden.other)
         for reference in (pytorch, *before):
             ends = {output: array[[0, -1]] for output, array in reference.outputs.items()}
             checks += check_answers(name, few, [replace(reference, outputs=ends)])
             checks += check_answers(name, whole, [reference])
+        checks += check_other_size(name, whole, golden)
         before = _as_reference(name, whole, pytorch)
     return checks, before
 
@@ -160,6 +170,7 @@ def _choose(
     onnx_file.write(model, simplified, onnx_metadata(source.checkpoint) | _version("onnxsim"))
     answers = _ask_onnxruntime(simplified, golden, whole=True)
     checks = check_answers("simplified", answers, [pytorch, *_as_reference("traced", traced.answers, pytorch)])
+    checks += check_other_size("simplified", answers, golden)
     after = len(model.graph.node)
     if wrong := [check.reason for check in checks if not check.passed]:
         reason = f"the simplified graph is not equal to the traced one: {wrong[0]}"
@@ -171,7 +182,7 @@ def _choose(
 
 def _ask_onnxruntime(file: Path, golden: Golden, *, whole: bool) -> Answers:
     adapter = registry.available_adapter(registry.entry("onnxruntime"))
-    return ask(adapter(file), golden.inputs, layers=whole, consistency=whole)
+    return ask(adapter(file), golden.inputs, golden.thinned, layers=whole, consistency=whole, elsewhere=golden.other)
 
 
 def _as_reference(name: str, answers: Answers, pytorch: Reference) -> list[Reference]:

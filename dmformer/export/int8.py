@@ -16,25 +16,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer._optional import require
+from dmformer.bundle.golden import thinned
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
 from dmformer.export.precision import RANGE_IMAGES, Made, check_calibrated, metadata_at, typed_share
-from dmformer.models.dmformer import INPUT_NAME
 from dmformer.runtimes.onnxruntime import OnnxRuntime
-from dmformer.verify.accuracy import logits_of, parts, points_lost, score
+from dmformer.task import INPUT_NAME, OUTPUT_NAME, STRIDES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
     from onnx import ModelProto, NodeProto
 
-    from dmformer.data.labelled import ImageSet
     from dmformer.export.precision import Calibration, PrecisionSource
 
 _SENSITIVITY_IMAGES = 16
-_BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)")
+_BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)|decoder\.\w+(?:\.\d+)?")
 
 
 def to_int8(source: PrecisionSource) -> Made:
@@ -138,7 +137,7 @@ class _Quantizer:
         """For each block, the error of the outputs where it alone is quantised, over their spread between images."""
         images = self.calibration.images.spread(_SENSITIVITY_IMAGES)
         with self.source.stage("int8 sensitivity of each block", len(self.blocks) + 1) as advance:
-            exact = logits_of(OnnxRuntime(self.source.onnx), images, lambda: None)
+            exact = self.calibration.measure.answers(OnnxRuntime(self.source.onnx), images, lambda: None, _coarse)
             spread = float((exact - exact.mean(0)).std())
             if not spread:
                 raise CheckFailed("precision int8: the network answers all calibration images alike; expected others")
@@ -146,21 +145,18 @@ class _Quantizer:
             advance()
             found = {}
             for block, names in self.blocks.items():
-                logits = self._logits(self.quantize(names, "one"), images, lambda: None)
+                runtime = OnnxRuntime(self.quantize(names, "one"), precision="int8")
+                logits = self.calibration.measure.answers(runtime, images, lambda: None, _coarse)
                 found[block] = float(np.sqrt(np.mean((logits - exact) ** 2))) / spread
                 advance()
         return found
 
     def points_lost(self, path: Path, said: str) -> float:
         """Of accuracy on the calibration images."""
-        images, labels = self.calibration.images, self.calibration.images.labels
-        with self.source.stage(said, parts(images)) as advance:
-            logits = self._logits(path, images, advance)
-        accuracy = score(logits, labels, self.calibration.logits)
-        return points_lost(accuracy, self.calibration.accuracy, logits.shape[1])
-
-    def _logits(self, path: Path, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
-        return logits_of(OnnxRuntime(path, precision="int8"), images, advance)
+        images, measure = self.calibration.images, self.calibration.measure
+        with self.source.stage(said, measure.parts(images)) as advance:
+            kept = measure.answers(OnnxRuntime(path, precision="int8"), images, advance)
+        return self.calibration.points_lost(kept)[1]
 
 
 def quantizable(model: ModelProto) -> dict[str, list[str]]:
@@ -177,6 +173,11 @@ def quantizable(model: ModelProto) -> dict[str, list[str]]:
         if before is None or before.op_type != "Concat":
             found.setdefault(block.group(), []).append(node.name)
     return found
+
+
+def _coarse(outputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """Logits; those of pixels before they were enlarged, which has all that they know."""
+    return thinned(outputs, {OUTPUT_NAME: STRIDES[0]})[OUTPUT_NAME]
 
 
 def _groups(node: NodeProto) -> int:

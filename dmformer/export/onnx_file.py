@@ -30,9 +30,11 @@ def metadata(model: ModelProto) -> dict[str, str]:
 def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
     """Check the model against the ONNX specification and write it with this metadata, and no other.
 
-    Exporters and simplifiers leave stack traces, file paths and logs in documentation strings and metadata.
+    Exporters and simplifiers leave stack traces, file paths and logs in documentation strings and metadata. Constants
+    become initializers, as weights are, so that every reader finds them in one place.
     """
     onnx = require("onnx", extra="export", purpose="export to ONNX")
+    _constants_to_initializers(model)
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
@@ -42,6 +44,15 @@ def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
     onnx.helper.set_model_props(model, dict(sorted(says.items())))
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _constants_to_initializers(model: ModelProto) -> None:
+    constants = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
+    for node in constants:
+        tensor = node.attribute[0].t
+        tensor.name = node.output[0]
+        model.graph.initializer.append(tensor)
+        model.graph.node.remove(node)
 
 
 def element_types(model: ModelProto) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import filecmp
 import functools
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -39,18 +39,19 @@ from dmformer.export.speed import Timed, compare_precisions, fastest
 from dmformer.machine import gpu_state
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.accuracy import logits_of, parts, points_lost, score
 from dmformer.verify.answers import Answers, ask
+from dmformer.verify.measures import measure_of
 from dmformer.verify.parity import (
     Check,
     check_accuracy,
     check_answers,
     check_consistency,
+    check_other_size,
     failure,
     references,
     report,
 )
-from dmformer.verify.reference import torch_logits
+from dmformer.verify.reference import torch_answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,14 +123,20 @@ class _Export:
 
     @functools.cached_property
     def network(self) -> list[object]:
-        """What every stage depends on: the checkpoint by its content, and the form that is traced."""
-        return [self.cache.digest(self.checkpoint), self.request.deploy_form]
+        """What every stage depends on: the checkpoint by its content, and the form and size that are traced."""
+        return [self.cache.digest(self.checkpoint), self.request.deploy_form, self.request.open_size]
 
     def run(self) -> ExportResult:
         model = self.checkpoint.model()
         calibration = self._calibrate(model)
         source = GraphSource(
-            self.checkpoint, model, self.request.deploy_form, self.request.images, self.scratch, self.stage
+            self.checkpoint,
+            model,
+            self.request.deploy_form,
+            self.request.open_size,
+            self.request.images,
+            self.scratch,
+            self.stage,
         )
         graph = self._trace(source)
         self.checks.extend(graph.checks)
@@ -203,14 +210,15 @@ class _Export:
             self.left_out.append("accuracy: not measured without calibration images; give --calibration DIR")
             return None
         images = self.request.calibration.spread(_MOST_CALIBRATION)
+        measure = measure_of(self.checkpoint.config.task, self.checkpoint.config.num_classes)
         what = "PyTorch on the calibration images"
 
-        def make() -> NDArray[np.float32]:
-            with self.stage(what, parts(images)) as advance:
-                return torch_logits(model, images, advance)
+        def make() -> NDArray[Any]:
+            with self.stage(what, measure.parts(images)) as advance:
+                return torch_answers(model, images, measure, advance)
 
-        logits = self._once(what, (self.network, images), np.ndarray, make, self.scratch)
-        return Calibration(images, logits, score(logits, images.labels, logits))
+        kept = self._once(what, (self.network, images), np.ndarray, make, self.scratch)
+        return Calibration(images, measure, kept, measure.score(kept, images, kept))
 
     def _reduce(
         self,
@@ -336,17 +344,21 @@ class _Export:
         """The ONNX file in onnxruntime, in place of an engine that is built for other machines."""
         adapter = registry.available_adapter(registry.entry("onnxruntime"))
         with self.stage(f"verify the ONNX at {precision} in onnxruntime"):
-            answers = ask(adapter(made.onnx, precision=precision), golden.inputs)
+            runtime = adapter(made.onnx, precision=precision)
+            answers = ask(runtime, golden.inputs, golden.thinned, elsewhere=golden.other)
             compared_with = references(golden, precision)
-            return [*check_answers("onnx", answers, compared_with), *check_consistency(answers, compared_with)]
+            return [
+                *check_answers("onnx", answers, compared_with),
+                *check_consistency(answers, compared_with),
+                *check_other_size("onnx", answers, golden),
+            ]
 
     def _measure(self, row: registry.Entry, artifact: Artifact, calibration: Calibration) -> tuple[Artifact, Check]:
         """Accuracy on the calibration images, against the budget."""
-        images = calibration.images
-        with self.stage(f"accuracy of {artifact.precision} in {row.name}", parts(images)) as advance:
-            logits = logits_of(runtime_of(row, artifact, self.folder), images, advance)
-        accuracy = score(logits, images.labels, calibration.logits)
-        lost = points_lost(accuracy, calibration.accuracy, logits.shape[1])
+        images, measure = calibration.images, calibration.measure
+        with self.stage(f"accuracy of {artifact.precision} in {row.name}", measure.parts(images)) as advance:
+            kept = measure.answers(runtime_of(row, artifact, self.folder), images, advance)
+        accuracy, lost = calibration.points_lost(kept)
         check = check_accuracy(row.name, artifact.precision, accuracy, lost, self.request.max_points_lost)
         return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
@@ -380,6 +392,7 @@ class _Export:
             weights=self.request.weights,
             seed=self.request.seed,
             deploy_form=self.request.deploy_form,
+            open_size=self.request.open_size,
             simplification=simplification,
             artifacts=artifacts,
             files=[file_entry(self.folder, self.folder / name) for name in (GOLDEN, PARITY_REPORT)],
@@ -400,7 +413,7 @@ class _Export:
             return None
         return AccuracyEvidence(
             images=len(calibration.images),
-            labelled=calibration.images.labels is not None,
+            labelled=calibration.images.labelled,
             max_points_lost=self.request.max_points_lost,
             torch=calibration.accuracy,
         )

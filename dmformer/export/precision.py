@@ -20,12 +20,12 @@ from dmformer.data.labelled import ImageSet
 from dmformer.errors import UsageError
 from dmformer.export import onnx_file
 from dmformer.progress import Stage
+from dmformer.verify.measures import Measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from onnx import ModelProto
-
 
 # What makes a reduced precision, as ``module:function``.
 _MAKERS = {
@@ -45,13 +45,20 @@ class Calibration:
 
     Attributes:
         images: labelled or not.
-        logits: PyTorch's outputs, (N, classes).
+        measure: what answers to them are scored by.
+        kept: what it keeps of PyTorch's outputs.
         accuracy: PyTorch's accuracy, where there are labels.
     """
 
     images: ImageSet
-    logits: NDArray[np.float32]
+    measure: Measure
+    kept: NDArray[Any]
     accuracy: Accuracy
+
+    def points_lost(self, kept: NDArray[Any]) -> tuple[Accuracy, float]:
+        """The accuracy of what was kept of other answers, and the percentage points that it is below PyTorch's."""
+        accuracy = self.measure.score(kept, self.images, self.kept)
+        return accuracy, self.measure.points_lost(accuracy, self.accuracy)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from dmformer.export.precision import RANGE_IMAGES, Made, compute_layers, module
 from dmformer.verify.answers import Answers
 from dmformer.verify.bisect import first_beyond, graph_nodes, largest_share, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference
-from dmformer.verify.emulate import emulate, input_peaks
+from dmformer.verify.emulate import input_peaks, round_layers_
 from dmformer.verify.interpret import interpret
 from dmformer.verify.parity import Check, as_check, check_answers, references
+from dmformer.verify.reference import torch_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,9 +65,7 @@ def prove(
         if precision != "fp16" or (broken is None and all(check.passed for check in checks)):
             break
         model = onnx_file.read(source.onnx)
-        island = find_island(
-            model, golden.worst_row(literal_answers(made.onnx, golden.inputs)), made.kept_in_fp32, source.scratch
-        )
+        island = find_island(model, golden.worst_row(_literal(made.onnx, golden)), made.kept_in_fp32, source.scratch)
         if not island.nodes:
             break
         reason = "beyond the error of float16 there"
@@ -92,7 +91,6 @@ def reduced_golden(
     Raises:
         StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
     """
-    ((name, _),) = golden.outputs.items()
     model = onnx_file.read(made.onnx)
     layers = modules_at(model, precision)
     peaks: dict[str, float] = {}
@@ -100,22 +98,37 @@ def reduced_golden(
         assert source.calibration is not None
         peaks = input_peaks(form, layers, source.calibration.images.spread(RANGE_IMAGES).batches(1))
     tensors = check_tensors(precision, made, source.onnx, golden.first_and_last, peaks)
-    literal = literal_answers(made.onnx, golden.inputs)
     modules = dict(form.named_modules())
     exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
-    emulated = emulate(form, precision, layers, golden.inputs, peaks, exact)
-    completed = replace(
+    round_layers_(form, precision, layers, peaks, exact)
+    completed = _completed(golden, precision, made, form)
+    if golden.other is not None:
+        completed = replace(completed, other=_completed(golden.other, precision, made, form))
+    checks = []
+    for part in completed.sizes:
+        try:
+            pytorch = references(part, precision)[0]
+        except StageFailed as error:
+            raise StageFailed(f"{error}; it begins at {tensors.reason}" if tensors.reason else str(error)) from error
+        before = Reference("onnx fp32", part.files["fp32"], pytorch.limits)
+        answers = Answers("onnxruntime", precision, {len(part.inputs): dict(part.files[precision])})
+        stage = "reduced" if part is completed else f"reduced at {part.size}"
+        checks += check_answers(stage, answers, [pytorch, before])
+    return completed, [*checks, tensors]
+
+
+def _completed(golden: Golden, precision: str, made: Made, rounded: nn.Module) -> Golden:
+    """With what the file at a precision answers, and what the network answers whose layers were rounded."""
+    emulated = golden.thinned(torch_outputs(rounded, golden.inputs))
+    return replace(
         golden,
-        files=golden.files | {precision: literal},
-        emulated=golden.emulated | {precision: {name: emulated}},
+        files=golden.files | {precision: _literal(made.onnx, golden)},
+        emulated=golden.emulated | {precision: emulated},
     )
-    try:
-        pytorch = references(completed, precision)[0]
-    except StageFailed as error:
-        raise StageFailed(f"{error}; it begins at {tensors.reason}" if tensors.reason else str(error)) from error
-    before = Reference("onnx fp32", golden.files["fp32"], pytorch.limits)
-    answers = Answers("onnxruntime", precision, {len(golden.inputs): literal})
-    return completed, [*check_answers("reduced", answers, [pytorch, before]), tensors]
+
+
+def _literal(path: Path, golden: Golden) -> dict[str, NDArray[Any]]:
+    return golden.thinned(literal_answers(path, golden.inputs))
 
 
 def check_tensors(

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
+from dmformer.assets import DEMONSTRATIONS
 from dmformer.data.images import list_images
-from dmformer.data.labelled import ImageSet, image_set
+from dmformer.data.labelled import ImageSet
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint
-from dmformer.models.dmformer import create_model
+from dmformer.models.dmformer import FEATURES_ONLY, create_model
 from dmformer.models.lively import lively_
+from dmformer.verify.measures import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from dmformer.task import Task
 
 
 @dataclass(frozen=True)
@@ -34,40 +37,48 @@ class Source:
 def find_source(
     weights: Path | None,
     arch: str | None,
+    task: Task | None,
     options: Mapping[str, Any],
     image_size: int | None,
     images: Path | None,
     calibration: Path | None,
     seed: int,
 ) -> Source:
-    """A file where one is named; random weights where only an architecture is; the demonstration where neither is.
+    """A file where one is named; random weights where only an architecture is; the task's demonstration otherwise.
+
+    Task ``features`` takes any network's stages; the others have to be the network's own.
 
     Raises:
-        UsageError: the checkpoint, the architecture, an option or the image folder cannot be used; or the network is
-            no classifier, which bundles cannot hold yet.
+        UsageError: the checkpoint, the architecture, an option or a folder of images cannot be used, or the task is
+            another than the network's.
     """
     given = tuple(list_images(images)) if images is not None else ()
+    options = {**options, **(FEATURES_ONLY if task == "features" else {})}
     if weights is not None:
-        checkpoint = _classifier(load_checkpoint(weights, arch, options, image_size))
+        checkpoint = _of_task(load_checkpoint(weights, arch, options, image_size), task)
         return Source(checkpoint, "checkpoint", None, given, _calibration(calibration, checkpoint))
     if arch is not None:
-        checkpoint = _classifier(random_checkpoint(arch, options, image_size, seed))
+        checkpoint = _of_task(random_checkpoint(arch, options, image_size, seed), task)
         return Source(checkpoint, "random", seed, given, _calibration(calibration, checkpoint))
-    checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT, None, options, image_size)
-    images_for_ranges = _calibration(calibration or CALIBRATION_IMAGES, checkpoint)
-    return Source(checkpoint, "demonstration", None, given or tuple(list_images(SAMPLE_IMAGES)), images_for_ranges)
+    shipped = DEMONSTRATIONS[task or "classification"]
+    checkpoint = load_checkpoint(shipped.checkpoint, None, options, image_size)
+    images_for_ranges = _calibration(calibration or shipped.calibration, checkpoint)
+    return Source(checkpoint, "demonstration", None, given or tuple(list_images(shipped.samples)), images_for_ranges)
 
 
-def _classifier(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.config.task != "classification":
-        raise UsageError(f"{checkpoint.arch}, task {checkpoint.config.task}; bundles hold classifiers only as yet")
+def _of_task(checkpoint: Checkpoint, task: Task | None) -> Checkpoint:
+    own = checkpoint.config.task
+    if task not in (None, own):
+        raise UsageError(f"--task {task} for {checkpoint.arch}, task {own}; expected --task {own} or features")
     return checkpoint
 
 
 def _calibration(folder: Path | None, checkpoint: Checkpoint) -> ImageSet | None:
-    if folder is None:
+    config = checkpoint.config
+    if folder is None or config.task == "features":
         return None
-    return image_set(folder, checkpoint.preprocessing, checkpoint.classes, checkpoint.config.num_classes)
+    measure = measure_of(config.task, config.num_classes)
+    return measure.images(folder, checkpoint.preprocessing, checkpoint.classes, "training")
 
 
 def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | None, seed: int) -> Checkpoint:

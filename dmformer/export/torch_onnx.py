@@ -19,8 +19,8 @@ from dmformer import __version__
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.export import onnx_file
-from dmformer.models.dmformer import INPUT_NAME
 from dmformer.runtimes.layers import module_path
+from dmformer.task import INPUT_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,13 +53,6 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path, *, open_s
     """
     require("onnx", extra="export", purpose="export to ONNX")
     size = checkpoint.preprocessing.image_size
-    outputs = checkpoint.config.output_names
-    open_axes = {0: "batch", 2: "height", 3: "width"} if open_size else {0: "batch"}
-    axes = {INPUT_NAME: open_axes}
-    for name, shape in zip(outputs, checkpoint.config.output_shapes(size, size), strict=True):
-        axes[name] = {0: "batch"}
-        if open_size and len(shape) == 3:
-            axes[name] |= {2: f"{name}_height", 3: f"{name}_width"}
     example = torch.zeros(_TRACED_BATCH, checkpoint.config.in_channels, size, size)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
@@ -71,14 +64,25 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path, *, open_s
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],
-                output_names=list(outputs),
-                dynamic_axes=axes,
+                output_names=list(checkpoint.config.output_names),
+                dynamic_axes=tensor_axes(checkpoint, open_size=open_size),
             )
     except Exception as error:
         raise StageFailed(f"export to ONNX failed: {first_line(error)}") from error
     exported = onnx_file.read(destination)
     _name_after_modules(exported.graph, {name for name, _ in model.named_modules()})
     onnx_file.write(exported, destination, onnx_metadata(checkpoint))
+
+
+def tensor_axes(checkpoint: Checkpoint, *, open_size: bool) -> dict[str, dict[int, str]]:
+    """The names of the axes that stay open, by their index, for the input and each output."""
+    size, config = checkpoint.preprocessing.image_size, checkpoint.config
+    axes = {INPUT_NAME: {0: "batch", 2: "height", 3: "width"} if open_size else {0: "batch"}}
+    for name, shape in zip(config.output_names, config.output_shapes(size, size), strict=True):
+        axes[name] = {0: "batch"}
+        if open_size and len(shape) == 3:
+            axes[name] |= {2: f"{name}_height", 3: f"{name}_width"}
+    return axes
 
 
 def onnx_metadata(checkpoint: Checkpoint) -> dict[str, str]:

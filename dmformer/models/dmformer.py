@@ -22,18 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmformer.errors import UsageError
+from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
-# Names of the network's input and output in every exported format.
-INPUT_NAME = "image"
-OUTPUT_NAME = "logits"
-STRIDES = (4, 8, 16, 32)  # of the stages' maps
-FEATURE_NAMES = tuple(f"features_s{stride}" for stride in STRIDES)
-
-Task = Literal["classification", "segmentation", "features"]
 Decoder = Literal["fpn", "upernet"]
 DECODER_WIDTHS: dict[str, tuple[str, ...]] = {"fpn": ("pyramid", "head"), "upernet": ("all convolutions",)}
 
@@ -425,6 +419,17 @@ def build_network(config: DMFormerConfig) -> DMFormerBackbone:
     from dmformer.models.segmentation import DMFormerFeatures, DMFormerSegmenter  # that file builds on this one
 
     return DMFormerSegmenter(config) if config.task == "segmentation" else DMFormerFeatures(config)
+
+
+# Options of a configuration that leave nothing but the stages.
+FEATURES_ONLY: Mapping[str, Any] = {"task": "features", "decoder": None, "decoder_widths": ()}
+
+
+def outputs_by_name(result: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a network of any task gives, under the names of the exported formats."""
+    if isinstance(result, Tensor):
+        return {OUTPUT_NAME: result}
+    return dict(zip(FEATURE_NAMES, result, strict=True))
 
 
 def create_model(name: str, **overrides: Any) -> DMFormerBackbone:

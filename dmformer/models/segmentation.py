@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmformer.errors import UsageError
-from dmformer.models.dmformer import STRIDES, DMFormerBackbone, init_weights_
+from dmformer.models.dmformer import DMFormerBackbone, init_weights_
+from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

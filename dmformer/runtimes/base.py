@@ -19,7 +19,7 @@ from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
 from dmformer.machine import check_threads, instructions, usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Any
@@ -258,12 +258,18 @@ class Runtime(ABC):
         except Exception as error:
             raise self._failed("running", error) from error
 
-    def run_rows(self, inputs: Arrays, batch: int | None = None) -> dict[str, NDArray[Any]]:
+    def run_rows(
+        self,
+        inputs: Arrays,
+        batch: int | None = None,
+        keep: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """:meth:`run` for any number of rows, in batches of one size, the last filled up from the start.
 
         Args:
             inputs: rows for each of :attr:`inputs`.
             batch: the size; otherwise the largest that the rows fill and the artifact takes.
+            keep: what of each batch's outputs is given, row by row; otherwise all.
         """
         least, most = self.batches
         count = len(next(iter(inputs.values())))
@@ -271,7 +277,8 @@ class Runtime(ABC):
         parts: dict[str, list[NDArray[Any]]] = {}
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count
-            for name, array in self.run({name: array[rows] for name, array in inputs.items()}).items():
+            outputs = self.run({name: array[rows] for name, array in inputs.items()})
+            for name, array in (keep(outputs) if keep else outputs).items():
                 parts.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays)[:count] for name, arrays in parts.items()}
 

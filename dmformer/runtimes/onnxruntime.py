@@ -15,6 +15,7 @@ from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.layers import is_compute, precision_of
+from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,7 +158,10 @@ class OnnxRuntime(Runtime):
 
 
 def _least(spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else 1 for size in spec.shape)
+    """A small shape: one row; where height and width are open, maps of two by two at the last stage."""
+    return tuple(
+        size if isinstance(size, int) else (1 if axis == 0 else 2 * STRIDES[-1]) for axis, size in enumerate(spec.shape)
+    )
 
 
 def _spec(node: Any) -> TensorSpec:

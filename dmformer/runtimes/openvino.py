@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +30,17 @@ def _import() -> Any:
     return require("openvino", extra="openvino", purpose="it")
 
 
+@functools.cache
+def core() -> Any:
+    """OpenVINO's device plugins, loaded once for the process and never freed.
+
+    The CPU plugin gives the thread another stack for signal handlers, and puts the former one back when it is freed.
+    Two that are freed in the order of their making leave a stack that is gone (OpenVINO 2026.4): then the next signal
+    that Python handles, like that of Ctrl-C, ends the process by SIGSEGV.
+    """
+    return _import().Core()
+
+
 class OpenVinoRuntime(Runtime):
     """Runs OpenVINO IR (``.xml`` with its ``.bin``) on the CPU plugin."""
 
@@ -45,7 +57,7 @@ class OpenVinoRuntime(Runtime):
         """Whether openvino is installed and its CPU plugin loads."""
         try:
             ov = _import()
-            version, devices = ov.__version__.split("-")[0], ov.Core().available_devices
+            version, devices = ov.__version__.split("-")[0], core().available_devices
         except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
             return Availability(False, reason=first_line(error))
         if _DEVICE not in devices:
@@ -54,18 +66,16 @@ class OpenVinoRuntime(Runtime):
 
     def load(self) -> None:
         """Compile the model and make sure that device, precision and threads are those asked for."""
-        ov = _import()
         wanted = _PRECISION_HINT["fp32" if self.cannot_compute(self.precision) else self.precision]
-        core = ov.Core()
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": wanted,
             "INFERENCE_NUM_THREADS": self.threads,
         }
-        self._source = core.read_model(str(self.path))
+        self._source = core().read_model(str(self.path))
         known = {name for port in self._source.outputs for name in port.get_names()}
         self._source.add_outputs([name for name in self.taps if name not in known])
-        self._model = core.compile_model(self._source, _DEVICE, self._settings)
+        self._model = core().compile_model(self._source, _DEVICE, self._settings)
         self._request = self._model.create_infer_request()
         device, hint = self.details.device, self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if (device, hint) != (_DEVICE, wanted):
@@ -90,7 +100,8 @@ class OpenVinoRuntime(Runtime):
 
     def inner_tensors(self) -> frozenset[str]:
         """Names that conversion kept from the ONNX file."""
-        ports = (port for node in self._source.get_ops() for port in node.outputs())
+        nodes = (node for node in self._source.get_ops() if node.get_type_name() != "Constant")
+        ports = (port for node in nodes for port in node.outputs())
         return frozenset(name for port in ports for name in port.get_names())
 
     @property
@@ -105,7 +116,7 @@ class OpenVinoRuntime(Runtime):
     @classmethod
     def cannot_compute(cls, precision: str) -> str | None:
         """Float16 arithmetic is there only where the CPU plugin says so."""
-        if precision != "fp16" or "FP16" in _import().Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        if precision != "fp16" or "FP16" in core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
             return None
         return "openvino has no float16 arithmetic on this processor, and computes in float32"
 
@@ -120,7 +131,7 @@ class OpenVinoRuntime(Runtime):
 
     def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
         """From the counters of a second compilation, which count in whole microseconds."""
-        counting = _import().Core().compile_model(self._source, _DEVICE, {**self._settings, "PERF_COUNT": True})
+        counting = core().compile_model(self._source, _DEVICE, {**self._settings, "PERF_COUNT": True})
         request = counting.create_infer_request()
         times: dict[tuple[str, str], list[int]] = {}
         for feed in feeds:

@@ -16,7 +16,8 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import first_line
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec
-from dmformer.runtimes.layers import is_compute, precision_of
+from dmformer.runtimes.layers import precision_of
+from dmformer.task import INPUT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,18 +83,19 @@ class TorchRuntime(Runtime):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The network's input, at the size of the checkpoint's preprocessing."""
-        from dmformer.models.dmformer import INPUT_NAME
-
-        size = self._checkpoint.preprocessing.image_size
-        return (TensorSpec(INPUT_NAME, "float32", ("batch", self._checkpoint.config.in_channels, size, size)),)
+        """The network's input, of any height and width."""
+        channels = self._checkpoint.config.in_channels
+        return (TensorSpec(INPUT_NAME, "float32", ("batch", channels, "height", "width")),)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The network's output."""
-        from dmformer.models.dmformer import OUTPUT_NAME
-
-        return (TensorSpec(OUTPUT_NAME, "float32", ("batch", self._checkpoint.config.num_classes)),)
+        """The network's outputs, at the size of the checkpoint's preprocessing."""
+        config, size = self._checkpoint.config, self._checkpoint.preprocessing.image_size
+        shapes = config.output_shapes(size, size)
+        return tuple(
+            TensorSpec(name, "float32", ("batch", *shape))
+            for name, shape in zip(config.output_names, shapes, strict=True)
+        )
 
     @property
     def details(self) -> Details:
@@ -109,9 +111,9 @@ class TorchRuntime(Runtime):
     def read_layers(self) -> dict[str, int]:
         """From the type of each layer's weights; eager mode converts nothing."""
         found: Counter[str] = Counter()
+        nn = require("torch.nn", extra="export", purpose="it")
         for module in self._model.modules():
-            kind = type(module).__name__
-            if is_compute(kind) or kind == "Linear":
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 found[precision_of(str(module.weight.dtype).removeprefix("torch."))] += 1
         return dict(found)
 
@@ -146,15 +148,17 @@ class TorchRuntime(Runtime):
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the network without autograd."""
         torch = _import()
+        from dmformer.models.dmformer import outputs_by_name
+
         (array,) = inputs.values()
         with torch.inference_mode():
             # from_numpy shares memory, wants it writable and knows no negative strides
             result = self._model(torch.from_numpy(np.require(array, requirements=["C", "W"])))
-        return {spec.name: result.numpy() for spec in self.outputs}
+        return {name: output.numpy() for name, output in outputs_by_name(result).items()}
 
 
 class ModuleRuntime(TorchRuntime):
-    """Runs a network that is in memory already, in whatever form: (N, in_channels, H, W) -> (N, num_classes)."""
+    """Runs a network that is in memory already, in whatever form."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__(Path(checkpoint.arch))

@@ -11,7 +11,7 @@ from dmformer.bench.report import BenchReport
 from dmformer.bundle.diagnosis import Diagnosis
 from dmformer.bundle.integrity import IntegrityReport
 from dmformer.bundle.manifest import Manifest, indented_json
-from dmformer.bundle.predictor import PredictReport
+from dmformer.bundle.predictor import PredictReport, SegmentReport
 from dmformer.cache import CacheReport
 from dmformer.export.build import BuildReport
 from dmformer.verify.evaluate import EvalReport
@@ -23,6 +23,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "bench": BenchReport,
     "eval": EvalReport,
     "predict": PredictReport,
+    "segment": SegmentReport,
     "doctor": Diagnosis,
     "build": BuildReport,
     "cache": CacheReport,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dmformer.data.preprocessing import Preprocessing
-    from dmformer.models.dmformer import Task
+    from dmformer.task import Task
     from dmformer.train.recipe import Recipe
 
 

@@ -1,4 +1,4 @@
-"""Accuracy on labelled images, and agreement with PyTorch where there are no labels."""
+"""Accuracy of a classifier on labelled images, and agreement with PyTorch where there are no labels."""
 
 from __future__ import annotations
 
@@ -9,63 +9,11 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.bundle.manifest import Accuracy
-from dmformer.errors import StageFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
-    from dmformer.data.labelled import ImageSet
-    from dmformer.runtimes.base import Runtime
-
-BATCH = 8
 _NORMAL_97_5 = 1.959964  # the quantile that leaves 5 % outside on both sides
-
-
-def parts(images: ImageSet) -> int:
-    """How often :func:`collect` advances."""
-    return -(-len(images) // BATCH)
-
-
-def logits_of(runtime: Runtime, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
-    """A runtime's outputs for each image, (N, classes); the runtime is not open yet.
-
-    Raises:
-        StageFailed: the runtime failed, or answered with NaN or infinity.
-        UnavailableError: the runtime cannot run on this machine.
-        UsageError: an image cannot be read.
-    """
-
-    def answer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        (logits,) = runtime.run_rows({name: batch}).values()
-        return logits
-
-    with runtime:
-        (name,) = (spec.name for spec in runtime.inputs)
-        return collect(images, answer, advance, f"{runtime.name} answers with NaN or infinity; expected finite logits")
-
-
-def collect(
-    images: ImageSet,
-    answer: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-    advance: Callable[[], object],
-    not_finite: str,
-) -> NDArray[np.float32]:
-    """Answers (N, classes) to an image set, made batch by batch (n, C, H, W) -> (n, classes).
-
-    Raises:
-        StageFailed: an answer is NaN or infinite; ``not_finite`` is the message.
-        UsageError: an image cannot be read.
-    """
-    answers = []
-    for batch in images.batches(BATCH):
-        answers.append(answer(batch))
-        advance()
-    joined = np.concatenate(answers)
-    if not np.isfinite(joined).all():
-        raise StageFailed(not_finite)
-    return joined
 
 
 def score(

@@ -12,8 +12,9 @@ from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.verify.compare import largest_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from dmformer.bundle.golden import Golden
     from dmformer.runtimes.base import Runtime
 
 # One row alone, an even batch, and one that no power of two divides.
@@ -35,6 +36,8 @@ class Answers:
             ``rows`` (identical rows of a batch), ``shuffled`` (the rows in another order), ``repeated`` (asked twice).
             Empty where that was not tried.
         others: answers to other inputs, where there were some.
+        elsewhere: answers to images of another height and width, or why there are none; ``None`` where that was not
+            tried.
     """
 
     runtime: str
@@ -44,6 +47,7 @@ class Answers:
     unread: DMFormerError | None = None
     apart: dict[str, float] = field(default_factory=dict)
     others: Outputs | None = None
+    elsewhere: Outputs | DMFormerError | None = None
 
     @property
     def largest(self) -> Outputs | DMFormerError:
@@ -54,11 +58,13 @@ class Answers:
 def ask(
     runtime: Runtime,
     inputs: NDArray[np.float32],
+    keep: Callable[[Outputs], Outputs],
     *,
     sizes: Sequence[int] | None = None,
     layers: bool = True,
     consistency: bool = True,
     others: NDArray[np.float32] | None = None,
+    elsewhere: Golden | None = None,
 ) -> Answers:
     """Load the runtime and run every row at each batch size.
 
@@ -67,10 +73,12 @@ def ask(
     Args:
         runtime: not open yet.
         inputs: (N, C, H, W).
+        keep: what of the outputs is compared.
         sizes: of batches, ascending; otherwise smallest, a middle and the largest of the artifact.
         layers: read back in which precision each layer ran.
         consistency: ask again, shuffled, and with equal rows.
-        others: more rows, asked once.
+        others: more rows, asked once, at the largest of the batch sizes.
+        elsewhere: images of another height and width, asked as one batch.
 
     Raises:
         UnavailableError: the runtime cannot run on this machine.
@@ -80,15 +88,18 @@ def ask(
     found: dict[str, int] = {}
     apart: dict[str, float] = {}
     unread, more = None, None
+    at_other: Outputs | DMFormerError | None = None
     try:
         with runtime:
             (name,) = (spec.name for spec in runtime.inputs)
             for batch in sizes:
-                by_batch[batch] = runtime.run_rows({name: inputs}, batch)
+                by_batch[batch] = runtime.run_rows({name: inputs}, batch, keep)
             if consistency:
-                apart = _apart(runtime, name, inputs, by_batch[sizes[-1]], sizes)
+                apart = _apart(runtime, name, inputs, by_batch[sizes[-1]], sizes, keep)
             if others is not None:
-                more = runtime.run_rows({name: others})
+                more = runtime.run_rows({name: others}, sizes[-1], keep)
+            if elsewhere is not None:
+                at_other = _at_other(runtime, name, elsewhere)
             if layers:
                 found = runtime.layers()
     except UnavailableError:
@@ -96,7 +107,15 @@ def ask(
     except DMFormerError as error:
         unread = error
         by_batch.update({batch: error for batch in sizes if batch not in by_batch})
-    return Answers(runtime.name, runtime.precision, by_batch, found, unread, apart, more)
+        at_other = at_other or (None if elsewhere is None else error)
+    return Answers(runtime.name, runtime.precision, by_batch, found, unread, apart, more, at_other)
+
+
+def _at_other(runtime: Runtime, name: str, golden: Golden) -> Outputs | DMFormerError:
+    try:
+        return runtime.run_rows({name: golden.inputs}, keep=golden.thinned)
+    except DMFormerError as error:
+        return error
 
 
 def _batch_sizes(runtime: Runtime) -> Sequence[int]:
@@ -108,14 +127,19 @@ def _batch_sizes(runtime: Runtime) -> Sequence[int]:
 
 
 def _apart(
-    runtime: Runtime, name: str, inputs: NDArray[np.float32], answers: Any, sizes: Sequence[int]
+    runtime: Runtime,
+    name: str,
+    inputs: NDArray[np.float32],
+    answers: Any,
+    sizes: Sequence[int],
+    keep: Callable[[Outputs], Outputs],
 ) -> dict[str, float]:
     largest, middle = sizes[-1], sizes[len(sizes) // 2]
     order = np.roll(np.arange(len(inputs))[::-1], 1)
-    shuffled = runtime.run_rows({name: inputs[order]}, largest)
-    equal = runtime.run({name: np.repeat(inputs[:1], largest, axis=0)})
+    shuffled = runtime.run_rows({name: inputs[order]}, largest, keep)
+    equal = keep(runtime.run({name: np.repeat(inputs[:1], largest, axis=0)}))
     first = inputs[np.arange(middle) % len(inputs)]
-    once, again = runtime.run({name: first}), runtime.run({name: first})
+    once, again = keep(runtime.run({name: first})), keep(runtime.run({name: first}))
     return {
         "rows": max(largest_difference(answer, np.broadcast_to(answer[:1], answer.shape)) for answer in equal.values()),
         "shuffled": max(largest_difference(answer, answers[key][order]) for key, answer in shuffled.items()),

@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
+from dmformer.data.annotated import label_maps
 from dmformer.data.images import list_images, load_pixels
-from dmformer.data.labelled import ImageSet, image_set
-from dmformer.errors import UsageError
+from dmformer.data.labelled import ImageSet
+from dmformer.errors import DMFormerError, UsageError
 from dmformer.progress import silent
+from dmformer.task import OUTPUT_NAME
 from dmformer.verify.accuracy import paired
 from dmformer.verify.answers import Answers, ask
-from dmformer.verify.checkpoint import reference_checkpoint
-from dmformer.verify.compare import Comparison, Reference, compare, float32_limit
+from dmformer.verify.checkpoint import form_in, reference_checkpoint
+from dmformer.verify.compare import Comparison, Reference, float32_limit
+from dmformer.verify.measures import measure_of
 from dmformer.verify.parity import (
     PYTORCH,
     Check,
@@ -27,11 +30,13 @@ from dmformer.verify.parity import (
     check_answers,
     check_artifact,
     check_decisions,
+    check_labelled_pixels,
     check_paired,
     check_preprocessing,
     references,
     report,
 )
+from dmformer.verify.segmentation import confusion_matrix, pixel_accuracy
 
 MOST_IMAGES = 64  # of a folder, evenly spread over it
 
@@ -40,6 +45,8 @@ _FOR_TRAINING = ("drop_path", "layer_scale")
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.select import Choice
@@ -93,7 +100,7 @@ def verify(
             checkpoint = reference_checkpoint(opened, Path(weights) if weights is not None else None)
             reference = _recompute(opened, checkpoint, golden, asked)
             checks.append(_check_description(opened, checkpoint))
-            checks.append(_check_golden(golden, reference))
+            checks += [_check_golden(*pair) for pair in zip(golden.sizes, reference.sizes, strict=True)]
             truth = _layers(opened, checkpoint, golden)
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
@@ -107,12 +114,9 @@ def verify(
 
 def _layers(bundle: Bundle, checkpoint: Checkpoint, golden: Golden) -> ModuleTruth:
     """What each layer should give for the first golden image; showing an engine's inside needs the ONNX package."""
-    from dmformer.models.deploy import deploy
     from dmformer.verify.modules import ModuleTruth
 
-    model = checkpoint.model()
-    size = bundle.manifest.preprocessing.image_size
-    return ModuleTruth(deploy(model, size) if bundle.manifest.model.deploy_form else model, golden.noise)
+    return ModuleTruth(form_in(bundle, checkpoint.model()), golden.noise)
 
 
 def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: ImageSet | None) -> list[Check]:
@@ -121,32 +125,51 @@ def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: Imag
     The others have PyTorch's answers alone, so that at a reduced precision decisions are compared there, not values.
     """
     runtime, precision, count = choice.runtime(), choice.artifact.precision, len(golden.images)
-    ((name, torch_outputs),) = reference.outputs.items()
-    answers = ask(runtime, golden.inputs, others=None if asked is None else reference.inputs[count:])
+    more = None if asked is None else reference.inputs[count:]
+    answers = ask(runtime, golden.inputs, golden.thinned, others=more, elsewhere=golden.other)
     promised, excuse = choice.artifact.promised_share, runtime.cannot_compute(precision)
-    checks = check_artifact(answers, golden, promised, excuse, {name: torch_outputs[:count]})
+    pytorch_golden = {name: array[:count] for name, array in reference.outputs.items()}
+    checks = check_artifact(answers, golden, promised, excuse, pytorch_golden)
     if asked is None or answers.others is None:  # of a failure the checks say why
         return checks
     rest = Answers(answers.runtime, precision, {len(asked): answers.others})
-    others = {name: torch_outputs[count:]}
+    others = {name: array[count:] for name, array in reference.outputs.items()}
     if precision == "fp32":
         pytorch = Reference(PYTORCH, others, float32_limit(reference.outputs, reference.outputs_float64))
         checks += check_answers("images", rest, [pytorch])
     else:
         pytorch = replace(references(golden, precision)[0], outputs=others)
-    checks.append(check_decisions(rest, answers.others, pytorch))
-    if asked.labels is not None and name in answers.others and answers.others[name].shape == others[name].shape:
-        evidence = choice.bundle.manifest.evidence.accuracy
-        found = paired(answers.others[name], others[name], asked.labels)
-        checks.append(check_paired(rest, found, len(asked), evidence.max_points_lost if evidence else 0.0))
+    decided = check_decisions(rest, answers.others, pytorch)
+    checks += decided
+    for check in decided:
+        if asked.labelled and (check.decisions is not None or check.pixels is not None):
+            checks.append(_check_labelled(choice, rest, others[OUTPUT_NAME], asked, check, golden))
     return checks
+
+
+def _check_labelled(
+    choice: Choice, answers: Answers, torch: NDArray[Any], asked: ImageSet, decided: Check, golden: Golden
+) -> Check:
+    """A runtime's accuracy on labelled images against PyTorch's."""
+    evidence = choice.bundle.manifest.evidence.accuracy
+    most = evidence.max_points_lost if evidence else 0.0
+    outputs = answers.largest
+    assert not isinstance(outputs, DMFormerError)  # they decided something
+    logits = outputs[OUTPUT_NAME]
+    if asked.labels is not None:
+        return check_paired(answers, paired(logits, torch, asked.labels), len(asked), most)
+    classes, stride = choice.bundle.manifest.class_count, golden.strides.get(OUTPUT_NAME, 1)
+    labels = np.stack([row[::stride, ::stride] for row in label_maps(asked, classes)])
+    found, expected = (pixel_accuracy(confusion_matrix(array.argmax(1), labels, classes)) for array in (logits, torch))
+    return check_labelled_pixels(answers, found, expected, decided, most)
 
 
 def _labelled(bundle: Bundle, folder: Path) -> tuple[ImageSet, str | None]:
     """Images of a folder, with labels where its subfolders are classes; otherwise why there are none."""
     manifest = bundle.manifest
     try:
-        found = image_set(folder, manifest.preprocessing, manifest.model.classes, manifest.output_count)
+        measure = measure_of(manifest.model.task, manifest.class_count)
+        found = measure.images(folder, manifest.preprocessing, manifest.model.classes)
     except UsageError as error:
         paths = tuple(list_images(folder))
         return ImageSet(paths, None, manifest.preprocessing).spread(MOST_IMAGES), f"accuracy: {error}"
@@ -158,9 +181,11 @@ def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, asked: Im
     pixels = golden.images
     if asked is not None:
         pixels = np.concatenate([pixels, load_pixels(asked.paths, bundle.manifest.preprocessing)])
-    from dmformer.verify.reference import make_golden
+    from dmformer.verify.reference import at_another_size, make_golden
 
-    return make_golden(checkpoint.model(), bundle.manifest.preprocessing, pixels)
+    model, preprocessing = checkpoint.model(), bundle.manifest.preprocessing
+    other = at_another_size(model, preprocessing) if golden.other is not None else None
+    return replace(make_golden(model, preprocessing, pixels), other=other)
 
 
 def _check_description(bundle: Bundle, checkpoint: Checkpoint) -> Check:
@@ -181,8 +206,8 @@ def _check_description(bundle: Bundle, checkpoint: Checkpoint) -> Check:
 
 def _check_golden(golden: Golden, reference: Golden) -> Check:
     """The bundle's stored answers against the checkpoint's: is the bundle made from these weights?"""
-    (name,) = golden.outputs
-    limit = float32_limit(reference.outputs, reference.outputs_float64)[name]
     rows = len(golden.images)
-    comparison = compare(golden.outputs[name], reference.outputs[name][:rows], limit)
-    return as_check("golden", "torch", "fp32", rows, comparison, limit)
+    limits = float32_limit(reference.outputs, reference.outputs_float64)
+    expected = Reference(PYTORCH, {name: array[:rows] for name, array in reference.outputs.items()}, limits)
+    (check,) = check_answers("golden", Answers("torch", "fp32", {rows: dict(golden.outputs)}), [expected])
+    return check

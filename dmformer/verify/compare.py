@@ -62,7 +62,7 @@ class Comparison:
         max_abs: largest absolute difference.
         max_rel: largest difference relative to the reference's value, where that is above the limit; for information.
         cosine: smallest cosine similarity between two rows.
-        top1_agreement: share of rows with the same largest value (0..1).
+        top1_agreement: share of rows (or of pixels) with the same largest value of all channels (0..1).
         reason: what failed; ``None`` where nothing did.
     """
 
@@ -174,7 +174,7 @@ def compare(candidate: NDArray[Any], reference: NDArray[Any], limit: Limit) -> C
         max_abs=max_abs,
         max_rel=float((difference / np.maximum(np.abs(expected), limit.max_abs)).max()),
         cosine=_smallest_cosine(rows, expected),
-        top1_agreement=float((rows.argmax(1) == expected.argmax(1)).mean()),
+        top1_agreement=float((candidate.argmax(1) == reference.argmax(1)).mean()) if reference.ndim > 1 else None,
         reason=reason,
     )
 

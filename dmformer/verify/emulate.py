@@ -18,35 +18,31 @@ if TYPE_CHECKING:
 _STEPS = 127  # of a symmetric int8 scale, on each side of zero
 
 
-def emulate(
+def round_layers_(
     model: nn.Module,
     precision: str,
     layers: Collection[str],
-    inputs: NDArray[np.float32],
     peaks: Mapping[str, float],
     exact: Collection[str] = (),
-) -> NDArray[np.float32]:
-    """What a network answers at ``fp16`` or ``int8``.
+) -> None:
+    """Make a network answer as it does at ``fp16`` or ``int8``, in place.
 
     Args:
-        model: rounded in place.
+        model: any.
         precision: in float16 every module rounds its output and the layers their weights; in int8 the layers round
             their weights, one scale for each output channel, and their inputs, one scale each.
         layers: names of the convolutions and linear layers that compute in it.
-        inputs: (N, C, H, W).
         peaks: for int8, how far the input of each layer reaches.
         exact: names of modules that stay in float32.
     """
     import torch
 
     modules = dict(model.named_modules())
-    with torch.inference_mode(), torch.no_grad():
+    with torch.no_grad():
         if precision == "fp16":
             _round_to_float16(model, {name: modules[name] for name in layers}, {modules[name] for name in exact})
         else:
             _round_to_int8({name: modules[name] for name in layers}, peaks)
-        answers: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
-    return answers
 
 
 def input_peaks(model: nn.Module, layers: Collection[str], batches: Iterable[NDArray[np.float32]]) -> dict[str, float]:

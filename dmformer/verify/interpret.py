@@ -1,11 +1,14 @@
 """An ONNX graph executed by PyTorch, every tensor of it kept: in float64 the truth that inner tensors are judged by.
 
-It knows the operators that a DMFormer in float32 consists of, and owes nothing to the engines.
+It knows the operators that a DMFormer in float32 consists of, and owes nothing to the engines. What computes with
+shapes and positions, where height and width are open, is left to ONNX's reference implementation.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed
@@ -15,11 +18,19 @@ from dmformer.verify.reference import depthwise
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import torch
     from numpy.typing import NDArray
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
     from torch import Tensor
 
     Operator = Callable[[list[Tensor], dict[str, Any]], Tensor]
+
+
+# Of which a tensor's size makes others.
+_ON_SHAPES = (
+    "And", "Cast", "ConstantOfShape", "Div", "Expand", "Gather", "GreaterOrEqual", "Less", "Not", "Range", "Reshape",
+    "Shape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+)  # fmt: skip
 
 
 def interpret(
@@ -52,24 +63,46 @@ def interpret(
     onnx = require("onnx", extra="export", purpose="reading ONNX files")
     dtype = torch.float64 if double else torch.float32
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    values = {name: torch.from_numpy(array.copy()).to(dtype) for name, array in {**weights, **inputs}.items()}
+    values = {name: _as(dtype, array.copy()) for name, array in {**weights, **inputs}.items()}
     operators = _operators()
     found: dict[str, NDArray[Any]] = {}
     with torch.inference_mode():
         for node in model.graph.node:
-            if node.op_type not in operators:
-                raise StageFailed(f"node {node.name!r} is {node.op_type}; expected one of {', '.join(operators)}")
+            if node.op_type not in operators and node.op_type not in _ON_SHAPES:
+                raise StageFailed(
+                    f"node {node.name!r} is {node.op_type}; expected one of {', '.join((*operators, *_ON_SHAPES))}"
+                )
             given = [values[name] for name in node.input if name]
             if node.name in layers:
                 given = _reduced(given, precision, (peaks or {}).get(node.name))
-            attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-            result = operators[node.op_type](given, attributes)
-            if precision == "fp16" and node.name not in exact:
+            if node.op_type in operators and all(tensor.is_floating_point() for tensor in given):
+                attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+                result = operators[node.op_type](given, attributes)
+            else:
+                result = _as(dtype, _by_reference(node, given, model))
+            if precision == "fp16" and node.name not in exact and result.is_floating_point():
                 result = result.half().to(dtype)
             (name,) = node.output
             values[name] = result
             found[name] = result.numpy()
     return found
+
+
+def _as(dtype: torch.dtype, array: NDArray[Any]) -> Tensor:
+    """Numbers of any precision in one; whole numbers and truths as they are."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _by_reference(node: NodeProto, given: list[Tensor], model: ModelProto) -> NDArray[Any]:
+    reference = require("onnx.reference", extra="export", purpose="reading ONNX files")
+    evaluator = reference.ReferenceEvaluator(node, opsets={opset.domain: opset.version for opset in model.opset_import})
+    names = [name for name in node.input if name]
+    arrays = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
+    (result,) = evaluator.run(None, arrays)
+    return np.asarray(result)
 
 
 def _reduced(given: list[Tensor], precision: str, peak: float | None) -> list[Tensor]:
@@ -98,10 +131,27 @@ def _operators() -> dict[str, Operator]:
         "Gemm": lambda x, a: x[0] @ (x[1].T if a.get("transB") else x[1]) + x[2],
         "GlobalAveragePool": lambda x, _: x[0].mean((2, 3), keepdim=True),
         "Identity": lambda x, _: x[0],
+        "MatMul": lambda x, _: x[0] @ x[1],
         "Mul": lambda x, _: x[0] * x[1],
         "Relu": lambda x, _: x[0].relu(),
+        "Resize": _resize,
         "Sigmoid": lambda x, _: x[0].sigmoid(),
     }
+
+
+def _resize(given: list[Tensor], attributes: dict[str, Any]) -> Tensor:
+    """To twice and more the size: positions of samples are those of their centres, or the nearest below."""
+    from torch.nn import functional as F
+
+    x, scales = given[0], [float(scale) for scale in given[1][2:]]
+    how = tuple(attributes.get(name, b"") for name in ("mode", "coordinate_transformation_mode", "nearest_mode"))
+    if how[:2] == (b"linear", b"half_pixel"):
+        return F.interpolate(x, scale_factor=scales, mode="bilinear", align_corners=False)
+    if how == (b"nearest", b"asymmetric", b"floor"):
+        return F.interpolate(x, scale_factor=scales, mode="nearest")
+    raise StageFailed(
+        f"a Resize by {b', '.join(how).decode()}; expected linear, half_pixel or nearest, asymmetric, floor"
+    )
 
 
 def _conv(given: list[Tensor], attributes: dict[str, Any]) -> Tensor:

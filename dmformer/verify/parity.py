@@ -11,9 +11,10 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dmformer.errors import DMFormerError, UsageError
+from dmformer.errors import DMFormerError, StageFailed, UsageError
 from dmformer.runtimes.layers import describe, shortfall
-from dmformer.verify.accuracy import BATCH
+from dmformer.task import OUTPUT_NAME
+from dmformer.verify.answers import Answers
 from dmformer.verify.compare import (
     Comparison,
     Limit,
@@ -26,6 +27,7 @@ from dmformer.verify.compare import (
 )
 from dmformer.verify.decisions import Decisions, decide
 from dmformer.verify.findings import Finding
+from dmformer.verify.segmentation import PixelAccuracy, PixelAgreement, pixel_agreement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from dmformer.bundle.manifest import Accuracy
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.verify.accuracy import Paired
-    from dmformer.verify.answers import Answers
 
 PYTORCH = "PyTorch"
 SIGNIFICANT = 0.01  # McNemar's test below this is no chance
@@ -55,7 +56,8 @@ class Check(Struct, frozen=True, kw_only=True):
     Attributes:
         stage: what was checked.
         against: what it was compared with: PyTorch, a stage before it, or itself.
-        decisions: where classes were compared.
+        decisions: where classes of images were compared.
+        pixels: where classes of pixels were compared.
     """
 
     stage: str
@@ -72,6 +74,7 @@ class Check(Struct, frozen=True, kw_only=True):
     reason: str | None
     against: str
     decisions: Decisions | None = None
+    pixels: PixelAgreement | None = None
 
 
 class ParityReport(Struct, frozen=True, kw_only=True):
@@ -175,15 +178,32 @@ def check_consistency(answers: Answers, compared_with: Sequence[Reference]) -> l
     return checks
 
 
-def check_decisions(answers: Answers, outputs: Any, reference: Reference) -> Check:
+def check_other_size(stage: str, answers: Answers, golden: Golden) -> list[Check]:
+    """Answers at another height and width, where they are open, against PyTorch and the file before.
+
+    Raises:
+        UsageError: there are no golden outputs at the precision.
+    """
+    if golden.other is None:
+        return []
+    answered = answers.elsewhere if answers.elsewhere is not None else StageFailed("not asked at another size")
+    rest = Answers(answers.runtime, answers.precision, {len(golden.other.inputs): answered})
+    return check_answers(f"{stage} at {golden.other.size}", rest, references(golden.other, answers.precision))
+
+
+def check_decisions(answers: Answers, outputs: Any, reference: Reference) -> list[Check]:
     """Whether a runtime chooses PyTorch's classes; a flip at a margin that is below the noise is told, and no failure.
+
+    Empty for features, which choose nothing.
 
     Args:
         answers: of the runtime.
         outputs: its answers to the images of the reference, or why there are none.
         reference: PyTorch's outputs, and the limits at the runtime's precision.
     """
-    ((name, expected),) = reference.outputs.items()
+    if OUTPUT_NAME not in reference.outputs:
+        return []
+    name, expected = OUTPUT_NAME, reference.outputs[OUTPUT_NAME]
     limit = reference.limits[name]
     broken: str | None = None
     if isinstance(outputs, DMFormerError):
@@ -192,8 +212,14 @@ def check_decisions(answers: Answers, outputs: Any, reference: Reference) -> Che
         broken = "answers of another shape, or NaN or infinite, decide nothing"
     if broken is not None:
         failed = Comparison(False, reason=broken)
-        return as_check("decisions", answers.runtime, answers.precision, len(expected), failed, limit, PYTORCH)
-    found = decide(outputs[name], expected, limit.max_abs)
+        return [as_check("decisions", answers.runtime, answers.precision, len(expected), failed, limit, PYTORCH)]
+    kind = _check_classes if expected.ndim == 2 else _check_pixels
+    return [kind(answers, outputs[name], expected, limit)]
+
+
+def _check_classes(answers: Answers, candidate: NDArray[Any], expected: NDArray[Any], limit: Limit) -> Check:
+    """Of images: logits (N, classes)."""
+    found = decide(candidate, expected, limit.max_abs)
     grave = [flip for flip in found.flips if not flip.below_noise]
     reason = None
     if found.flips:
@@ -206,6 +232,20 @@ def check_decisions(answers: Answers, outputs: Any, reference: Reference) -> Che
     comparison = Comparison(not grave, top1_agreement=found.top1, reason=reason)
     check = as_check("decisions", answers.runtime, answers.precision, found.images, comparison, limit, PYTORCH)
     return msgspec.structs.replace(check, decisions=found)
+
+
+def _check_pixels(answers: Answers, candidate: NDArray[Any], expected: NDArray[Any], limit: Limit) -> Check:
+    """Of pixels: logits (N, classes, H, W)."""
+    found = pixel_agreement(candidate, expected, limit.max_abs)
+    reason = None
+    if found.flips:
+        reason = (
+            f"{found.flips} of {found.pixels} pixels get another class, mIoU {found.miou:.2%} with PyTorch's as "
+            f"the truth; it prefers its own by {found.worst_margin:.3g} at most; noise explains {2 * limit.max_abs:.3g}"
+        )
+    comparison = Comparison(found.flips == found.below_noise, top1_agreement=found.agreement, reason=reason)
+    check = as_check("decisions", answers.runtime, answers.precision, found.images, comparison, limit, PYTORCH)
+    return msgspec.structs.replace(check, pixels=found)
 
 
 def check_artifact(
@@ -237,7 +277,8 @@ def check_artifact(
         *check_answers("runtime", answers, compared_with),
         *missing,
         *check_consistency(answers, compared_with),
-        check_decisions(answers, answers.largest, compared_with[0]),
+        *check_other_size("runtime", answers, golden),
+        *check_decisions(answers, answers.largest, compared_with[0]),
         check_layers(answers, promised, cannot_compute),
     ]
 
@@ -302,7 +343,7 @@ def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float
     if lost > most:
         reason = f"loses {lost:.2f} points on {accuracy.images} images; the budget (--max-accuracy-drop) is {most:g}"
     comparison = Comparison(reason is None, reason=reason)
-    check = as_check("accuracy", runtime, precision, BATCH, comparison, against=PYTORCH)
+    check = as_check("accuracy", runtime, precision, accuracy.images, comparison, against=PYTORCH)
     return msgspec.structs.replace(check, top1_agreement=accuracy.agreement_with_torch)
 
 
@@ -327,6 +368,32 @@ def check_paired(answers: Answers, found: Paired, images: int, most: float) -> C
         )
     comparison = Comparison(passed, reason=reason)
     return as_check("accuracy", answers.runtime, answers.precision, images, comparison)
+
+
+def check_labelled_pixels(
+    answers: Answers, found: PixelAccuracy, torch: PixelAccuracy, decided: Check, most: float
+) -> Check:
+    """Whether a runtime labels pixels as well as PyTorch does, by mean intersection over union.
+
+    It fails where it is worse by more than the budget, and by more than pixels explain whose margin is below the
+    noise. There is no test of significance: neighbouring pixels are not independent.
+
+    Args:
+        answers: of the runtime.
+        found: its accuracy.
+        torch: PyTorch's, on the same pixels.
+        decided: the check of the runtime's classes against PyTorch's on the same images.
+        most: the budget, in percentage points.
+    """
+    reason, passed = None, decided.passed
+    if found.miou is None or torch.miou is None:
+        reason, passed = "no pixel of these images has a class; expected annotations with numbers above 0", False
+    elif found != torch:
+        lost = 100 * (torch.miou - found.miou)
+        passed = passed or lost <= most
+        reason = f"mIoU {found.miou:.2%}, PyTorch's {torch.miou:.2%}: {lost:+.3f} points lost"
+    comparison = Comparison(passed or found == torch, reason=reason)
+    return as_check("accuracy", answers.runtime, answers.precision, decided.batch, comparison)
 
 
 def _compare_outputs(candidate: Mapping[str, NDArray[Any]], reference: Reference) -> tuple[Comparison, Limit]:

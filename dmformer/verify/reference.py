@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from dmformer.bundle.golden import Golden
+from dmformer.bundle.golden import Golden, thinned
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
 from dmformer.machine import usable_cores
-from dmformer.verify.accuracy import collect
+from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,11 +26,15 @@ if TYPE_CHECKING:
 
     from dmformer.data.labelled import ImageSet
     from dmformer.data.preprocessing import Preprocessing
-    from dmformer.models.dmformer import DMFormerBackbone
+    from dmformer.models.dmformer import DMFormerBackbone, DMFormerConfig
+    from dmformer.verify.measures import Measure
 
 GOLDEN_IMAGES = 5
 _MOST_REAL = 3  # of the golden images; the others are noise, which reaches what few images may not
+_OTHER_IMAGES = 2  # where height and width are open
 _SEED = 20230604
+_MOST_KEPT = 1 << 18  # values of one output for one image; 21 MB for all golden images in float32 and float64
+T = TypeVar("T")
 
 
 def golden_pixels(preprocessing: Preprocessing, images: Sequence[Path]) -> NDArray[np.uint8]:
@@ -57,43 +63,76 @@ def source_images(preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], ...]
 def make_golden(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     """Run the network on preprocessed images, in float32 as one batch and in float64 image by image.
 
-    PyTorch's dilated depth-wise convolutions in float64 use one thread, so the images share the cores.
+    PyTorch's dilated depth-wise convolutions in float64 use one thread, so the images share the cores. More images
+    than golden ones run in several batches.
     """
-    import torch
-
-    from dmformer.models.dmformer import OUTPUT_NAME
-
-    inputs = preprocessing.normalize(pixels)
-    with torch.inference_mode():
-        single_outputs = model(torch.from_numpy(inputs)).numpy()
-    double_outputs = _in_float64(model, inputs)
     sources = source_images(preprocessing)
-    return Golden(
-        images=pixels,
-        inputs=inputs,
-        outputs={OUTPUT_NAME: single_outputs},
-        outputs_float64={OUTPUT_NAME: double_outputs},
+    return replace(
+        _answered(model, preprocessing, pixels),
         sources=sources,
         source_pixels=np.stack([preprocessing.pixels(Image.fromarray(source)) for source in sources]),
     )
 
 
-def torch_logits(model: DMFormerBackbone, images: ImageSet, advance: Callable[[], object]) -> NDArray[np.float32]:
-    """The network's float32 outputs for each image, (N, classes).
+def at_another_size(model: DMFormerBackbone, preprocessing: Preprocessing) -> Golden:
+    """Noise images of another height and width, wider than high, and what PyTorch answers: for inputs of open size."""
+    side = preprocessing.image_size + STRIDES[-1] * 2
+    noise = synthetic_pixels(_OTHER_IMAGES, side, len(preprocessing.channels), seed=_SEED + 2)
+    return _answered(model, preprocessing, np.ascontiguousarray(noise[:, : side - STRIDES[-1]]))
+
+
+def _answered(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
+    inputs = preprocessing.normalize(pixels)
+    strides = _strides(model.config, *inputs.shape[2:])
+
+    def run(network: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return thinned(torch_outputs(network, rows), strides)
+
+    batches = range(0, len(inputs), GOLDEN_IMAGES)
+    return Golden(
+        images=pixels,
+        inputs=inputs,
+        outputs=_joined([run(model, inputs[start : start + GOLDEN_IMAGES]) for start in batches]),
+        outputs_float64=_joined(_in_float64(model, inputs, run)),
+        strides=strides,
+    )
+
+
+def _strides(config: DMFormerConfig, height: int, width: int) -> dict[str, int]:
+    """For each output how many rows and columns go by for one that is kept, so that no image has too many values."""
+    found = {}
+    for name, (channels, *sides) in zip(config.output_names, config.output_shapes(height, width), strict=True):
+        stride = 1
+        while sides and stride < min(sides) and channels * math.prod(-(-side // stride) for side in sides) > _MOST_KEPT:
+            stride += 2
+        found[name] = stride
+    return found
+
+
+def _joined(parts: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def torch_outputs(model: nn.Module, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What a network of any task and form gives for (N, C, H, W), by name."""
+    import torch
+
+    from dmformer.models.dmformer import outputs_by_name
+
+    with torch.inference_mode():  # holds for one thread
+        return {name: output.numpy() for name, output in outputs_by_name(model(torch.from_numpy(inputs))).items()}
+
+
+def torch_answers(
+    model: DMFormerBackbone, images: ImageSet, measure: Measure, advance: Callable[[], object]
+) -> NDArray[Any]:
+    """What a measure keeps of the network's float32 outputs for each image.
 
     Raises:
         StageFailed: an answer is NaN or infinite.
         UsageError: an image cannot be read.
     """
-    import torch
-
-    def answer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = model(torch.from_numpy(batch)).numpy()
-        return output
-
-    not_finite = "PyTorch itself answers with NaN or infinity; expected a network that gives numbers"
-    with torch.inference_mode():
-        return collect(images, answer, advance, not_finite)
+    return measure.collect(images, functools.partial(torch_outputs, model), advance, "PyTorch itself")
 
 
 def in_double(model: nn.Module) -> nn.Module:
@@ -107,21 +146,17 @@ def in_double(model: nn.Module) -> nn.Module:
     return double
 
 
-def _in_float64(model: DMFormerBackbone, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+def _in_float64(
+    model: DMFormerBackbone, inputs: NDArray[np.float32], run: Callable[[nn.Module, NDArray[Any]], T]
+) -> list[T]:
     import torch
 
     double = in_double(model)
-
-    def run(row: NDArray[np.float32]) -> NDArray[np.float64]:
-        with torch.inference_mode():  # holds for one thread
-            output: NDArray[np.float64] = double(torch.from_numpy(row[None]).double()).numpy()
-        return output
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(usable_cores()) as pool:
-            return np.concatenate(list(pool.map(run, inputs)))
+            return list(pool.map(lambda row: run(double, row[None].astype(np.float64)), inputs))
     finally:
         torch.set_num_threads(threads)
 

@@ -48,6 +48,8 @@ class PixelAgreement(Struct, frozen=True, kw_only=True):
         lowest: the same of the image where it is smallest.
         flips: pixels with another class.
         below_noise: those of them whose margin is so small that the two may part within the limit of parity.
+        worst_margin: by how much the other preferred its own class where they differ, at most; in units of the logits.
+        miou: mean intersection over union, with the other's classes as the truth.
     """
 
     images: int
@@ -56,6 +58,8 @@ class PixelAgreement(Struct, frozen=True, kw_only=True):
     lowest: float
     flips: int
     below_noise: int
+    worst_margin: float
+    miou: float
 
 
 def confusion_matrix(
@@ -123,6 +127,9 @@ def pixel_agreement(candidate: NDArray[Any], expected: NDArray[Any], limit: floa
     flipped = chosen != wanted
     margin = np.take_along_axis(expected, wanted, 1) - np.take_along_axis(expected, chosen, 1)
     flips = int(flipped.sum())
+    matrix = confusion_matrix(chosen, wanted, candidate.shape[1], ignored=-1)
+    miou = pixel_accuracy(matrix).miou
+    assert miou is not None  # there are pixels
     return PixelAgreement(
         images=len(expected),
         pixels=flipped.size,
@@ -130,4 +137,6 @@ def pixel_agreement(candidate: NDArray[Any], expected: NDArray[Any], limit: floa
         lowest=float(1 - flipped.mean((1, 2, 3)).max()),
         flips=flips,
         below_noise=int((flipped & (margin <= 2 * limit)).sum()),
+        worst_margin=float(margin.max(where=flipped, initial=0.0)),
+        miou=miou,
     )
