@@ -37,9 +37,7 @@ from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
 from dmformer.runtimes import registry
-from dmformer.verify.accuracy import score
 from dmformer.verify.parity import ParityReport, report
-from dmformer.verify.reference import torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,11 +96,10 @@ class Bench:
     def source(self) -> PrecisionSource:
         """What a precision is made from."""
         images = image_set(CALIBRATION_IMAGES, self.checkpoint.preprocessing, self.checkpoint.classes, 10).spread(40)
-        logits = torch_logits(self.checkpoint.model(), images, lambda: None)
         return PrecisionSource(
             onnx=self.bundle / FP32,
             inputs=open_bundle(self.bundle).golden().inputs,
-            calibration=Calibration(images, logits, score(logits, images.labels, logits)),
+            calibration=Calibration.of(self.checkpoint.model(), images),
             max_points_lost=100.0,
             scratch=self.scratch,
             stage=silent,
@@ -173,12 +170,11 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
     failed = [f"fp32 {check.stage}: {check.reason}" for check in result.parity.checks if not check.passed]
     checkpoint = random_checkpoint("dmformer_nano", options, size, seed)
     images = image_set(CALIBRATION_IMAGES, checkpoint.preprocessing, (), 10).spread(40)
-    logits = torch_logits(checkpoint.model(), images, lambda: None)
     golden = open_bundle(output).golden()
     source = PrecisionSource(
         onnx=output / FP32,
         inputs=golden.inputs,
-        calibration=Calibration(images, logits, score(logits, None, logits)),
+        calibration=Calibration.of(checkpoint.model(), images),
         max_points_lost=100.0,
         scratch=scratch / f"scratch-{seed}",
         stage=silent,

@@ -50,7 +50,7 @@ def clean(count: int) -> dict[str, list[float]]:
                 row = registry.entry(engine)
                 files = converter(row)(ConversionSource(traced, "fp32", checkpoint), Path(folder)).files
                 runtime = registry.available_adapter(row)(files[0])
-                answers = ask(runtime, golden.inputs, layers=False, consistency=False)
+                answers = ask(runtime, golden.inputs, golden.thinned, layers=False, consistency=False)
                 for check in check_answers("runtime", answers, references(golden, "fp32")):
                     ratios.append(NOISE_FACTOR * (check.max_abs or np.inf) / (check.limit or 1.0))
     return found

@@ -17,8 +17,7 @@ from dmformer.export.precision import Calibration, PrecisionSource
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
-from dmformer.verify.accuracy import score
-from dmformer.verify.reference import golden_pixels, make_golden, torch_logits
+from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +39,7 @@ def golden_of(checkpoint: Checkpoint) -> Golden:
 
 
 def calibration_of(checkpoint: Checkpoint, images: ImageSet) -> Calibration:
-    logits = torch_logits(checkpoint.model(), images, lambda: None)
-    return Calibration(images, logits, score(logits, images.labels, logits))
+    return Calibration.of(checkpoint.model(), images)
 
 
 def source_of(

@@ -17,8 +17,9 @@ from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
 from dmformer.models.dmformer import create_model
 from dmformer.runtimes.base import TensorSpec
-from dmformer.verify.accuracy import BATCH, logits_of, parts, points_lost, score, wilson_interval
-from dmformer.verify.reference import torch_logits
+from dmformer.verify.accuracy import points_lost, score, wilson_interval
+from dmformer.verify.measures import Classification
+from dmformer.verify.reference import torch_answers
 from tests.fakes import FakeRuntime
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+CLASSES = Classification(2)
+BATCH = CLASSES.batch
+
 
 # --- the interval -----------------------------------------------------------------------------------------------------
 
@@ -169,7 +174,7 @@ class Fake(FakeRuntime):
     """Answers with each image's first value and its negative; notes the sizes of its batches."""
 
     input_spec = TensorSpec("picture", "float32", ("batch", 3, 32, 32))
-    output_spec = TensorSpec("any", "float32", ("batch", 2))
+    output_spec = TensorSpec("logits", "float32", ("batch", 2))
 
     def __init__(self, spoil: Callable[[NDArray[np.float32]], object] = lambda _: None) -> None:
         super().__init__()
@@ -181,7 +186,7 @@ class Fake(FakeRuntime):
         self.sizes.append(len(first))
         answer = np.stack([first, -first], 1)
         self.spoil(answer)
-        return {"any": answer}
+        return {"logits": answer}
 
 
 @pytest.fixture
@@ -196,17 +201,17 @@ def grey(tmp_path: Path) -> ImageSet:
 
 def test_answers_are_in_the_order_of_the_images(grey: ImageSet) -> None:
     runtime, advanced = Fake(), []
-    found = logits_of(runtime, grey, lambda: advanced.append(1))
+    found = CLASSES.answers(runtime, grey, lambda: advanced.append(1))
     np.testing.assert_allclose(found[:, 0] * 255, np.arange(0, 190, 10), atol=1e-3)
     np.testing.assert_array_equal(found[:, 1], -found[:, 0])
     assert runtime.sizes == [BATCH, BATCH, 19 - 2 * BATCH]
-    assert len(advanced) == parts(grey) == 3
+    assert len(advanced) == CLASSES.parts(grey) == 3
     assert runtime.closed == 1
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (BATCH, 1), (BATCH + 1, 2), (2 * BATCH, 2)])
 def test_parts_are_batches(grey: ImageSet, count: int, expected: int) -> None:
-    assert parts(replace(grey, paths=grey.paths[:count])) == expected
+    assert CLASSES.parts(replace(grey, paths=grey.paths[:count])) == expected
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -217,7 +222,7 @@ def test_one_answer_that_is_no_number_is_refused(grey: ImageSet, value: float) -
 
     runtime = Fake(spoil)
     with pytest.raises(StageFailed, match="fake answers with NaN or infinity"):
-        logits_of(runtime, grey, lambda: None)
+        CLASSES.answers(runtime, grey, lambda: None)
     assert runtime.closed == 1
 
 
@@ -225,7 +230,7 @@ def test_a_runtime_is_closed_where_an_image_cannot_be_read(grey: ImageSet) -> No
     grey.paths[12].write_bytes(b"no image")
     runtime = Fake()
     with pytest.raises(UsageError, match=r"12\.png"):
-        logits_of(runtime, grey, lambda: None)
+        CLASSES.answers(runtime, grey, lambda: None)
     assert runtime.closed == 1
 
 
@@ -234,4 +239,4 @@ def test_pytorchs_own_answers_that_are_no_numbers_are_refused(grey: ImageSet) ->
     with torch.no_grad():
         next(model.parameters()).fill_(float("inf"))
     with pytest.raises(StageFailed, match="NaN"):
-        torch_logits(model, grey, lambda: None)
+        torch_answers(model, grey, CLASSES, lambda: None)

@@ -469,7 +469,7 @@ def test_every_precision_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytes
     loose_images = Path(shutil.copytree(SAMPLE_IMAGES, tmp_path / "photos"))
     asked: dict[str, Any] = {"precisions": ["fp16"], "calibration": loose_images, "max_accuracy_drop": 100, **TINY}
     first = dmformer.export(output=tmp_path / "first", **asked)
-    for name in ("verified_graph", "make", "prove", "make_artifact", "proven", "torch_logits", "compare_precisions"):
+    for name in ("verified_graph", "make", "prove", "make_artifact", "proven", "torch_answers", "compare_precisions"):
         monkeypatch.setattr(f"dmformer.export.pipeline.{name}", no_export)
     monkeypatch.setattr(KnownExport, "take", lambda *_: None)
     second = dmformer.export(output=tmp_path / "second", **asked)

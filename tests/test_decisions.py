@@ -25,7 +25,8 @@ EXPECTED = np.array(
 def answered(outputs: np.ndarray | StageFailed, limit: float = 0.1) -> Check:
     answers = Answers("engine", "fp32", {4: {"logits": outputs} if isinstance(outputs, np.ndarray) else outputs})
     reference = Reference("PyTorch", {"logits": EXPECTED}, {"logits": Limit(limit, "test")})
-    return check_decisions(answers, answers.largest, reference)
+    (check,) = check_decisions(answers, answers.largest, reference)
+    return check
 
 
 def test_equal_decisions() -> None:

@@ -14,11 +14,11 @@ from dmformer.export.source import random_checkpoint
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes.layers import module_path
-from dmformer.verify.emulate import emulate, input_peaks, quantized
+from dmformer.verify.emulate import input_peaks, quantized, round_layers_
 from dmformer.verify.interpret import interpret
 from dmformer.verify.modules import ModuleTruth
 from dmformer.verify.parity import Check
-from dmformer.verify.reference import golden_pixels, make_golden
+from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
 from tests.fakes import FakeRuntime
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def test_an_emulation_is_near_the_network_and_not_equal(checkpoint: Checkpoint, 
     peaks = input_peaks(form, layers, [golden.inputs])
 
     def error(some: list[str]) -> float:
-        return float(np.abs(emulate(deploy(model, 32), precision, some, golden.inputs, peaks) - exact).max())
+        rounded = deploy(model, 32)
+        round_layers_(rounded, precision, some, peaks)
+        return float(np.abs(torch_outputs(rounded, golden.inputs)["logits"] - exact).max())
 
     found = error(layers)
     noise = float(np.abs(golden.outputs["logits"] - exact).max())
@@ -97,9 +99,8 @@ def test_modules_that_stay_in_float32_are_not_rounded(checkpoint: Checkpoint) ->
     inputs = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))
     form = deploy(model, 32)
     every = [name for name, module in form.named_modules() if not list(module.children())]
-    untouched = emulate(form, "fp16", [], inputs, {}, every)
-    with torch.inference_mode():
-        expected = deploy(model, 32)(torch.from_numpy(inputs)).numpy()
+    round_layers_(form, "fp16", [], {}, every)
+    untouched, expected = (torch_outputs(one, inputs)["logits"] for one in (form, deploy(model, 32)))
     np.testing.assert_array_equal(untouched, expected)
 
 

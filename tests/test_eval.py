@@ -28,8 +28,9 @@ from dmformer.models.lively import lively_
 from dmformer.progress import silent
 from dmformer.runtimes import base, registry
 from dmformer.train.digits import CLASSES, PREPROCESSING, load_digits, write_images
-from dmformer.verify.accuracy import Paired, logits_of, wilson_interval
+from dmformer.verify.accuracy import Paired, wilson_interval
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
+from dmformer.verify.measures import Classification
 from tests.bundles import copied, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ def test_the_order_of_channels_shows(bundle: Path, tmp_path: Path) -> None:
         (artifact,) = opened.artifacts("onnx")
         images = image_set(tmp_path / "red", opened.manifest.preprocessing, CLASSES, 10)
         kind = registry.adapter(registry.entry("ort"))
-        return logits_of(kind(opened.load_path(artifact), threads=1), images, lambda: None)
+        runtime = kind(opened.load_path(artifact), threads=1)
+        return Classification(10).answers(runtime, images, lambda: None)
 
     as_rgb, before = answers(), only(evaluate(bundle, tmp_path / "red", runtimes=["ort"]))
     rewrite(bundle, lambda content: content["preprocessing"].update(channels="BGR"))

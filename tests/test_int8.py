@@ -17,10 +17,10 @@ from onnx import TensorProto
 import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.errors import CheckFailed
-from dmformer.export import pipeline
 from dmformer.export.int8 import quantizable, to_int8
 from dmformer.export.precision import typed_share
 from dmformer.runtimes.openvino import OpenVinoRuntime
+from dmformer.verify.measures import Classification
 from tests.bundles import one_line
 from tests.precisions import arrays, simulated, source_of, types
 
@@ -184,7 +184,7 @@ def test_a_budget_that_never_holds_writes_nothing(few_images: Path, tmp_path: Pa
 def test_a_budget_that_does_not_hold_in_a_runtime_fails_the_export(
     few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "points_lost", lambda *_: 3.5)
+    monkeypatch.setattr(Classification, "points_lost", lambda *_: 3.5)
     with pytest.raises(CheckFailed, match=r"loses 3\.50 points on 30 images; the budget .* is 2"):
         dmformer.export(precisions=["fp16"], calibration=few_images, max_accuracy_drop=2, output=tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

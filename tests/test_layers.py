@@ -74,7 +74,7 @@ class Artifacts:
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     from dmformer.export.source import find_source
 
-    found = find_source(None, None, {}, None, None, None, 0)
+    found = find_source(None, None, None, {}, False, None, None, None, 0)
     assert found.calibration is not None
     images = found.calibration.spread(40)
     calibration, inputs = calibration_of(found.checkpoint, images), next(images.batches(8))

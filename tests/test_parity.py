@@ -80,7 +80,12 @@ def checks_of(subject: Subject, model: DMFormer, folder: Path, engines: Sequence
         checks.extend(
             check_answers(
                 "runtime",
-                ask(registry.available_adapter(row)(files[0], threads=1), subject.golden.inputs, consistency=False),
+                ask(
+                    registry.available_adapter(row)(files[0], threads=1),
+                    subject.golden.inputs,
+                    subject.golden.thinned,
+                    consistency=False,
+                ),
                 references(subject.golden, "fp32"),
             )
         )
@@ -176,7 +181,7 @@ def test_a_baked_in_batch_is_caught(subject: Subject, tmp_path: Path) -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, traced)
     row = registry.entry("onnxruntime")
-    answers = ask(registry.available_adapter(row)(traced), subject.golden.inputs)
+    answers = ask(registry.available_adapter(row)(traced), subject.golden.inputs, subject.golden.thinned)
     checks = check_answers("runtime", answers, references(subject.golden, "fp32"))
     assert [(check.batch, check.passed) for check in checks] == [(1, True), (2, False), (5, False)]
 
@@ -340,7 +345,7 @@ class Drifting(Spoilt):
 )
 def test_a_runtime_that_contradicts_itself_is_caught(exported: ExportResult, kind: type[Spoilt], row: str) -> None:
     golden = load_golden(exported.output / "golden.npz")
-    answers = ask(kind(exported.output / "onnx/fp32/model.onnx"), golden.inputs)
+    answers = ask(kind(exported.output / "onnx/fp32/model.onnx"), golden.inputs, golden.thinned)
     compared_with = references(golden, "fp32")
     assert all(check.passed for check in check_answers("runtime", answers, compared_with))
     (failed,) = [check for check in check_consistency(answers, compared_with) if not check.passed]
@@ -350,7 +355,7 @@ def test_a_runtime_that_contradicts_itself_is_caught(exported: ExportResult, kin
 
 def test_a_batch_that_differs_from_its_rows_is_caught(exported: ExportResult) -> None:
     golden = load_golden(exported.output / "golden.npz")
-    answers = ask(OnnxRuntime(exported.output / "onnx/fp32/model.onnx"), golden.inputs)
+    answers = ask(OnnxRuntime(exported.output / "onnx/fp32/model.onnx"), golden.inputs, golden.thinned)
     largest = {name: array + np.float32(1e-3) for name, array in answers.by_batch[5].items()}  # type: ignore[union-attr]
     moved = replace(answers, by_batch={**answers.by_batch, 5: largest})
     failed = [check.stage for check in check_consistency(moved, references(golden, "fp32")) if not check.passed]

@@ -13,6 +13,7 @@ from dmformer.errors import UsageError
 from dmformer.export import pipeline
 from dmformer.export.api import make_request
 from dmformer.export.request import planned_artifacts
+from dmformer.verify.measures import Classification
 from tests.bundles import one_line
 from tests.conftest import timed_as
 from tests.precisions import simulated
@@ -105,7 +106,7 @@ def test_auto_leaves_out_what_breaks_the_budget_in_its_runtime(
 ) -> None:
     """The quantiser measures in onnxruntime; an engine that computes in int8 may lose more."""
     lost = iter([0, 0, 9.0])
-    monkeypatch.setattr(pipeline, "points_lost", lambda *_: next(lost))
+    monkeypatch.setattr(Classification, "points_lost", lambda *_: next(lost))
     monkeypatch.setattr(pipeline, "compare_precisions", timed_as({("onnx", "fp16"): 0.9, ("onnx", "int8"): 0.5}))
     with simulated([0]):
         result = dmformer.export(precisions=["auto"], calibration=few_images, output=tmp_path / "b")

@@ -166,6 +166,8 @@ LAYERS = (
     "child",
     "machine",
     "progress",
+    "task",
+    "whole",
     "supervise",
     "_optional",
     "errors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -452,12 +453,37 @@ def test_an_engine_without_its_processor_backend(name: str, monkeypatch: pytest.
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["OtherExecutionProvider"])
     else:
         bare = type("Core", (), {"available_devices": ["GPU"]})
-        monkeypatch.setattr("openvino.Core", bare)
+        monkeypatch.setattr("dmformer.runtimes.openvino.core", bare)
     status = kind.probe()
     assert not status.available
     assert status.version
     assert status.reason is not None
     assert "has no CPU" in status.reason
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from dmformer.runtimes.openvino import OpenVinoRuntime
+opened = [OpenVinoRuntime(Path(sys.argv[1])) for _ in range(2)]
+for runtime in opened:
+    runtime.__enter__()
+for runtime in opened:  # not the last one first
+    runtime.__exit__(None, None, None)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+def test_openvino_leaves_signals_to_python(opened: Bundle) -> None:
+    """Plugins freed in the order of their making leave a stack for signal handlers that is gone."""
+    row = registry.entry("openvino")
+    usable(row)
+    path = opened.load_path(artifact_of(opened, row))
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(path)], check=False, timeout=120)
+    assert done.returncode == 7
 
 
 @pytest.mark.parametrize("ends", ["well", "in the block", "while loading"])

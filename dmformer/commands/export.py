@@ -193,7 +193,8 @@ def _show_plan(request: ExportRequest) -> None:
 
     size = request.checkpoint.preprocessing.image_size
     config = request.checkpoint.config
-    present.say(f"{request.checkpoint.arch}, {config.task}, {config.num_classes} classes, {size}x{size} pixels")
+    classes = f", {config.num_classes} classes" if config.task != "features" else ""
+    present.say(f"{request.checkpoint.arch}, {config.task}{classes}, {size}x{size} pixels")
     present.say(f"would write to {request.output}:")
     for path in planned_artifacts(request):
         present.show(path)

@@ -26,7 +26,6 @@ def describe_export(
     weights: Literal["checkpoint", "demonstration", "random"],
     seed: int | None,
     deploy_form: bool,
-    open_size: bool,
     simplification: Simplification,
     artifacts: Sequence[Artifact],
     files: Sequence[FileEntry],
@@ -34,7 +33,7 @@ def describe_export(
 ) -> Manifest:
     """What is in the bundle, where its weights came from, and what was found on the way."""
     size = checkpoint.preprocessing.image_size
-    axes = tensor_axes(checkpoint, open_size=open_size)
+    axes = tensor_axes(checkpoint)
     shapes: dict[str, tuple[int, ...]] = {INPUT_NAME: (checkpoint.config.in_channels, size, size)}
     shapes |= dict(zip(checkpoint.config.output_names, checkpoint.config.output_shapes(size, size), strict=True))
     given, *outputs = (

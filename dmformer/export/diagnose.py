@@ -129,10 +129,11 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
     golden = bundle.golden()
     if weights is not None or bundle.artifacts("torch"):
         given = reference_checkpoint(bundle, weights)
-        checkpoint = replace(given, preprocessing=bundle.manifest.preprocessing)
+        manifest = bundle.manifest
+        checkpoint = replace(given, preprocessing=manifest.preprocessing, open_size=manifest.open_size)
         path = scratch / "trusted.onnx"
         folded = bundle.manifest.model.deploy_form
-        trace(checkpoint, form_in(bundle, checkpoint.model()), path, open_size=bundle.manifest.open_size)
+        trace(checkpoint, form_in(bundle, checkpoint.model()), path)
         if not folded and bundle.manifest.simplification.kept:
             # It fuses what the deploy form has folded already; tensors keep their names and not their meaning.
             with Simplifier() as simplifier:

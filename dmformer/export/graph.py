@@ -57,7 +57,6 @@ class GraphSource:
         checkpoint: with its preprocessing.
         model: its network, which is left as it is.
         deploy_form: fold the network before it is traced.
-        open_size: leave height and width open.
         images: some of them become golden images.
         scratch: an existing folder for files that do not outlive the export.
         stage: told about each step.
@@ -66,7 +65,6 @@ class GraphSource:
     checkpoint: Checkpoint
     model: DMFormerBackbone
     deploy_form: bool
-    open_size: bool
     images: Sequence[Path]
     scratch: Path
     stage: Stage
@@ -75,7 +73,7 @@ class GraphSource:
         """What is traced; a trace writes into its modules, so it never gets the network itself."""
         if not self.deploy_form:
             return self.checkpoint.model()
-        return deploy(self.model, None if self.open_size else self.checkpoint.preprocessing.image_size)
+        return deploy(self.model, self.checkpoint.side)
 
 
 def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
@@ -91,7 +89,7 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
     with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
         with source.stage("PyTorch reference, trace to ONNX"):
             referring = pool.submit(_reference, source)
-            trace(source.checkpoint, source.form(), traced, open_size=source.open_size)
+            trace(source.checkpoint, source.form(), traced)
             golden = referring.result()
         (pytorch,) = references(golden, "fp32")
         simplifying = pool.submit(simplifier.simplify, traced, simplified)
@@ -132,9 +130,10 @@ class _Graph(NamedTuple):
 
 
 def _reference(source: GraphSource) -> Golden:
-    preprocessing = source.checkpoint.preprocessing
+    checkpoint = source.checkpoint
+    preprocessing = checkpoint.preprocessing
     golden = make_golden(source.model, preprocessing, golden_pixels(preprocessing, source.images))
-    return replace(golden, other=at_another_size(source.model, preprocessing)) if source.open_size else golden
+    return replace(golden, other=at_another_size(source.model, preprocessing)) if checkpoint.open_size else golden
 
 
 def _check_forms(

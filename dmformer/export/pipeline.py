@@ -123,8 +123,8 @@ class _Export:
 
     @functools.cached_property
     def network(self) -> list[object]:
-        """What every stage depends on: the checkpoint by its content, and the form and size that are traced."""
-        return [self.cache.digest(self.checkpoint), self.request.deploy_form, self.request.open_size]
+        """What every stage depends on: the checkpoint by its content, and the form that is traced."""
+        return [self.cache.digest(self.checkpoint), self.request.deploy_form]
 
     def run(self) -> ExportResult:
         model = self.checkpoint.model()
@@ -133,7 +133,6 @@ class _Export:
             self.checkpoint,
             model,
             self.request.deploy_form,
-            self.request.open_size,
             self.request.images,
             self.scratch,
             self.stage,
@@ -392,7 +391,6 @@ class _Export:
             weights=self.request.weights,
             seed=self.request.seed,
             deploy_form=self.request.deploy_form,
-            open_size=self.request.open_size,
             simplification=simplification,
             artifacts=artifacts,
             files=[file_entry(self.folder, self.folder / name) for name in (GOLDEN, PARITY_REPORT)],

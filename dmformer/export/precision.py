@@ -20,12 +20,14 @@ from dmformer.data.labelled import ImageSet
 from dmformer.errors import UsageError
 from dmformer.export import onnx_file
 from dmformer.progress import Stage
-from dmformer.verify.measures import Measure
+from dmformer.verify.measures import Measure, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from onnx import ModelProto
+
+    from dmformer.models.dmformer import DMFormerBackbone
 
 # What makes a reduced precision, as ``module:function``.
 _MAKERS = {
@@ -54,6 +56,20 @@ class Calibration:
     measure: Measure
     kept: NDArray[Any]
     accuracy: Accuracy
+
+    @classmethod
+    def of(cls, model: DMFormerBackbone, images: ImageSet, advance: Callable[[], object] = lambda: None) -> Calibration:
+        """Ask PyTorch.
+
+        Raises:
+            StageFailed: an answer is NaN or infinite.
+            UsageError: an image cannot be read.
+        """
+        from dmformer.verify.reference import torch_answers
+
+        measure = measure_of(model.config.task, model.config.num_classes)
+        kept = torch_answers(model, images, measure, advance)
+        return cls(images, measure, kept, measure.score(kept, images, kept))
 
     def points_lost(self, kept: NDArray[Any]) -> tuple[Accuracy, float]:
         """The accuracy of what was kept of other answers, and the percentage points that it is below PyTorch's."""

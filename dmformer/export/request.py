@@ -39,7 +39,6 @@ class ExportRequest:
         output: the bundle's folder.
         images: real images for the golden set; noise fills it up.
         deploy_form: fold everything linear before tracing (:mod:`dmformer.models.deploy`).
-        open_size: leave height and width of the input open.
         force: write the bundle although a parity check failed.
         engine: how formats that are compiled are compiled.
         not_made: a sentence for each format that ``all`` had to leave out.
@@ -56,7 +55,6 @@ class ExportRequest:
     seed: int | None = None
     images: tuple[Path, ...] = ()
     deploy_form: bool = True
-    open_size: bool = False
     force: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
     not_made: tuple[str, ...] = ()

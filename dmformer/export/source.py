@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +39,7 @@ def find_source(
     arch: str | None,
     task: Task | None,
     options: Mapping[str, Any],
+    open_size: bool,
     image_size: int | None,
     images: Path | None,
     calibration: Path | None,
@@ -55,22 +56,22 @@ def find_source(
     given = tuple(list_images(images)) if images is not None else ()
     options = {**options, **(FEATURES_ONLY if task == "features" else {})}
     if weights is not None:
-        checkpoint = _of_task(load_checkpoint(weights, arch, options, image_size), task)
+        checkpoint = _of_task(load_checkpoint(weights, arch, options, image_size), task, open_size)
         return Source(checkpoint, "checkpoint", None, given, _calibration(calibration, checkpoint))
     if arch is not None:
-        checkpoint = _of_task(random_checkpoint(arch, options, image_size, seed), task)
+        checkpoint = _of_task(random_checkpoint(arch, options, image_size, seed), task, open_size)
         return Source(checkpoint, "random", seed, given, _calibration(calibration, checkpoint))
     shipped = DEMONSTRATIONS[task or "classification"]
-    checkpoint = load_checkpoint(shipped.checkpoint, None, options, image_size)
+    checkpoint = _of_task(load_checkpoint(shipped.checkpoint, None, options, image_size), task, open_size)
     images_for_ranges = _calibration(calibration or shipped.calibration, checkpoint)
     return Source(checkpoint, "demonstration", None, given or tuple(list_images(shipped.samples)), images_for_ranges)
 
 
-def _of_task(checkpoint: Checkpoint, task: Task | None) -> Checkpoint:
+def _of_task(checkpoint: Checkpoint, task: Task | None, open_size: bool) -> Checkpoint:
     own = checkpoint.config.task
     if task not in (None, own):
         raise UsageError(f"--task {task} for {checkpoint.arch}, task {own}; expected --task {own} or features")
-    return checkpoint
+    return replace(checkpoint, open_size=open_size)
 
 
 def _calibration(folder: Path | None, checkpoint: Checkpoint) -> ImageSet | None:

@@ -35,15 +35,15 @@ OPSET = 20  # the first with Gelu as one operator; below it, the exporter writes
 _TRACED_BATCH = 2  # tracing at 1 could bake a squeeze in
 
 
-def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path, *, open_size: bool = False) -> None:
+def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
     """Write the network as ONNX: float32, (batch, C, H, W) -> what its task gives, with the batch left open.
+
+    Height and width are left open too where the checkpoint says so.
 
     Args:
         checkpoint: what the file says of itself.
-        model: the network, in its training or its deploy form.
+        model: the network, in its training form or in its deploy form for the checkpoint's side.
         destination: the file.
-        open_size: leave height and width open too; the deploy form must then be one for any size, and for
-            segmentation both must be multiples of 32.
 
     Nodes are named ``MODULE/OPERATOR``, for instance ``stages.2.blocks.4.dma.expand/Conv``.
 
@@ -65,7 +65,7 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path, *, open_s
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],
                 output_names=list(checkpoint.config.output_names),
-                dynamic_axes=tensor_axes(checkpoint, open_size=open_size),
+                dynamic_axes=tensor_axes(checkpoint),
             )
     except Exception as error:
         raise StageFailed(f"export to ONNX failed: {first_line(error)}") from error
@@ -74,13 +74,13 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path, *, open_s
     onnx_file.write(exported, destination, onnx_metadata(checkpoint))
 
 
-def tensor_axes(checkpoint: Checkpoint, *, open_size: bool) -> dict[str, dict[int, str]]:
+def tensor_axes(checkpoint: Checkpoint) -> dict[str, dict[int, str]]:
     """The names of the axes that stay open, by their index, for the input and each output."""
     size, config = checkpoint.preprocessing.image_size, checkpoint.config
-    axes = {INPUT_NAME: {0: "batch", 2: "height", 3: "width"} if open_size else {0: "batch"}}
+    axes = {INPUT_NAME: {0: "batch", 2: "height", 3: "width"} if checkpoint.open_size else {0: "batch"}}
     for name, shape in zip(config.output_names, config.output_shapes(size, size), strict=True):
         axes[name] = {0: "batch"}
-        if open_size and len(shape) == 3:
+        if checkpoint.open_size and len(shape) == 3:
             axes[name] |= {2: f"{name}_height", 3: f"{name}_width"}
     return axes
 

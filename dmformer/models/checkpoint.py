@@ -52,6 +52,8 @@ class Checkpoint:
         notes: what was assumed, chosen or converted while reading, one sentence each.
         training: recipe, data and accuracy, as the file's metadata has them.
         described: whether configuration, preprocessing and classes are the file's own word.
+        open_size: whether it is for images of any height and width (for segmentation, of multiples of 32), and not
+            for those of the preprocessing alone.
     """
 
     arch: str
@@ -63,6 +65,12 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     described: bool = False
+    open_size: bool = False
+
+    @property
+    def side(self) -> int | None:
+        """Side of the input in pixels; ``None`` where it is open."""
+        return None if self.open_size else self.preprocessing.image_size
 
     def model(self) -> DMFormerBackbone:
         """The network with these weights, in evaluation mode."""
@@ -85,6 +93,7 @@ class Metadata(msgspec.Struct, kw_only=True):
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
     training: dict[str, Any] = {}
+    open_size: bool = False
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -98,6 +107,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         preprocessing=checkpoint.preprocessing,
         classes=checkpoint.classes,
         training=dict(checkpoint.training),
+        open_size=checkpoint.open_size,
     )
     state = {name: tensor.detach().contiguous() for name, tensor in sorted(checkpoint.state.items())}
     path.write_bytes(save(state, metadata={METADATA_KEY: msgspec.json.encode(metadata, order="sorted").decode()}))
@@ -162,6 +172,7 @@ def load_checkpoint(
         notes=tuple(notes),
         training=metadata.training if metadata else {},
         described=metadata is not None,
+        open_size=metadata.open_size if metadata else False,
     )
 
 

@@ -83,9 +83,9 @@ class TorchRuntime(Runtime):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The network's input, of any height and width."""
-        channels = self._checkpoint.config.in_channels
-        return (TensorSpec(INPUT_NAME, "float32", ("batch", channels, "height", "width")),)
+        """The network's input; height and width are open where the checkpoint says so."""
+        channels, side = self._checkpoint.config.in_channels, self._checkpoint.side
+        return (TensorSpec(INPUT_NAME, "float32", ("batch", channels, side or "height", side or "width")),)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
