@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dmformer.export.speed import Timed
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Stage
+    from dmformer.task import Task
     from tests.workers import Worker
 
 os.environ["DMFORMER_CACHE"] = ""  # no cache: tests patch what an export does, and nobody's own one is to be read
@@ -313,3 +314,80 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("colours")
     write_colours(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the shipped scenes in ADE20K's folders: ten to calibrate with, three that the network has not seen."""
+    from dmformer.assets import SCENES
+
+    folder = tmp_path_factory.mktemp("scenes")
+    shutil.copy(SCENES / "classes.txt", folder)
+    for part, count in (("training", 10), ("validation", 3)):
+        for kind in ("images", "annotations"):
+            (folder / kind / part).mkdir(parents=True)
+            for path in sorted((SCENES / kind / part).iterdir())[:count]:
+                shutil.copy(path, folder / kind / part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def segmentation(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The demonstration for segmentation in every format that runs on any machine; shared, not to be written into."""
+    import dmformer
+
+    def make(folder: Path) -> ExportResult:
+        return dmformer.export(
+            task="segmentation", formats=["torch", "onnx", "openvino"], output=folder / "segmentation"
+        )
+
+    return made_once(tmp_path_factory, "segmentation", make)
+
+
+@pytest.fixture
+def segmentation_bundle(segmentation: ExportResult, tmp_path: Path) -> Path:
+    """A copy of the segmentation bundle that a test may spoil."""
+    return Path(shutil.copytree(segmentation.output, tmp_path / "segmentation"))
+
+
+@pytest.fixture(scope="session")
+def segmentation_open(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The same with height and width left open, at 32 pixels, without onnxsim; shared, not to be written into."""
+    return made_once(tmp_path_factory, "segmentation-open", lambda folder: _export_open("segmentation", folder))
+
+
+@pytest.fixture(scope="session")
+def features_open(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The stages' maps with height and width left open, without onnxsim; shared, not to be written into."""
+    return made_once(tmp_path_factory, "features-open", lambda folder: _export_open("features", folder))
+
+
+def _export_open(task: Task, folder: Path) -> ExportResult:
+    import dmformer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+        return dmformer.export(
+            task=task, open_size=True, image_size=32, formats=["torch", "onnx"], output=folder / task
+        )
+
+
+@pytest.fixture(scope="session")
+def segmentation_reduced(tmp_path_factory: pytest.TempPathFactory, few_scenes: Path) -> ExportResult:
+    """The demonstration for segmentation at every precision, without onnxsim and timing; shared, not to be spoilt."""
+    import dmformer
+
+    def make(folder: Path) -> ExportResult:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
+            patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+            return dmformer.export(
+                task="segmentation",
+                formats=["onnx"],
+                precisions=["fp32", "fp16", "int8"],
+                calibration=few_scenes,
+                max_accuracy_drop=2,
+                output=folder / "segmentation",
+            )
+
+    return made_once(tmp_path_factory, "segmentation-reduced", make)

@@ -184,15 +184,24 @@ def _golden(arrays: dict[str, NDArray[Any]]) -> Golden:
         emulated={name: _group(arrays, f"emulated_{name}/") for name in _precisions(arrays, "emulated_")},
         sources=tuple(_group(arrays, "sources/").values()),
         source_pixels=arrays.get("source_pixels"),
-        strides={name: int(stride) for name, stride in _group(arrays, "strides/").items()},
+        strides={name: _whole(name, stride) for name, stride in _group(arrays, "strides/").items()},
         other=_golden(others) if others else None,
     )
 
 
+def _whole(name: str, stride: NDArray[Any]) -> int:
+    if stride.dtype.kind not in "iu" or stride.shape:
+        raise UsageError(f"a stride of {stride.dtype} {stride.shape} for {name!r}; expected one whole number")
+    return int(stride)
+
+
 def _check_part(golden: Golden, path: Path) -> None:
     _check_arrays(golden, path)
-    if wrong := [stride for stride in golden.strides.values() if stride < 1]:
-        raise UsageError(f"{path}: a stride of {wrong[0]}; expected 1 or more")
+    for name, stride in golden.strides.items():
+        if name not in golden.outputs:
+            raise UsageError(f"{path}: a stride for {name!r}; expected one of {', '.join(golden.outputs)}")
+        if stride < 1:
+            raise UsageError(f"{path}: a stride of {stride} for {name!r}; expected 1 or more")
     if golden.other is not None and (
         golden.other.other is not None or set(golden.other.outputs) != set(golden.outputs)
     ):

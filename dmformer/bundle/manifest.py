@@ -250,26 +250,43 @@ class Manifest(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.inputs) != 1:
             raise UsageError(f"{len(self.inputs)} inputs; expected one")
-        names = tuple(output.name for output in self.outputs)
-        if names != _OUTPUTS[self.model.task]:
-            raise UsageError(f"outputs {', '.join(names)}; expected {', '.join(_OUTPUTS[self.model.task])}")
-        rank = 2 if self.model.task == "classification" else 4
-        for output in self.outputs:
-            if len(output.shape) != rank or not isinstance(output.shape[1], int):
-                raise UsageError(
-                    f"output {output.name!r} of shape {output.shape}; expected {rank} dimensions, a number of channels"
-                )
-        if self.model.classes and self.class_count not in (0, len(self.model.classes)):
-            raise UsageError(f"{len(self.model.classes)} class names for an output of shape {self.outputs[0].shape}")
-        size = self.preprocessing.image_size
-        sides = self.inputs[0].shape[2:]
-        fits = sides == (size, size) or (len(sides) == 2 and all(isinstance(side, str) for side in sides))
-        if not fits or self.inputs[0].shape[1] != len(self.preprocessing.channels):
-            raise UsageError(f"an input of shape {self.inputs[0].shape} for images of {size} pixels")
+        self._check_input()
+        self._check_outputs()
         kinds = [(artifact.format, artifact.precision) for artifact in self.artifacts]
         if len(set(kinds)) < len(kinds):
             raise UsageError("the same format and precision twice among the artifacts")
         check_distinct([MANIFEST, SIGNATURE, *(entry.path for entry in self.entries)])
+
+    def _check_input(self) -> None:
+        size, shape = self.preprocessing.image_size, self.inputs[0].shape
+        fits = shape[2:] == (size, size) or (len(shape) == 4 and all(isinstance(side, str) for side in shape[2:]))
+        if not fits or shape[1] != len(self.preprocessing.channels):
+            raise UsageError(f"an input of shape {shape} for images of {size} pixels")
+
+    def _check_outputs(self) -> None:
+        task = self.model.task
+        names = tuple(output.name for output in self.outputs)
+        if names != _OUTPUTS[task]:
+            raise UsageError(f"outputs {', '.join(names)}; expected {', '.join(_OUTPUTS[task])}")
+        rank = 2 if task == "classification" else 4
+        for output in self.outputs:
+            if len(output.shape) != rank or not self._fits(output.shape):
+                raise UsageError(
+                    f"output {output.name!r} of shape {output.shape}; expected {rank} dimensions, a number of channels"
+                    + (f", and sides that go with an input of {self.inputs[0].shape}" if rank == 4 else "")
+                )
+        if self.model.classes and self.class_count not in (0, len(self.model.classes)):
+            raise UsageError(f"{len(self.model.classes)} class names for an output of shape {self.outputs[0].shape}")
+
+    def _fits(self, shape: tuple[int | str, ...]) -> bool:
+        """Whether an output of a shape goes with the input: sides are open together."""
+        (_, channels, *sides), given = shape, self.inputs[0].shape[2:]
+        numbers = [channels, *(side for side in sides if not self.open_size)]
+        if self.model.task == "segmentation" and not self.open_size and tuple(sides) != given:
+            return False
+        return all(isinstance(one, int) and one > 0 for one in numbers) and (
+            not self.open_size or all(isinstance(side, str) for side in sides)
+        )
 
     @property
     def entries(self) -> tuple[FileEntry, ...]:

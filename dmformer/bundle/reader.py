@@ -159,11 +159,18 @@ class Bundle:
 
         Raises:
             CheckFailed: the file is not what the manifest says.
-            UsageError: the bundle has none.
+            UsageError: the bundle has none, or one that leaves out what the manifest leaves open.
         """
+        path = self.root / GOLDEN
         for entry in self.manifest.files:
             if entry.path == GOLDEN:
-                return parse_golden(self.read(entry), self.root / GOLDEN)
+                found = parse_golden(self.read(entry), path)
+                if self.manifest.open_size and found.other is None:
+                    raise UsageError(
+                        f"{path}: height and width are open, and the golden file has one size; expected another one "
+                        "as well: export the bundle again"
+                    )
+                return found
         raise UsageError(f"{self.root}: the manifest lists no {GOLDEN}; export the bundle again")
 
     def artifacts(self, format_name: str, precision: str | None = None) -> list[Artifact]:
