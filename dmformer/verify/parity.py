@@ -385,14 +385,14 @@ def check_labelled_pixels(
         decided: the check of the runtime's classes against PyTorch's on the same images.
         most: the budget, in percentage points.
     """
-    reason, passed = None, decided.passed
+    reason, passed = None, True
     if found.miou is None or torch.miou is None:
         reason, passed = "no pixel of these images has a class; expected annotations with numbers above 0", False
     elif found != torch:
         lost = 100 * (torch.miou - found.miou)
-        passed = passed or lost <= most
+        passed = decided.passed or lost <= most
         reason = f"mIoU {found.miou:.2%}, PyTorch's {torch.miou:.2%}: {lost:+.3f} points lost"
-    comparison = Comparison(passed or found == torch, reason=reason)
+    comparison = Comparison(passed, reason=reason)
     return as_check("accuracy", answers.runtime, answers.precision, decided.batch, comparison)
 
 
