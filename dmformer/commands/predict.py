@@ -34,10 +34,14 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes shown for each image.")] = 5,
     threads: present.ThreadsOption = None,
-    overlays: Annotated[
-        Path,
-        typer.Option("--output", metavar="DIR", help="For the pictures NAME.overlay.png of a segmentation network."),
-    ] = Path(),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="For the pictures NAME.overlay.png of a segmentation network; otherwise the working folder.",
+        ),
+    ] = None,
     json_file: present.JsonOption = None,
 ) -> None:
     """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
@@ -52,8 +56,10 @@ def predict(
     task = bundle.manifest.model.task
     if task == "features":
         raise UsageError("a bundle of features tells no classes; expected dmformer.load(...).outputs(...) in Python")
+    if output is not None and task != "segmentation":
+        raise UsageError(f"--output is for the pictures of a segmentation network; the bundle is for {task}")
     choice = choose(bundle, runtime, precision)
-    targets = _overlay_paths(images, overlays) if task == "segmentation" else []
+    targets = _overlay_paths(images, output or Path()) if task == "segmentation" else []
     report: PredictReport | SegmentReport
     with Predictor(choice, threads) as predictor:
         if task == "segmentation":

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 _LEAST_SIDE = 480  # pixels of the picture's shorter side: a small image is enlarged
 _OPACITY = 0.55
 _DIMMED = 0.35  # brightness of what the network did not see
 _FONT = 18  # pixels
 _MOST_ENTRIES = 24
+_LONGEST = 40  # characters of a name
 
 
 class Entry(NamedTuple):
@@ -62,7 +64,7 @@ def overlay(
     seen = picture.crop((left, top, right, bottom))
     colours = class_colours(int(labels.max()) + 1)
     coloured = PillowImage.fromarray(colours[labels]).resize(seen.size, PillowImage.Resampling.NEAREST)
-    picture = PillowImage.fromarray((np.asarray(picture) * _DIMMED).astype(np.uint8))
+    picture = picture.point([int(value * _DIMMED) for value in range(256)] * 3)
     picture.paste(PillowImage.blend(seen, coloured, _OPACITY), (left, top))
     return _beside(picture, _legend(list(legend), height))
 
@@ -72,7 +74,7 @@ def _legend(entries: list[Entry], least_height: int) -> Image:
     from PIL import ImageDraw, ImageFont
 
     font = ImageFont.load_default(_FONT)
-    lines = [(entry.number, f"{entry.name}  {entry.share:.1%}") for entry in entries[:_MOST_ENTRIES]]
+    lines = [(entry.number, f"{_shown(entry, font)}  {entry.share:.1%}") for entry in entries[:_MOST_ENTRIES]]
     if len(entries) > _MOST_ENTRIES:
         lines.append((-1, f"and {len(entries) - _MOST_ENTRIES} more"))
     line, swatch = round(1.6 * _FONT), _FONT
@@ -87,6 +89,15 @@ def _legend(entries: list[Entry], least_height: int) -> Image:
             draw.rectangle((swatch, top, 2 * swatch, top + swatch), fill=colour, outline="black")
         draw.text((round(2.5 * swatch), top - 2), text, fill="black", font=font)
     return made
+
+
+def _shown(entry: Entry, font: FreeTypeFont | ImageFont) -> str:
+    """The name in one line that is not too long; the number where the font, which is Pillow's, lacks a letter."""
+    name = " ".join(entry.name.split())
+    nothing = bytes(font.getmask("\uffff"))  # what is drawn in the place of a letter that is missing
+    if any(bytes(font.getmask(letter)) == nothing for letter in name if letter != " "):
+        return f"class {entry.number}"
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def _beside(picture: Image, legend: Image) -> Image:
