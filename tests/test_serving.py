@@ -189,3 +189,51 @@ def test_the_command(exported: ExportResult, tmp_path: Path, inline: Callable[..
     assert "--force" in again.error_line
     assert inline("serve-layout", "ovms", exported.output, "--output", "out", "--force").code == 0
     assert "'tfserving'; expected triton or ovms" in inline("serve-layout", "tfserving", exported.output).error_line
+
+
+def test_pixels_have_no_labels_in_triton(
+    segmentation: ExportResult, tmp_path: Path, parse: Callable[[Path], Any]
+) -> None:
+    serve_layout("triton", open_bundle(segmentation.output), tmp_path / "out")
+    folder = tmp_path / "out/models/dmformer_nano_fpn_onnx_fp32"
+    config = parse(folder / "config.pbtxt")
+    ((given,), (output,)) = config.input, config.output
+    assert (list(given.dims), list(output.dims), output.label_filename) == ([3, 64, 64], [11, 64, 64], "")
+    assert not (folder / "labels.txt").exists()
+    said = (tmp_path / "out/README.md").read_text()
+    for fact in (
+        "the largest of a pixel's is its class",
+        "- 1: digit 0",
+        "Take the centre of 64x64",
+        "dmformer predict",
+    ):
+        assert fact in said
+    assert "softmax" not in said
+
+
+def test_an_open_size_is_open_in_triton_and_told(
+    segmentation_open: ExportResult, tmp_path: Path, parse: Callable[[Path], Any]
+) -> None:
+    serve_layout("triton", open_bundle(segmentation_open.output), tmp_path / "out")
+    config = parse(tmp_path / "out/models/dmformer_nano_fpn_onnx_fp32/config.pbtxt")
+    assert (list(config.input[0].dims), list(config.output[0].dims)) == ([3, -1, -1], [11, -1, -1])
+    said = (tmp_path / "out/README.md").read_text()
+    assert "the longer one in proportion, to the nearest multiple of 32" in said
+    assert "Take the centre" not in said
+
+
+@pytest.mark.parametrize("server", ["triton", "ovms"])
+def test_every_map_of_features_is_served(
+    features_open: ExportResult, tmp_path: Path, parse: Callable[[Path], Any], server: str
+) -> None:
+    serve_layout(server, open_bundle(features_open.output), tmp_path / "out")
+    if server == "triton":
+        config = parse(tmp_path / "out/models/dmformer_nano_onnx_fp32/config.pbtxt")
+        found = {output.name: list(output.dims) for output in config.output}
+        assert found == {f"features_s{4 << index}": [16 << index, -1, -1] for index in range(4)}
+    said = (tmp_path / "out/README.md").read_text()
+    for index in range(4):
+        assert f"Back comes `features_s{4 << index}`, float32, ['batch', {16 << index}" in said
+    assert "outputs(IMAGE)" in said
+    assert "logits" not in said
+    assert "## Classes" not in said

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.writer import staged
 from dmformer.errors import UsageError
+from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
-    from dmformer.bundle.manifest import Artifact, Manifest
+    from dmformer.bundle.manifest import Artifact, Manifest, Tensor
     from dmformer.bundle.reader import Bundle
 
 SERVERS = ("triton", "ovms")
@@ -128,7 +129,7 @@ def _write_triton(folder: Path, manifest: Manifest, named: dict[str, Artifact], 
         (folder / name / "config.pbtxt").write_text(
             _config(manifest, artifact, name, max_batch), encoding="utf-8", newline="\n"
         )
-        if manifest.model.classes:
+        if manifest.model.task == "classification" and manifest.model.classes:
             lines = (" ".join(label.split()) for label in manifest.model.classes)
             (folder / name / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -136,22 +137,26 @@ def _write_triton(folder: Path, manifest: Manifest, named: dict[str, Artifact], 
 def _config(manifest: Manifest, artifact: Artifact, name: str, max_batch: int) -> str:
     """``ModelConfig`` (model_config.proto of Triton) in protobuf's text form; dimensions are without the batch."""
     backend = _TRITON[artifact.format]
-    (given,), (output,) = manifest.inputs, manifest.outputs
+    (given,) = manifest.inputs
     bound = artifact.target.max_batch if artifact.target is not None else max_batch
     comment = f"# {_tied(artifact)}\n" if artifact.target is not None else ""
-    label = f'\n    label_filename: "{LABELS}"' if manifest.model.classes else ""
+    # Triton appends labels to the largest values of a whole output: classes of an image, and not of pixels.
+    labelled = manifest.model.task == "classification" and manifest.model.classes
+    label = f'\n    label_filename: "{LABELS}"' if labelled else ""
 
-    def tensor(tensor_name: str, dtype: str, shape: tuple[int | str, ...]) -> str:
-        dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in shape[1:])
-        return f"    name: {json.dumps(tensor_name)}\n    data_type: {_TYPES[dtype]}\n    dims: [ {dims} ]"
+    def tensor(spec: Tensor, more: str = "") -> str:
+        dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:])
+        name = json.dumps(spec.name)
+        return f"  {{\n    name: {name}\n    data_type: {_TYPES[spec.dtype]}\n    dims: [ {dims} ]{more}\n  }}"
 
+    outputs = ",\n".join(tensor(output, label) for output in manifest.outputs)
     return (
         f"{comment}name: {json.dumps(name)}\n"
         f'backend: "{backend.name}"\n'
         f'default_model_filename: "{backend.main}"\n'
         f"max_batch_size: {bound}\n"
-        f"input [\n  {{\n{tensor(given.name, given.dtype, given.shape)}\n  }}\n]\n"
-        f"output [\n  {{\n{tensor(output.name, output.dtype, output.shape)}{label}\n  }}\n]\n"
+        f"input [\n{tensor(given)}\n]\n"
+        f"output [\n{outputs}\n]\n"
         f"instance_group [\n  {{\n    count: 1\n    kind: {backend.kind}\n  }}\n]\n"
         f"dynamic_batching {{\n  max_queue_delay_microseconds: {_QUEUE_US}\n}}\n"
         f'parameters {{\n  key: "dmformer_sha256"\n  value {{ string_value: "{artifact.sha256}" }}\n}}\n'
@@ -186,25 +191,13 @@ def _tied(artifact: Artifact) -> str:
 
 
 def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: tuple[str, ...]) -> str:
-    pre, (given,), (output,) = manifest.preprocessing, manifest.inputs, manifest.outputs
     start = {
         "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
         "tritonserver --model-repository=/models",
         "ovms": "docker run --rm -p 9000:9000 -p 8000:8000 -v ./models:/models openvino/model_server:latest "
         "--config_path /models/config.json --port 9000 --rest_port 8000",
     }[server]
-    resized = round(pre.image_size / pre.crop_fraction)
     labels = [f"{index}: {' '.join(label.split())}" for index, label in enumerate(manifest.model.classes)]
-    steps = (
-        f"Decode the image; channels {pre.channels}.",
-        f"Resize the shorter side to {resized} pixels ({pre.interpolation}, as Pillow does it).",
-        f"Take the centre of {pre.image_size}x{pre.image_size} pixels.",
-        f"Divide by 255; for each channel subtract the mean {list(pre.mean)}, divide by the deviation {list(pre.std)}.",
-        f"Send `{given.name}`, {given.dtype}, (batch, channels, height, width) = {list(given.shape)}.",
-    )
-    answer = (
-        f"Back comes `{output.name}`, {output.dtype}, {list(output.shape)}: logits; their softmax is probabilities."
-    )
     lines = [
         f"# {manifest.model.arch} for {server}",
         "",
@@ -212,10 +205,9 @@ def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_ou
         "",
         "## Before a request, in the client",
         "",
-        *(f"{number}. {step}" for number, step in enumerate(steps, 1)),
+        *(f"{number}. {step}" for number, step in enumerate(_steps(manifest), 1)),
         "",
-        answer,
-        "`dmformer predict` does all of this, to compare with.",
+        *_answers(manifest),
         "",
         "## Models",
         "",
@@ -223,6 +215,52 @@ def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_ou
         *(f"- `{name}`: {_tied(artifact)}" for name, artifact in named.items() if artifact.target is not None),
         *(f"- not here: {reason}" for reason in left_out),
     ]
-    if labels:
+    if labels and manifest.class_count:
         lines += ["", "## Classes", "", *(f"- {label}" for label in labels)]
     return "\n".join(lines) + "\n"
+
+
+def _steps(manifest: Manifest) -> list[str]:
+    """What a client does with an image before a request."""
+    pre, (given,) = manifest.preprocessing, manifest.inputs
+    how = f"({pre.interpolation}, as Pillow does it)"
+    resized, more = round(pre.image_size / pre.crop_fraction), ""
+    if manifest.open_size:
+        more = "; other heights and widths can be sent as well"
+    fit = [
+        f"Resize the shorter side to {resized} pixels {how}.",
+        f"Take the centre of {pre.image_size}x{pre.image_size} pixels{more}.",
+    ]
+    if manifest.open_size and manifest.model.task == "segmentation":
+        longer = f"the longer one in proportion, to the nearest multiple of {STRIDES[-1]}"
+        fit = [f"Resize the shorter side to {pre.image_size} pixels, {longer} {how}."]
+    return [
+        f"Decode the image; channels {pre.channels}.",
+        *fit,
+        f"Divide by 255; for each channel subtract the mean {list(pre.mean)}, divide by the deviation {list(pre.std)}.",
+        f"Send `{given.name}`, {given.dtype}, (batch, channels, height, width) = {list(given.shape)}.",
+    ]
+
+
+_MEANING = {
+    "classification": "logits; their softmax is probabilities.",
+    "segmentation": "logits of every pixel that was sent; the largest of a pixel's is its class.",
+    "features": "the map of a stage.",
+}
+_COMPARE = {
+    "classification": "`dmformer predict` does all of this, to compare with.",
+    "segmentation": "`dmformer predict` does all of this, to compare with.",
+    "features": "`dmformer.load(BUNDLE).outputs(IMAGE)` does all of this in Python, to compare with.",
+}
+
+
+def _answers(manifest: Manifest) -> list[str]:
+    """What comes back, and how to see whether it is right."""
+    task = manifest.model.task
+    return [
+        *(
+            f"Back comes `{output.name}`, {output.dtype}, {list(output.shape)}: {_MEANING[task]}"
+            for output in manifest.outputs
+        ),
+        _COMPARE[task],
+    ]
