@@ -23,10 +23,11 @@ import numpy as np
 import dmformer
 from benchmarks.fault_kinds import FP32, Fault, Outcome
 from benchmarks.fault_kinds_elsewhere import IN_BUNDLES, PRECISION
-from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT
+from benchmarks.fault_kinds_pixels import ANNOTATIONS, IN_DECODER
+from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SCENES, SEGMENTATION_CHECKPOINT
 from dmformer.bundle.reader import open_bundle
 from dmformer.data.labelled import image_set
-from dmformer.errors import StageFailed
+from dmformer.errors import StageFailed, UsageError
 from dmformer.export.artifact import make_artifact, proven
 from dmformer.export.diagnose import diagnose
 from dmformer.export.formats import ConversionSource
@@ -37,6 +38,7 @@ from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
 from dmformer.runtimes import registry
+from dmformer.verify.evaluate import evaluate
 from dmformer.verify.parity import ParityReport, report
 
 if TYPE_CHECKING:
@@ -49,13 +51,14 @@ class Bench:
     """What faults are tried on.
 
     Args:
-        bundle: a clean one of the demonstration checkpoint, with ONNX and OpenVINO at fp32.
+        bundle: a clean one of a demonstration checkpoint, with ONNX and OpenVINO at fp32.
         scratch: an existing folder.
+        weights: the checkpoint.
     """
 
-    def __init__(self, bundle: Path, scratch: Path) -> None:
-        self.bundle, self.scratch = bundle, scratch
-        self.checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
+    def __init__(self, bundle: Path, scratch: Path, weights: Path = DEMONSTRATION_CHECKPOINT) -> None:
+        self.bundle, self.scratch, self.weights = bundle, scratch, weights
+        self.checkpoint = load_checkpoint(weights)
         self._made: dict[str, Made] = {}
 
     def in_bundle(self, fault: Fault) -> Outcome:
@@ -65,11 +68,23 @@ class Bench:
             for patch in fault.inject(bundle):
                 patches.enter_context(patch)
             opened = open_bundle(bundle)
-            weights = DEMONSTRATION_CHECKPOINT if fault.module is not None else None
+            weights = self.weights if fault.module is not None else None
             found = dmformer.verify(opened, runtimes=[fault.runtime], weights=weights)
             if weights is not None:
                 found = diagnose(opened, found, weights=weights, folder=Path(folder) / "cases", stage=silent)
             return outcome(fault, found)
+
+    def in_eval(self, fault: Fault) -> Outcome:
+        """Measure the accuracy of a copy of the bundle on the shipped scenes; a doubt about the labels is a finding."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder, ExitStack() as patches:
+            bundle = Path(shutil.copytree(self.bundle, Path(folder) / "bundle"))
+            for patch in fault.inject(bundle):
+                patches.enter_context(patch)
+            try:
+                notes = evaluate(bundle, SCENES, runtimes=[fault.runtime]).notes
+            except UsageError as error:
+                notes = (str(error),)
+            return Outcome(fault, ("annotations",) if notes else (), said=notes)
 
     def in_precision(self, fault: Fault) -> Outcome:
         """Spoil the ONNX file at a precision as if its maker had, and check it as an export does."""
@@ -114,12 +129,16 @@ def outcome(fault: Fault, found: ParityReport) -> Outcome:
     return Outcome(fault, failed, modules, said)
 
 
-def outcomes(bench: Bench) -> Iterator[Outcome]:
-    """Every fault in turn."""
+def outcomes(bench: Bench, pixels: Bench) -> Iterator[Outcome]:
+    """Every fault in turn: those of a classifier, and those of a network that labels pixels."""
     for fault in IN_BUNDLES:
         yield bench.in_bundle(fault)
     for fault in PRECISION:
         yield bench.in_precision(fault)
+    for fault in IN_DECODER:
+        yield pixels.in_bundle(fault)
+    for fault in ANNOTATIONS:
+        yield pixels.in_eval(fault)
 
 
 # Clean exports
@@ -210,8 +229,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
         scratch = Path(folder)
         dmformer.export(use_cache=False, formats=["onnx", "openvino"], output=scratch / "bundle")
+        dmformer.export(use_cache=False, task="segmentation", formats=["onnx", "openvino"], output=scratch / "pixels")
+        benches = Bench(scratch / "bundle", scratch), Bench(scratch / "pixels", scratch, SEGMENTATION_CHECKPOINT)
         found = []
-        for one in outcomes(Bench(scratch / "bundle", scratch)):
+        for one in outcomes(*benches):
             found.append(one)
             where = ", ".join(one.modules) if one.fault.module else "-"
             verdict = ("caught" if one.caught else "MISSED") + ("" if one.located else ", WRONG PLACE")

@@ -353,6 +353,22 @@ def test_data_that_does_not_fit_is_refused(
     one_line(caught.value)
 
 
+@pytest.mark.parametrize(("shift", "start"), [(-1, "0"), (1, "2"), (0, None)])
+def test_annotations_that_are_numbered_from_another_start_are_told(
+    segmentation: ExportResult, few_scenes: Path, tmp_path: Path, shift: int, start: str | None
+) -> None:
+    def renumber(folder: Path) -> None:
+        for path in (folder / "annotations/validation").iterdir():
+            numbers = np.asarray(Image.open(path)).astype(int)
+            moved = np.where(numbers > 0, np.clip(numbers + shift, 0, 11), 0)
+            Image.fromarray(moved.astype(np.uint8)).save(path)
+
+    report = evaluate(segmentation.output, spoil(tmp_path, few_scenes, renumber), runtimes=["ort"])
+    told = [note for note in report.notes if "if the annotations number them from" in note]
+    assert len(told) == (start is not None)
+    assert all(f"from {start} on" in note for note in told)
+
+
 def test_eval_needs_classes(features_open: ExportResult, few_scenes: Path) -> None:
     with pytest.raises(UsageError, match="task features: accuracy needs classes"):
         evaluate(features_open.output, few_scenes)

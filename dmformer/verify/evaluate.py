@@ -39,7 +39,8 @@ class EvalReport(Struct, frozen=True, kw_only=True):
 
     ``classes`` are the names of the network's classes, in the order of ``iou``; empty where it has none.
     ``torch`` is PyTorch's own accuracy where its weights were at hand; ``skipped`` has a sentence for whatever was not
-    measured, ``notes`` one for each artifact that is computed in another precision than its own.
+    measured, ``notes`` one for each artifact that is computed in another precision than its own, and one where the
+    labels themselves look wrong.
     """
 
     data: str
@@ -100,6 +101,7 @@ def evaluate(
                 **{field: getattr(accuracy, field) for field in accuracy.__struct_fields__},
             )
         )
+    doubt = measure.doubt(kept if torch is None else torch, images)
     return EvalReport(
         data=str(data),
         images=len(images),
@@ -108,8 +110,9 @@ def evaluate(
         classes=manifest.model.classes,
         results=tuple(results),
         torch=None if torch is None else measure.score(torch, images, torch),
-        notes=tuple(
-            f"{choice.entry.name} {choice.artifact.precision}: {choice.instead}" for choice in chosen if choice.instead
+        notes=(
+            *([doubt] if doubt else []),
+            *(f"{one.entry.name} {one.artifact.precision}: {one.instead}" for one in chosen if one.instead),
         ),
         skipped=(*skipped, *([f"agreement with PyTorch: {reason}"] if reason else [])),
     )

@@ -83,6 +83,15 @@ class Measure(ABC):
         del kept, torch, images
         return None
 
+    def doubt(self, kept: NDArray[Any], images: ImageSet) -> str | None:
+        """Why the right answers may be no such, in a sentence; ``None`` where nothing speaks against them.
+
+        Raises:
+            UsageError: an annotation cannot be read.
+        """
+        del kept, images
+        return None
+
     def parts(self, images: ImageSet) -> int:
         """How often asking about images advances."""
         return -(-len(images) // self.batch)
@@ -186,11 +195,30 @@ class Segmentation(Measure):
         )
         if not images.labelled:
             return found
+        pixels = pixel_accuracy(self._matrix(kept, images))
+        return msgspec.structs.replace(found, miou=pixels.miou, pixel_accuracy=pixels.pixel_accuracy, iou=pixels.iou)
+
+    def doubt(self, kept: NDArray[Any], images: ImageSet) -> str | None:
+        """Annotations that are numbered from another start fit best beside the diagonal of the confusion matrix."""
+        if not images.labelled:
+            return None
+        matrix = self._matrix(kept, images)
+        total, right = int(matrix.sum()), int(np.trace(matrix))
+        for offset, start in ((1, "0"), (-1, "2")):
+            beside = int(np.trace(matrix, offset=offset))
+            if 2 * beside > total and beside > 2 * right:
+                return (
+                    f"the classes fit {beside / total:.0%} of the pixels if the annotations number them from {start} "
+                    f"on, and {right / total:.0%} as they are read; expected 0 for what is ignored and 1 for the first"
+                )
+        return None
+
+    def _matrix(self, kept: NDArray[Any], images: ImageSet) -> NDArray[np.int64]:
+        """Of all images together, (classes, classes), labels in its rows."""
         matrix = np.zeros((self.classes, self.classes), np.int64)
         for classes, labels in zip(kept, label_maps(images, self.classes), strict=True):
             matrix += confusion_matrix(classes, labels, self.classes)
-        pixels = pixel_accuracy(matrix)
-        return msgspec.structs.replace(found, miou=pixels.miou, pixel_accuracy=pixels.pixel_accuracy, iou=pixels.iou)
+        return matrix
 
     def points_lost(self, accuracy: Accuracy, reference: Accuracy) -> float:
         """Of mean intersection over union."""

@@ -1,0 +1,64 @@
+"""Every fault seeded in a network that labels pixels is caught, and where it sits in a node it is found there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.fault_kinds import Fault
+from benchmarks.fault_kinds_elsewhere import IN_BUNDLES, PRECISION
+from benchmarks.fault_kinds_pixels import ANNOTATIONS, IN_DECODER
+from benchmarks.faults import Bench
+from dmformer.assets import SEGMENTATION_CHECKPOINT
+from dmformer.export import diagnose as diagnosing
+from dmformer.verify import api as verifying
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dmformer.export.pipeline import ExportResult
+
+
+@pytest.fixture(scope="module")
+def bench(segmentation: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The graph and the layers that are trusted are the same for every fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((diagnosing, "_trusted"), (verifying, "_layers")):
+            patch.setattr(module, name, once(getattr(module, name)))
+        yield Bench(segmentation.output, tmp_path_factory.mktemp("faults"), SEGMENTATION_CHECKPOINT)
+
+
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What it gives the first time, whatever it is asked for."""
+    made: list[Any] = []
+
+    def remembered(*arguments: Any) -> Any:
+        if not made:
+            made.append(make(*arguments))
+        return made[0]
+
+    return remembered
+
+
+def test_kinds_have_names_of_their_own() -> None:
+    names = [fault.name for fault in (*IN_BUNDLES, *PRECISION, *IN_DECODER, *ANNOTATIONS)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("fault", IN_DECODER, ids=lambda fault: fault.name)
+def test_a_fault_in_a_bundle_is_caught_and_found(bench: Bench, fault: Fault) -> None:
+    found = bench.in_bundle(fault)
+    assert found.caught
+    assert found.located, (found.modules, found.said)
+
+
+@pytest.mark.parametrize("fault", ANNOTATIONS, ids=lambda fault: fault.name)
+def test_a_fault_in_annotations_is_told(bench: Bench, fault: Fault) -> None:
+    assert bench.in_eval(fault).caught
+
+
+def test_without_a_fault_nothing_is_caught(bench: Bench) -> None:
+    clean = Fault("graph", "none", "up", lambda _: [])
+    assert not bench.in_bundle(clean).caught
+    assert not bench.in_eval(clean).caught
