@@ -147,6 +147,46 @@ print(json.dumps({
     assert answer["engines"] == []
 
 
+@pytest.mark.parametrize("kind", ["segmentation", "segmentation_open"])
+def test_a_device_that_labels_pixels_needs_one_runtime_only(
+    request: pytest.FixtureRequest, few_scenes: Path, tmp_path: Path, kind: str
+) -> None:
+    code = """
+import json
+import dmformer
+import dmformer.bench.api
+from dmformer.verify.evaluate import evaluate
+dmformer.bench.api.ROUNDS = 1
+bundle, scenes, picture = sys.argv[1:]
+with dmformer.load(bundle) as predictor:
+    (found,) = predictor.segment(scenes + "/images/validation/0000.png")
+found.overlay().save(picture)
+parity = dmformer.verify(bundle)
+accuracy = evaluate(bundle, scenes)
+report = dmformer.bench(bundle, duration_s=0.03)
+print(json.dumps({
+    "class": found.classes[0].name,
+    "runtimes": sorted({check.runtime for check in parity.checks}),
+    "passed": parity.passed,
+    "labelled": accuracy.results[0].miou is not None,
+    "agreement": [accuracy.torch, accuracy.results[0].agreement_with_torch],
+    "bench": [(row.runtime, row.status != "failed", row.reason) for row in report.results],
+    "engines": sorted(BLOCKED & set(sys.modules)),
+}))
+"""
+    bundle = request.getfixturevalue(kind).output
+    blocked = tuple(name for name in ENGINES if name != "onnxruntime")
+    answer = json.loads(python(code, bundle, few_scenes, tmp_path / "picture.png", blocked=blocked))
+    assert answer["class"] == "background"
+    assert answer["runtimes"] == ["numpy", "onnxruntime"]
+    assert answer["passed"]
+    assert answer["labelled"]
+    assert answer["agreement"] == [None, None]
+    assert [row[:2] for row in answer["bench"]] == [["onnxruntime", True]], answer["bench"]
+    assert answer["engines"] == []
+    assert (tmp_path / "picture.png").is_file()
+
+
 # From top to bottom; a module may import from its own line and from those below.
 LAYERS = (
     "__main__",
