@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,17 +17,18 @@ from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, DMFormerError, UnavailableError, UsageError
 from dmformer.export import tensorrt
-from dmformer.export.build import build
+from dmformer.export.build import build, cannot_build
 from dmformer.export.formats import Converted, EngineOptions
+from dmformer.runtimes import registry
 from tests import gpu_double
 from tests.bundles import one_line
 from tests.test_rooms import python
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from dmformer.export.formats import ConversionSource
+    from dmformer.export.pipeline import ExportResult
     from tests.conftest import Run
 
 
@@ -130,6 +133,20 @@ def test_what_cannot_be_built_changes_nothing(bundle: Path, arguments: Any, kind
     assert type(caught.value) is kind
     assert one_line(caught.value)
     assert content(bundle) == before
+
+
+def test_an_open_size_is_no_engines(segmentation_open: ExportResult, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(segmentation_open.output, tmp_path / "bundle"))
+    before = content(bundle)
+    with pytest.raises(UsageError, match="format tensorrt from a bundle of open height and width") as caught:
+        build(bundle, "trt", engine=EngineOptions.of("rtx", ["sm89"]))
+    assert one_line(caught.value)
+    assert content(bundle) == before
+    opened = open_bundle(bundle)
+    assert "open height and width" in (cannot_build(opened, registry.entry("trt"), "fp32") or "")
+    assert cannot_build(opened, registry.entry("ov"), "fp32") is None
+    found = build(bundle, "ov")
+    assert {"runtime", "runtime at 64x96"} <= {check.stage for check in found.parity.checks}
 
 
 def test_a_bundle_without_onnx(bundle: Path) -> None:

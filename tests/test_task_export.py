@@ -14,12 +14,15 @@ import torch
 from jsonschema import Draft202012Validator
 
 import dmformer
+from benchmarks.fault_kinds import spoil_weights
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SEGMENTATION_CHECKPOINT
 from dmformer.bundle.golden import Golden, load_golden
 from dmformer.bundle.manifest import GOLDEN, decode_manifest, indented_json
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import DMFormerError, StageFailed, UsageError
+from dmformer.export.diagnose import diagnose
 from dmformer.models.checkpoint import load_checkpoint
+from dmformer.progress import silent
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, STRIDES
 from dmformer.verify import reference as referring
@@ -239,6 +242,43 @@ def test_what_is_wrong_at_another_size_alone_is_seen(segmentation_open: ExportRe
         checks = check_artifact(replace(answers, elsewhere=wrong), golden, 1.0, None)
         failed = {(check.stage, check.against) for check in checks if not check.passed}
         assert failed == {("runtime at 64x96", "PyTorch"), ("runtime at 64x96", "onnx fp32")}
+
+
+def test_what_is_wrong_at_another_size_alone_is_not_looked_for_in_a_node(
+    segmentation_open: ExportResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    infer = OnnxRuntime.infer
+
+    def wrong(runtime: OnnxRuntime, inputs: Any) -> dict[str, Any]:
+        found = infer(runtime, inputs)
+        return found if inputs["image"].shape[2] == 32 else {name: 1.5 * array for name, array in found.items()}
+
+    monkeypatch.setattr(OnnxRuntime, "infer", wrong)
+    opened = open_bundle(segmentation_open.output)
+    report = dmformer.verify(opened, runtimes=["ort"])
+    assert {check.stage for check in report.checks if not check.passed} == {"runtime at 64x96"}
+    found = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
+    assert found.findings == ()
+    assert "(runtime at 64x96) is right at the size of the golden images" in found.skipped[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "module"),
+    [
+        ("segmentation_open", SEGMENTATION_CHECKPOINT, "decoder.smooth.1"),
+        ("features_open", DEMONSTRATION_CHECKPOINT, "stages.0.blocks.0.ffn.fc1"),
+    ],
+)
+def test_a_fault_is_bisected_at_an_open_size(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, weights: Path, module: str
+) -> None:
+    bundle = Path(shutil.copytree(request.getfixturevalue(kind).output, tmp_path / "bundle"))
+    spoil_weights(bundle, {f"{module}.weight": lambda array: 1.02 * array})
+    opened = open_bundle(bundle)
+    report = dmformer.verify(opened, runtimes=["ort"])
+    assert {"runtime", "runtime at 64x96"} <= {check.stage for check in report.checks if not check.passed}
+    (finding,) = diagnose(opened, report, weights=weights, folder=tmp_path / "cases", stage=silent).findings
+    assert finding.module == module
 
 
 def test_a_graph_that_has_baked_its_size_in_is_seen(

@@ -214,14 +214,14 @@ def _formats(
     for name in names:
         if name.lower() != "all":
             row = registry.entry_of_format(name)
-            if row.buildable and open_size:
+            if open_size and not row.takes_open_size:
                 raise UsageError(f"format {row.format} with open height and width; expected a fixed --image-size")
             found.append(row.format)
             continue
         for row in registry.ENTRIES:
             if not set(registry.adapter(row).precisions) & set(precisions):
                 continue
-            if row.buildable and open_size:
+            if open_size and not row.takes_open_size:
                 left_out.append(f"{row.format}: its engines have a fixed height and width here")
                 continue
             try:

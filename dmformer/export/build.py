@@ -154,6 +154,11 @@ def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | N
 
 
 def _sources(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> list[Artifact]:
+    if bundle.manifest.open_size and not row.takes_open_size:
+        raise UsageError(
+            f"format {row.format} from a bundle of open height and width; expected one that was exported without "
+            "--dynamic-size"
+        )
     able = registry.adapter(row).precisions
     wanted = precisions or able
     found = [item for item in bundle.artifacts(_SOURCE) if item.precision in wanted and item.precision in able]

@@ -87,7 +87,10 @@ def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, fold
     unsaid = list(report.skipped)
     if not failed:
         stages = ", ".join(dict.fromkeys(check.stage for check in report.checks if not check.passed))
-        unsaid.append(f"bisection: what failed ({stages}) sits in no node of the graph")
+        where = "sits in no node of the graph"
+        if all(check.passed or " at " in check.stage for check in report.checks):
+            where = "is right at the size of the golden images: look at what was traced for one size"
+        unsaid.append(f"bisection: what failed ({stages}) {where}")
         return msgspec.structs.replace(report, skipped=tuple(unsaid))
     findings = []
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
