@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator
 import dmformer
 from benchmarks.fault_kinds import spoil_weights
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SEGMENTATION_CHECKPOINT
+from dmformer.bench.limits import least_work
 from dmformer.bundle.golden import Golden, load_golden
 from dmformer.bundle.manifest import GOLDEN, decode_manifest, indented_json
 from dmformer.bundle.reader import open_bundle
@@ -181,6 +182,11 @@ def test_a_thinned_bundle_is_exported_and_verified(
     found = dmformer.verify(tmp_path / "b", runtimes=["ort"], weights=SEGMENTATION_CHECKPOINT, images=few_scenes)
     assert found.passed, [check.reason for check in found.checks if not check.passed]
     assert "accuracy" in {check.stage for check in found.checks}
+    spoil_weights(tmp_path / "b", {"decoder.smooth.1.weight": lambda array: 1.02 * array})
+    opened = open_bundle(tmp_path / "b")
+    report = dmformer.verify(opened, runtimes=["ort"])
+    found = diagnose(opened, report, weights=SEGMENTATION_CHECKPOINT, folder=tmp_path / "c", stage=silent)
+    assert [finding.module for finding in found.findings] == ["decoder.smooth.1"]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +224,19 @@ def test_a_stride_that_is_huge_fails_the_comparison(segmentation_open: ExportRes
     found = dmformer.verify(bundle, runtimes=["ort"])
     assert not found.passed
     assert any("shape" in (check.reason or "") for check in found.checks)
+
+
+# --- the least work ---------------------------------------------------------------------------------------------------
+
+
+def test_the_least_traffic_counts_every_output_at_the_size_of_the_preprocessing(
+    features_open: ExportResult, segmentation: ExportResult
+) -> None:
+    maps = sum(16 * 2**index * (8 >> index) ** 2 for index in range(4))
+    for result, values in ((features_open, 3 * 32 * 32 + maps), (segmentation, (3 + 11) * 64 * 64)):
+        (artifact,) = (one for one in result.manifest.artifacts if one.format == "onnx")
+        found = [least_work(result.manifest, artifact, batch)[1] for batch in (1, 3)]
+        assert found[1] - found[0] == 2 * 4 * values
 
 
 # --- another size -----------------------------------------------------------------------------------------------------
