@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +187,25 @@ def test_the_command_writes_a_picture_and_a_report(
     with Image.open(tmp_path / "out/0000.overlay.png") as picture:
         assert picture.height == 480
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000.overlay.png"]
+
+
+def test_reports_go_through_links_and_into_pipes(
+    segmentation: ExportResult, inline: Callable[..., Run], tmp_path: Path
+) -> None:
+    """What is no plain file, as /dev/null is, must not be replaced by one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "real.json").write_text("older", encoding="utf-8")
+    (tmp_path / "link.json").symlink_to("real.json")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for target in ("pipe", "link.json"):
+            run = inline("predict", segmentation.output, SCENE, "--runtime", "ort", "--json", target)
+            assert run.code == 0, run.err
+        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+        assert json.loads(os.read(reader, 1 << 16)) == json.loads((tmp_path / "real.json").read_bytes())
+    finally:
+        os.close(reader)
+    assert (tmp_path / "link.json").is_symlink()
 
 
 def test_labels_are_those_of_the_picture(segmentation: ExportResult) -> None:

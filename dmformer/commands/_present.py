@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmformer.errors import UsageError
+from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,14 +120,20 @@ def write_json(report: Any, target: str | None) -> None:
 
 
 def write_report(path: Path, data: bytes) -> None:
-    """Write a report's file, or a picture.
+    """Write a report's file, or a picture: whole, and through a link; into a pipe or a device, which stays what it is.
 
     Raises:
         StageFailed: it could not be written.
     """
     from dmformer.whole import whole_file
 
-    with whole_file(path) as staging:
+    if path.exists() and not path.is_file():
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise StageFailed(f"{str(path)!r} could not be written: {error.strerror or error}") from error
+        return
+    with whole_file(path.resolve()) as staging:
         staging.write_bytes(data)
 
 
