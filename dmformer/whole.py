@@ -19,8 +19,10 @@ def whole_file(target: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``target`` when the block ends, in the place of an older file; or nothing does.
 
     Raises:
-        StageFailed: it could not be written.
+        StageFailed: it could not be written, or is a pipe or a device, which a file must not replace.
     """
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise StageFailed(f"{str(target)!r} is no file; expected a new one, or one to be replaced")
     staging = announce(target.with_name(f".{target.name}-{secrets.token_hex(8)}"))
     try:
         try:

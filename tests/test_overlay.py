@@ -19,7 +19,8 @@ from dmformer.assets import SAMPLE_IMAGES, SCENES
 from dmformer.bundle.predictor import Segments
 from dmformer.data.overlay import Entry, class_colours, overlay
 from dmformer.data.preprocessing import Preprocessing
-from dmformer.errors import UsageError
+from dmformer.errors import StageFailed, UsageError
+from dmformer.whole import whole_file
 from tests.bundles import one_line, rewrite
 
 if TYPE_CHECKING:
@@ -206,6 +207,9 @@ def test_reports_go_through_links_and_into_pipes(
     finally:
         os.close(reader)
     assert (tmp_path / "link.json").is_symlink()
+    with pytest.raises(StageFailed, match="pipe' is no file") as caught, whole_file(tmp_path / "pipe"):
+        pass
+    one_line(caught.value)
 
 
 def test_labels_are_those_of_the_picture(segmentation: ExportResult) -> None:

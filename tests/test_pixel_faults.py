@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def bench(segmentation: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """The graph and the layers that are trusted are the same for every fault."""
+    """What is trusted, the graph, the layers and PyTorch's answers, is the same for every fault."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((diagnosing, "_trusted"), (verifying, "_layers")):
+        for module, name in ((diagnosing, "_trusted"), (verifying, "_layers"), (verifying, "_recompute")):
             patch.setattr(module, name, once(getattr(module, name)))
         yield Bench(segmentation.output, tmp_path_factory.mktemp("faults"), SEGMENTATION_CHECKPOINT)
 
