@@ -18,7 +18,7 @@ from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export.artifact import make_artifact, proven
-from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible
+from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, check_size
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
 from dmformer.verify.parity import Check, ParityReport, failure, report
@@ -71,6 +71,7 @@ def build(
     row, options = registry.entry_of_format(format_name), engine or EngineOptions()
     if row.format in (_SOURCE, "torch"):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
+    check_size(row, opened.manifest.open_size)
     if row.buildable is None and options != EngineOptions():
         raise UsageError(f"format {row.format} is not compiled for a target; expected no options of an engine")
     sources = _sources(opened, row, [precision.lower() for precision in precisions])
