@@ -38,6 +38,7 @@ class OnnxRuntime(Runtime):
 
     name = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    package: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxruntime/capi/onnxruntime_pybind11_state")
     _session: Any = None
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
+from dmformer.machine import instructions
 from dmformer.runtimes import openvino_peak
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.layers import is_compute, precision_of
@@ -34,6 +36,7 @@ class OpenVinoRuntime(Runtime):
 
     name = "openvino"
     precisions: ClassVar[tuple[str, ...]] = tuple(_PRECISION_HINT)
+    package: ClassVar[tuple[str, ...]] = ("openvino", "openvino/_pyopenvino", "openvino/libs/*_cpu_plugin.*")
     # docs.openvino.ai, system requirements
     instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {"x86_64": ("sse4_2",), "aarch64": ("asimd",)}
     _request: Any = None
@@ -105,7 +108,7 @@ class OpenVinoRuntime(Runtime):
     @classmethod
     def cannot_compute(cls, precision: str) -> str | None:
         """Float16 arithmetic is there only where the CPU plugin says so."""
-        if precision != "fp16" or "FP16" in _import().Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        if precision != "fp16" or _has_float16():
             return None
         return "openvino has no float16 arithmetic on this processor, and computes in float32"
 
@@ -146,6 +149,20 @@ class OpenVinoRuntime(Runtime):
         names = port.get_names()
         found: str = next((tap for tap in self.taps if tap in names), port.get_any_name())
         return found
+
+
+def _has_float16() -> bool:
+    """As the CPU plugin decides it (``precision_support.cpp``); it is asked where it is loaded already.
+
+    Before that the instruction sets tell, but for processors with AVX-VNNI, of which Linux does not name the newest.
+    """
+    sets = instructions()
+    if "openvino" not in sys.modules and sets:
+        if sets & {"avx512_fp16", "asimdhp"}:
+            return True
+        if "avx_vnni" not in sets:
+            return False
+    return "FP16" in _import().Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
 
 
 def _spec(port: Any, name: str) -> TensorSpec:
