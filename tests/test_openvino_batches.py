@@ -68,7 +68,7 @@ def test_the_first_sizes_have_models_of_their_own(
 def test_a_large_network_has_one_model_with_an_open_batch(
     path: Path, rows: NDArray[np.float32], compiled: list[int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmformer.runtimes.openvino._FIXED_MOST_BYTES", path.with_suffix(".bin").stat().st_size - 1)
+    monkeypatch.setattr("dmformer.runtimes.openvino.FIXED_MOST_BYTES", path.with_suffix(".bin").stat().st_size - 1)
     with OpenVinoRuntime(path) as runtime:
         for batch in (1, 2, 5, 1):
             runtime.run({runtime.inputs[0].name: rows[:batch]})
@@ -90,7 +90,7 @@ def test_what_is_profiled_is_what_runs(
 def test_layers_are_the_same_for_every_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with OpenVinoRuntime(path) as runtime:
         fixed = runtime.layers()
-    monkeypatch.setattr("dmformer.runtimes.openvino._FIXED_MOST_BYTES", 0)
+    monkeypatch.setattr("dmformer.runtimes.openvino.FIXED_MOST_BYTES", 0)
     with OpenVinoRuntime(path) as runtime:
         assert runtime.layers() == fixed
 

@@ -28,7 +28,7 @@ _PRECISION_HINT = {"fp32": "f32", "fp16": "f16", "int8": "f32"}  # of what is fl
 # A model that is compiled for one batch size saves the handling of shapes in each call, and has its own copy of the
 # weights: nano 0.75 of the time for 10 MB and 0.2 s, DMFormer-S 0.96 for 150 MB and 1.1 s. docs/measurements.md
 _FIXED_SIZES = 4
-_FIXED_MOST_BYTES = 32 << 20  # of weights
+FIXED_MOST_BYTES = 32 << 20  # of weights
 
 
 def _import() -> Any:
@@ -76,7 +76,7 @@ class OpenVinoRuntime(Runtime):
         self._source = self._core.read_model(str(self.path))
         known = {name for port in self._source.outputs for name in port.get_names()}
         self._source.add_outputs([name for name in self.taps if name not in known])
-        light = self.path.with_suffix(".bin").stat().st_size <= _FIXED_MOST_BYTES
+        light = self.path.with_suffix(".bin").stat().st_size <= FIXED_MOST_BYTES
         self._most_fixed = _FIXED_SIZES if light else 0
         self._requests: dict[int | None, Any] = {}  # by batch size; None is an open batch
         self._request_for(1)
