@@ -147,6 +147,7 @@ def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | N
     if row.format in (_SOURCE, "torch"):
         return "it comes with an export"
     try:
+        check_size(row, bundle.manifest.open_size)
         _sources(bundle, row, [precision])
         check_convertible(row, EngineOptions())
     except (UnavailableError, UsageError) as error:
