@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -118,6 +119,16 @@ def available_memory() -> int | None:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         found = min(found, max(0, limit - used))
     return found
+
+
+def give_memory_back() -> None:
+    """Let glibc return to the system what was freed: loading a model leaves much behind."""
+    import ctypes
+
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def gpu_state() -> dict[str, Any] | None:

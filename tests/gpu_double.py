@@ -409,6 +409,8 @@ def install(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Device:
     doubles = {"tensorrt": TensorRt(device), "cuda.bindings.runtime": Cuda(device)}
     real = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name, *rest: doubles.get(name) or real(name, *rest))
+    for module in ("cuda", "tensorrt"):
+        monkeypatch.setattr(f"dmformer.runtimes.{module}.driver_missing", lambda: None)
     return device
 
 

@@ -138,7 +138,7 @@ def test_what_cannot_be_built_changes_nothing(bundle: Path, arguments: Any, kind
 def test_an_open_size_is_no_engines(segmentation_open: ExportResult, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(segmentation_open.output, tmp_path / "bundle"))
     before = content(bundle)
-    with pytest.raises(UsageError, match="format tensorrt from a bundle of open height and width") as caught:
+    with pytest.raises(UsageError, match="format tensorrt with open height and width") as caught:
         build(bundle, "trt", engine=EngineOptions.of("rtx", ["sm89"]))
     assert one_line(caught.value)
     assert content(bundle) == before

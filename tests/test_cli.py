@@ -19,6 +19,7 @@ import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.manifest import MANIFEST, hash_file
 from dmformer.bundle.reader import open_bundle
+from dmformer.runtimes.cuda import driver_missing
 from tests.bundles import rewrite
 from tests.test_rooms import imported
 
@@ -264,7 +265,7 @@ def test_doctor_says_why_an_engine_does_not_run(inline: Cli, spoilt: Path) -> No
         assert found["not_buildable"]
 
 
-def test_doctor_does_not_import_pytorch(made: Made) -> None:
+def test_doctor_imports_no_engine_that_is_whole(made: Made) -> None:
     code = """
 from dmformer.cli import main
 sys.argv = ["dmformer", "doctor", sys.argv[1]]
@@ -273,7 +274,9 @@ try:
 except SystemExit as ended:
     assert not ended.code
 """
-    assert not imported(code, made.bundle) & {"torch", "onnx", "onnxsim"}
+    engines = {"torch", "onnx", "onnxsim", "onnxruntime", "openvino"}
+    engines |= set() if driver_missing() is None else {"tensorrt_rtx", "tensorrt", "cuda"}
+    assert not imported(code, made.bundle) & engines
 
 
 def test_doctor_works_on_a_broken_installation(cli: Cli, made: Made, tmp_path: Path) -> None:

@@ -61,10 +61,14 @@ main()
 """
 
 
+def kept(clone: Path) -> dict[str, str]:
+    """Where commands keep things between one and the next."""
+    return {"XDG_STATE_HOME": str(clone.parent / "state"), "DMFORMER_CACHE": str(clone.parent / "cache")}
+
+
 def typed_in(clone: Path, line: list[str]) -> subprocess.CompletedProcess[str]:
-    kept = {"XDG_STATE_HOME": str(clone.parent / "state"), "DMFORMER_CACHE": str(clone.parent / "cache")}
-    environment = {**os.environ, **kept}
     command = [sys.executable, "-c", BRIEFLY, *line[1:]]
+    environment = {**os.environ, **kept(clone)}
     return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -76,16 +80,16 @@ DMFORMER = [block for block in blocks("sh") if any(line[0] == "dmformer" for lin
 def test_the_commands_run(block: str, clone: Path, inline: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the block; each block begins with an export, and needs none of the others.
 
-    In processes, as they are typed; of the later blocks in this one, but for bench, whose duration is a default.
+    The first in a process, as it is typed; the others in this one, but for bench, whose duration is a default.
     """
     monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
     monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.1)
     for line in commands_of(block):
-        if block == DMFORMER[0] or line[1] == "bench":
+        if line[1] == "bench" or line == commands_of(DMFORMER[0])[0]:
             done = typed_in(clone, line)
             assert done.returncode == 0, (line, done.stderr)
         else:
-            run = inline(*line[1:], cwd=clone, XDG_STATE_HOME=str(clone.parent / "state"))
+            run = inline(*line[1:], cwd=clone, **kept(clone))
             assert run.code == 0, (line, run.err)
     for report in clone.glob("parity.json"):
         assert msgspec.json.decode(report.read_bytes())["passed"]
@@ -95,7 +99,7 @@ def test_the_commands_are_all_there() -> None:
     typed = [line[1] for line in commands() if line[0] == "dmformer"]
     shown = {"export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval"}
     assert set(typed) == shown | {"pack", "check", "serve-layout", "cache"}
-    assert [commands_of(block)[0][1] for block in DMFORMER] == ["export"] * 4
+    assert [commands_of(block)[0][1] for block in DMFORMER] == ["export"] * 5
     assert sum("parity.json" in block for block in DMFORMER) == 1
 
 

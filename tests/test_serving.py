@@ -124,7 +124,7 @@ def test_what_triton_cannot_load_is_left_out(bundle: Path, tmp_path: Path) -> No
 
 def test_a_repository_for_openvino_model_server(exported: ExportResult, tmp_path: Path) -> None:
     """As docs.openvino.ai describes the configuration: ``config.json`` below the folder that is mounted at /models."""
-    import openvino as ov
+    from dmformer.runtimes.openvino import core
 
     layout = serve_layout("ovms", open_bundle(exported.output), tmp_path / "out")
     listed = json.loads((tmp_path / "out/models/config.json").read_text())
@@ -135,7 +135,7 @@ def test_a_repository_for_openvino_model_server(exported: ExportResult, tmp_path
         config = entry["config"]
         assert config["base_path"] == f"/models/{config['name']}"
         model = next((tmp_path / "out" / config["base_path"][1:] / "1").glob("model.[xo]*"))
-        compiled = ov.Core().compile_model(str(model), config["target_device"], config["plugin_config"])
+        compiled = core().compile_model(str(model), config["target_device"], config["plugin_config"])
         assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert not list((tmp_path / "out").rglob("*.pbtxt"))
 

@@ -32,12 +32,21 @@ _TOOLS = {
 
 
 class Finding(Struct, frozen=True, kw_only=True):
-    """A runtime or package: usable, or why not and what to do."""
+    """A runtime or package: usable, or why not and what to do.
+
+    Attributes:
+        name: of the runtime, or of the package.
+        available: whether it can be used here.
+        version: installed.
+        reason: why it cannot be used.
+        untried: what was taken on trust; ``null`` where a runtime was tried, and for packages, which are not.
+    """
 
     name: str
     available: bool
     version: str | None = None
     reason: str | None = None
+    untried: str | None = None
 
 
 class ArtifactFinding(Struct, frozen=True, kw_only=True):
@@ -79,7 +88,7 @@ CannotBuild = Callable[[registry.Entry, str], "str | None"]
 
 
 def diagnose(bundle: Bundle | None = None, cannot_build: CannotBuild | None = None) -> Diagnosis:
-    """Look at the machine, and at a bundle's artifacts; no artifact is loaded, nor an engine that takes seconds.
+    """Look at the machine, and at a bundle's artifacts; no artifact is loaded, nor an engine whose files are whole.
 
     Args:
         bundle: to look at.
@@ -87,7 +96,13 @@ def diagnose(bundle: Bundle | None = None, cannot_build: CannotBuild | None = No
     """
     seen = {row.name: registry.adapter(row).look() for row in registry.ENTRIES}
     runtimes = tuple(
-        Finding(name=name, available=status.available, version=status.version, reason=status.reason)
+        Finding(
+            name=name,
+            available=status.available,
+            version=status.version,
+            reason=status.reason,
+            untried=status.untried,
+        )
         for name, status in seen.items()
     )
     artifacts = _artifacts(bundle, seen, cannot_build or (lambda *_: "not looked at")) if bundle is not None else ()
@@ -109,7 +124,7 @@ def _artifacts(
     found: list[ArtifactFinding] = []
 
     def not_built(row: registry.Entry, precision: str) -> str | None:
-        if row.buildable is None and not seen[row.name].available:  # it is built with its own engine
+        if not seen[row.name].available:  # it is built with its own engine, and for this machine
             return seen[row.name].reason
         return cannot_build(row, precision)
 

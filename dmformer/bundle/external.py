@@ -11,6 +11,7 @@ import mmap
 from typing import TYPE_CHECKING
 
 from dmformer.errors import UsageError
+from dmformer.runtimes.protobuf import fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,6 @@ FIELDS: dict[str, dict[int, str]] = {
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {13: _ENTRY},
 }  # fmt: skip
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MOST_DEPTH = 100  # as protobuf's own parsers
 _MOST_FIELDS = 2_000_000  # seconds of work; a network has some thousands
 
@@ -56,7 +56,7 @@ def _entries(data: mmap.mmap) -> Iterator[tuple[int, int]]:
     waiting, seen = [("ModelProto", 0, len(data), 0)], 0
     while waiting:
         kind, start, end, depth = waiting.pop()
-        for field, first, last in _fields(data, start, end):
+        for field, _, first, last in fields(data, start, end):
             seen += 1
             inner = FIELDS[kind].get(field)
             if seen > _MOST_FIELDS or depth > _MOST_DEPTH:
@@ -69,38 +69,5 @@ def _entries(data: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 def _location(data: mmap.mmap, start: int, end: int) -> set[str]:
     """The value of an entry whose key is ``location``; of a field that comes twice the last counts."""
-    entry = {field: data[first:last].decode() for field, first, last in _fields(data, start, end)}
+    entry = {field: data[first:last].decode() for field, _, first, last in fields(data, start, end)}
     return {entry.get(2, "")} if entry.get(1) == "location" else set()
-
-
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number and extent of each field of a message that holds bytes; https://protobuf.dev/programming-guides/encoding."""
-    while at < end:
-        tag, at = _varint(data, at, most=5)
-        if tag >> 32 or tag >> 3 == 0:
-            raise ValueError(f"a field cannot have the tag {tag}")
-        kind, length = tag & 7, 0
-        if kind == _VARINT:
-            _, at = _varint(data, at, most=10)
-        elif kind == _BYTES:
-            length, at = _varint(data, at, most=5)
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
-        else:  # groups, which ONNX does not have
-            raise ValueError(f"a field cannot be of kind {kind}")
-        if at + length > end:
-            raise ValueError("a field ends after its message")
-        if kind == _BYTES:
-            yield tag >> 3, at, at + length
-        at += length
-
-
-def _varint(data: mmap.mmap, at: int, most: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 7 * most, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number is too long")

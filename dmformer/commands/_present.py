@@ -263,7 +263,7 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
             f"{artifact.format} {artifact.precision}",
             megabytes(artifact.bytes),
             describe(artifact.layers) or "-",
-            "-" if artifact.points_lost is None else f"{artifact.points_lost:.2f}",
+            "-" if artifact.points_lost is None else f"{round(artifact.points_lost, 2) + 0.0:.2f}",
             "-" if speed is None else digits(speed.p50_ms),
             verdict,
         ]

@@ -43,6 +43,8 @@ def doctor(
     for runtime in found.runtimes:
         _add(runtimes, runtime)
     present.show(runtimes)
+    if trusted := [runtime.name for runtime in found.runtimes if runtime.untried]:
+        present.show(f"Not loaded: {', '.join(trusted)}; their libraries are whole. dmformer verify loads them.\n")
     tools = present.table("For export, training and signing", ["", "package", "version", "what is missing"])
     for tool in found.tools:
         _add(tools, tool)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dmformer.bundle.locate import DEFAULT_BUNDLE
 from dmformer.cache import NoCache, open_cache
 from dmformer.errors import UnavailableError, UsageError
-from dmformer.export.formats import EngineOptions, check_convertible
+from dmformer.export.formats import EngineOptions, check_convertible, check_size
 from dmformer.export.known import KnownExport
 from dmformer.export.precision import PRECISIONS, check_calibrated
 from dmformer.export.request import ExportRequest, ExportResult
@@ -214,19 +214,16 @@ def _formats(
     for name in names:
         if name.lower() != "all":
             row = registry.entry_of_format(name)
-            if open_size and not row.takes_open_size:
-                raise UsageError(f"format {row.format} with open height and width; expected a fixed --image-size")
+            check_size(row, open_size)
             found.append(row.format)
             continue
         for row in registry.ENTRIES:
             if not set(registry.adapter(row).precisions) & set(precisions):
                 continue
-            if open_size and not row.takes_open_size:
-                left_out.append(f"{row.format}: its engines have a fixed height and width here")
-                continue
             try:
+                check_size(row, open_size)
                 check_convertible(row, engine)
                 found.append(row.format)
-            except UnavailableError as error:
+            except (UnavailableError, UsageError) as error:
                 left_out.append(f"{row.format}: {error}")
     return tuple(dict.fromkeys(found)), tuple(dict.fromkeys(left_out))

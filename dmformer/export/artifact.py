@@ -12,7 +12,14 @@ from dmformer.bundle.manifest import Artifact, file_entry
 from dmformer.export.formats import converter
 from dmformer.runtimes import registry
 from dmformer.verify.answers import Answers, ask
-from dmformer.verify.parity import Check, check_artifact
+from dmformer.verify.parity import (
+    Check,
+    check_answers,
+    check_artifact,
+    check_consistency,
+    check_other_size,
+    references,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,6 +83,18 @@ def runtime_of(row: registry.Entry, artifact: Artifact, root: Path) -> Runtime:
     """
     adapter = registry.available_adapter(row)
     return adapter(root / artifact.files[0].path, precision=artifact.precision, target=artifact.target)
+
+
+def check_onnx(path: Path, precision: str, golden: Golden) -> list[Check]:
+    """The checks of an ONNX file in onnxruntime, in place of an engine that cannot run here."""
+    adapter = registry.available_adapter(registry.entry("onnxruntime"))
+    answers = ask(adapter(path, precision=precision), golden.inputs, golden.thinned, elsewhere=golden.other)
+    compared_with = references(golden, precision)
+    return [
+        *check_answers("onnx", answers, compared_with),
+        *check_consistency(answers, compared_with),
+        *check_other_size("onnx", answers, golden),
+    ]
 
 
 def proven(

@@ -18,7 +18,7 @@ from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export.artifact import make_artifact, proven
-from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible
+from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, check_size
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
 from dmformer.verify.parity import Check, ParityReport, failure, report
@@ -71,6 +71,7 @@ def build(
     row, options = registry.entry_of_format(format_name), engine or EngineOptions()
     if row.format in (_SOURCE, "torch"):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
+    check_size(row, opened.manifest.open_size)
     if row.buildable is None and options != EngineOptions():
         raise UsageError(f"format {row.format} is not compiled for a target; expected no options of an engine")
     sources = _sources(opened, row, [precision.lower() for precision in precisions])
@@ -146,6 +147,7 @@ def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | N
     if row.format in (_SOURCE, "torch"):
         return "it comes with an export"
     try:
+        check_size(row, bundle.manifest.open_size)
         _sources(bundle, row, [precision])
         check_convertible(row, EngineOptions())
     except (UnavailableError, UsageError) as error:
@@ -154,11 +156,6 @@ def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | N
 
 
 def _sources(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> list[Artifact]:
-    if bundle.manifest.open_size and not row.takes_open_size:
-        raise UsageError(
-            f"format {row.format} from a bundle of open height and width; expected one that was exported without "
-            "--dynamic-size"
-        )
     able = registry.adapter(row).precisions
     wanted = precisions or able
     found = [item for item in bundle.artifacts(_SOURCE) if item.precision in wanted and item.precision in able]

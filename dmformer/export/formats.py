@@ -121,6 +121,19 @@ def check_convertible(row: Entry, engine: EngineOptions) -> None:
     check(engine)
 
 
+def check_size(row: Entry, open_size: bool) -> None:
+    """Make sure that a format can be had at an open height and width.
+
+    Raises:
+        UsageError: it is compiled, and its engines have a fixed size here.
+    """
+    if open_size and row.buildable is not None:
+        raise UsageError(
+            f"format {row.format} with open height and width, where its engines have a fixed one; expected an export "
+            "without --dynamic-size"
+        )
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of distributions."""
     return {package: importlib.metadata.version(package) for package in packages}

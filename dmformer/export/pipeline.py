@@ -28,7 +28,7 @@ from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.cache import NoCache
 from dmformer.errors import CheckFailed, StageFailed
-from dmformer.export.artifact import Built, Proven, make_artifact, proven, runtime_of
+from dmformer.export.artifact import Built, Proven, check_onnx, make_artifact, proven, runtime_of
 from dmformer.export.describe import describe_export
 from dmformer.export.formats import ConversionSource
 from dmformer.export.graph import GraphSource, VerifiedGraph, verified_graph
@@ -39,18 +39,8 @@ from dmformer.export.speed import Timed, compare_precisions, fastest
 from dmformer.machine import gpu_state
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.answers import Answers, ask
 from dmformer.verify.measures import measure_of
-from dmformer.verify.parity import (
-    Check,
-    check_accuracy,
-    check_answers,
-    check_consistency,
-    check_other_size,
-    failure,
-    references,
-    report,
-)
+from dmformer.verify.parity import Check, check_accuracy, failure, report
 from dmformer.verify.reference import torch_answers
 
 if TYPE_CHECKING:
@@ -63,6 +53,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.manifest import Manifest
     from dmformer.export.known import KnownExport
     from dmformer.models.dmformer import DMFormerBackbone
+    from dmformer.verify.answers import Answers
 
 _MOST_CALIBRATION = 512
 T = TypeVar("T")
@@ -341,16 +332,8 @@ class _Export:
 
     def _check_onnx(self, precision: str, made: Made, golden: Golden) -> list[Check]:
         """The ONNX file in onnxruntime, in place of an engine that is built for other machines."""
-        adapter = registry.available_adapter(registry.entry("onnxruntime"))
         with self.stage(f"verify the ONNX at {precision} in onnxruntime"):
-            runtime = adapter(made.onnx, precision=precision)
-            answers = ask(runtime, golden.inputs, golden.thinned, elsewhere=golden.other)
-            compared_with = references(golden, precision)
-            return [
-                *check_answers("onnx", answers, compared_with),
-                *check_consistency(answers, compared_with),
-                *check_other_size("onnx", answers, golden),
-            ]
+            return check_onnx(made.onnx, precision, golden)
 
     def _measure(self, row: registry.Entry, artifact: Artifact, calibration: Calibration) -> tuple[Artifact, Check]:
         """Accuracy on the calibration images, against the budget."""

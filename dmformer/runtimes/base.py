@@ -17,6 +17,7 @@ import numpy as np
 
 from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
 from dmformer.machine import check_threads, instructions, usable_cores
+from dmformer.runtimes.installed import whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,11 +44,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a runtime can work on this machine: its version, or why not and what to do."""
+    """Whether a runtime can work on this machine: its version, or why not and what to do.
+
+    ``untried`` says what was taken on trust, where something was.
+    """
 
     available: bool
     version: str | None = None
     reason: str | None = None
+    untried: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Runtime(ABC):
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    # Arguments of :func:`dmformer.runtimes.installed.whole`; without them :meth:`look` imports the engine.
+    package: ClassVar[tuple[str, ...]] = ()
     # By processor, instruction sets without which the engine cannot start, in Linux's names.
     instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -123,10 +130,13 @@ class Runtime(ABC):
 
     @classmethod
     def look(cls) -> Availability:
-        """As :meth:`probe`, but an engine that takes seconds to import may be left alone. Does not raise."""
+        """As :meth:`probe`, but an engine whose files are whole is not imported. Does not raise."""
         missing = sorted(set(cls.instructions.get(platform.machine().lower(), ())) - instructions())
         if missing and instructions():  # importing it could end this process
             return Availability(False, reason=f"{cls.name} needs {', '.join(missing)}, which this processor has not")
+        version = whole(*cls.package) if cls.package else None
+        if version is not None:
+            return Availability(True, version, untried="its libraries are whole; it was not loaded")
         return cls.probe()
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,30 @@ def bindings() -> Any:
         ) from error
 
 
+def driver_missing() -> str | None:
+    """Why there is no NVIDIA driver on this machine; ``None`` where there is one, or this system is not known.
+
+    In a millisecond; the bindings take longer to import.
+    """
+    import ctypes
+
+    name = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}.get(sys.platform)
+    try:
+        if name is not None:
+            ctypes.CDLL(name)
+    except OSError as error:
+        return f"no NVIDIA GPU with a driver here ({first_line(error)})"
+    return None
+
+
 def find_gpu() -> Gpu:
     """The first GPU.
 
     Raises:
         UnavailableError: there is none, or no driver for it.
     """
+    if (reason := driver_missing()) is not None:
+        raise UnavailableError(reason)
     cuda = bindings()
     try:
         code, count = cuda.cudaGetDeviceCount()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dmformer.errors import UnavailableError, UsageError, first_line
@@ -66,6 +69,15 @@ def load(name: str) -> tuple[Flavour, Any]:
             why = "is not installed" if missing else f"does not load here ({first_line(error)})"
             reasons.append(f"{flavour.said} {why}: {flavour.install}")
     raise UnavailableError("; ".join(reasons))
+
+
+def installed_version() -> str | None:
+    """The version of the first flavour that is installed, by its metadata: it is not imported, and may not load."""
+    for flavour in FLAVOURS:
+        with suppress(ImportError, ValueError, metadata.PackageNotFoundError):
+            if find_spec(flavour.module) is not None:
+                return metadata.version(flavour.module)
+    return None
 
 
 def rtx_targets(engine: Any) -> dict[str, Any]:

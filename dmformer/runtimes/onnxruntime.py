@@ -6,6 +6,7 @@ import json
 import platform
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,8 +14,10 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
+from dmformer.machine import give_memory_back
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.layers import is_compute, precision_of
+from dmformer.runtimes.onnx_weights import without_weights
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 _PROVIDER = "CPUExecutionProvider"
 _FATAL_ONLY = 4  # errors are raised as well, and told once
 _KERNEL = "_kernel_time"  # how the profile marks what is a kernel
+_FOLDER = "session.model_external_initializers_file_folder_path"  # where a model in memory has its files
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
@@ -39,6 +43,7 @@ class OnnxRuntime(Runtime):
 
     name = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    package: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxruntime/capi/onnxruntime_pybind11_state")
     _session: Any = None
 
     @classmethod
@@ -55,16 +60,23 @@ class OnnxRuntime(Runtime):
 
     def load(self) -> None:
         """Create the session and make sure that it uses the provider that was asked for."""
-        model = self._tapped() if self.taps else str(self.path)
-        self._session = self._new_session(model, self.options())
+        self._session = self._new_session(self.options(), self._tapped() if self.taps else None)
         if self._session.get_providers() != [_PROVIDER]:
             raise StageFailed(f"onnxruntime took {self._session.get_providers()}; expected only {_PROVIDER}")
         self._names = [node.name for node in self._session.get_outputs()]
 
-    @staticmethod
-    def _new_session(model: str | bytes, options: Any) -> Any:
-        """Without onnxruntime's fallback, which prints to standard output and tries again."""
-        return _import().InferenceSession(model, options, providers=[_PROVIDER], enable_fallback=0)
+    def _new_session(self, options: Any, model: bytes | None = None) -> Any:
+        """A session of the file, or of a model in memory.
+
+        Without onnxruntime's fallback, which prints to standard output and tries again.
+        """
+        path = self.path.resolve()
+        with suppress(OSError, ValueError, IndexError):  # onnxruntime has the words for what is wrong with a file
+            model = model or without_weights(path)
+        options.add_session_config_entry(_FOLDER, str(path.parent))
+        session = _import().InferenceSession(model or str(path), options, providers=[_PROVIDER], enable_fallback=0)
+        give_memory_back()
+        return session
 
     def _tapped(self) -> bytes:
         onnx = require("onnx", extra="export", purpose="showing inner tensors")
@@ -146,7 +158,7 @@ class OnnxRuntime(Runtime):
             options = self.options()
             options.enable_profiling = True
             options.profile_file_prefix = f"{folder}/profile"
-            session = self._new_session(str(self.path), options)
+            session = self._new_session(options)
             for feed in feeds:
                 session.run(None, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_bytes())

@@ -35,11 +35,6 @@ class Entry:
     extra: str
     buildable: str | None = None
 
-    @property
-    def takes_open_size(self) -> bool:
-        """Whether its format may leave height and width open: what is compiled for a target has one size."""
-        return self.buildable is None
-
 
 ENTRIES = (
     Entry(

@@ -15,7 +15,7 @@ import numpy as np
 from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.runtimes import flavours
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
-from dmformer.runtimes.cuda import Buffer, Session, find_gpu
+from dmformer.runtimes.cuda import Buffer, Session, driver_missing, find_gpu
 from dmformer.runtimes.layers import is_compute, precision_of
 from dmformer.runtimes.plan import contradiction
 from dmformer.runtimes.target import this_platform
@@ -65,6 +65,12 @@ class TensorRtRuntime(Runtime):
         except UnavailableError as error:
             reason = str(error)
         return Availability(reason is None, engine.__version__, reason)
+
+    @classmethod
+    def look(cls) -> Availability:
+        """As :meth:`probe`, but where there is no driver for a GPU, engine and bindings are not imported."""
+        version, reason = flavours.installed_version(), driver_missing()
+        return cls.probe() if version is None or reason is None else Availability(False, version, reason)
 
     @classmethod
     def cannot_load(cls, target: Target | None) -> str | None:

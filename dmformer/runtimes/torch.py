@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -37,6 +34,7 @@ class TorchRuntime(Runtime):
     """Runs a ``.safetensors`` checkpoint in eager mode."""
 
     name = "torch"
+    package: ClassVar[tuple[str, ...]] = ("torch", "torch/_C", "torch/lib/*torch_cpu.*")
     _checkpoint: Any = None
     _model: Any = None
     _threads_before: int | None = None
@@ -48,16 +46,6 @@ class TorchRuntime(Runtime):
             return Availability(True, str(_import().__version__))
         except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
             return Availability(False, reason=first_line(error))
-
-    @classmethod
-    def look(cls) -> Availability:
-        """Whether torch is installed; whether it loads takes seconds to see."""
-        try:
-            if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
-                return Availability(True, metadata.version("torch"))
-        except (ImportError, metadata.PackageNotFoundError):  # files without a distribution, or half of one
-            return cls.probe()
-        return cls.probe()
 
     def load(self) -> None:
         """Read the checkpoint and build the network. Threads are a setting of the whole process in PyTorch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
     Keep = Callable[[Outputs], NDArray[Any]]
 
 
+@dataclass(frozen=True)
 class Measure(ABC):
     """Scores a network's answers to sets of images.
 
-    Args:
+    Attributes:
         classes: that it tells apart.
+        batch: images that are asked at once.
     """
 
-    batch: ClassVar[int]  # images that are asked at once
-
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
+    classes: int
+    batch: ClassVar[int]
 
     @abstractmethod
     def images(
