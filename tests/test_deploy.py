@@ -46,7 +46,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "drop_path": (0.0, 0.3),
     "depths": ((1, 1, 1, 1), (1, 2, 1, 3)),
 }
-SEEDS = range(30)
+SEEDS = range(20)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -88,18 +88,10 @@ def test_a_device_needs_the_base_package_and_one_engine(device: Device, exported
 def test_a_device_labels_pixels(device: Device, segmentation_open: ExportResult, tmp_path: Path) -> None:
     bundle = shutil.copytree(segmentation_open.output, tmp_path / "bundle")
     said = {}
-    for command, *options in (
-        ("predict", bundle, SCENES / "images/validation/0000.png"),
-        ("verify", bundle),
-        ("eval", bundle, "--data", SCENES),
-        ("bench", bundle, "--duration", "0.05"),
-        ("inspect", bundle),
-        ("serve-layout", "triton", bundle, "--output", "served"),
-    ):
+    for command, *options in (("predict", bundle, SCENES / "images/validation/0000.png"), ("verify", bundle)):
         done = device.run("dmformer", command, *options, cwd=tmp_path)
         assert done.returncode == 0, (command, done.stderr)
         said[command] = " ".join(done.stdout.split())
     assert "0000.png background" in said["predict"]
-    assert "mIoU" in said["eval"]
     assert "runtime at 64x96" in said["verify"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.overlay.png", "bundle", "served"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.overlay.png", "bundle"]

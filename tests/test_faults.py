@@ -103,9 +103,8 @@ def test_without_a_fault_nothing_is_caught(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_a_clean_export_raises_no_alarm(seed: int, tmp_path: Path) -> None:
-    assert faults.clean(seed, tmp_path)[0] == []
+def test_a_clean_export_raises_no_alarm(tmp_path: Path) -> None:
+    assert faults.clean(1, tmp_path)[0] == []
 
 
 def find(bundle: Path, fault: Fault, cases: Path) -> Finding:
@@ -278,13 +277,18 @@ def test_a_fault_that_sinks_below_the_limit_on_its_way_is_found_where_it_is(
     assert any(not check.passed for check in run_case(tmp_path / "c/onnxruntime-fp32"))
 
 
-@pytest.mark.parametrize("options", [{}, {"gate_input": "x_prime", "branch_merge": "concat", "in_channels": 1}])
-def test_the_training_form_as_the_simplifier_leaves_it(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_training_form_as_the_simplifier_leaves_it(tmp_path: Path) -> None:
     """It folds layer scales and norms into convolutions, and leaves these their names."""
-    arguments: dict[str, Any] = {"formats": ["torch", "onnx"], "deploy_form": False, "output": tmp_path / "b"}
-    if options:
-        arguments |= {"arch": "dmformer_nano", "options": {"num_classes": 5, **options}, "image_size": 32}
-    assert dmformer.export(**arguments).parity.passed
+    options = {"num_classes": 5, "gate_input": "x_prime", "branch_merge": "concat", "in_channels": 1}
+    exported = dmformer.export(
+        arch="dmformer_nano",
+        options=options,
+        image_size=32,
+        formats=["torch", "onnx"],
+        deploy_form=False,
+        output=tmp_path / "b",
+    )
+    assert exported.parity.passed
     spoil_weights(tmp_path / "b", {"stages.1.downsample.norm.weight": lambda array: 1.05 * array})
     opened = open_bundle(tmp_path / "b")
     report = dmformer.verify(opened, runtimes=["ort"], layers=True)

@@ -147,9 +147,8 @@ print(json.dumps({
     assert answer["engines"] == []
 
 
-@pytest.mark.parametrize("kind", ["segmentation", "segmentation_open"])
 def test_a_device_that_labels_pixels_needs_one_runtime_only(
-    request: pytest.FixtureRequest, few_scenes: Path, tmp_path: Path, kind: str
+    segmentation_open: ExportResult, few_scenes: Path, tmp_path: Path
 ) -> None:
     code = """
 import json
@@ -174,7 +173,7 @@ print(json.dumps({
     "engines": sorted(BLOCKED & set(sys.modules)),
 }))
 """
-    bundle = request.getfixturevalue(kind).output
+    bundle = segmentation_open.output
     blocked = tuple(name for name in ENGINES if name != "onnxruntime")
     answer = json.loads(python(code, bundle, few_scenes, tmp_path / "picture.png", blocked=blocked))
     assert answer["class"] == "background"

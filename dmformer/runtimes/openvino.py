@@ -48,7 +48,7 @@ def core() -> Any:
 
 
 class OpenVinoRuntime(Runtime):
-    """Runs OpenVINO IR (``.xml`` with its ``.bin``) on the CPU plugin.
+    """Runs OpenVINO IR (``.xml`` with its ``.bin``), or ONNX, on the CPU plugin.
 
     A small network is compiled for batch 1 when it is loaded, and for each of the next few batch sizes when it is first
     asked for; those that come later share a model with an open batch, as all do in a large network.
@@ -85,7 +85,10 @@ class OpenVinoRuntime(Runtime):
         self._source = core().read_model(str(self.path))
         known = {name for port in self._source.outputs for name in port.get_names()}
         self._source.add_outputs([name for name in self.taps if name not in known])
-        light = self.path.with_suffix(".bin").stat().st_size <= FIXED_MOST_BYTES
+        weights = self.path.with_suffix(".bin")
+        if not weights.is_file():  # an ONNX file, as bisection saves its cuts
+            weights = self.path
+        light = weights.stat().st_size <= FIXED_MOST_BYTES
         self._most_fixed = _FIXED_SIZES if light else 0
         self._requests: dict[int | None, Any] = {}  # by batch size; None is an open batch
         self._request_for(1)
