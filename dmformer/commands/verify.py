@@ -91,7 +91,7 @@ def _verify(
 
 def _show(report: ParityReport, json_file: str | None) -> None:
     """What failed comes first, stage by stage; what held is summed up by what it was compared with."""
-    columns = ["", "stage", "runtime", "precision", "batch", "against", "max abs", "of limit", "cosine", "same class"]
+    columns = ["", "stage", "runtime", "precision", "batch", "against", "max abs", "of limit", "cosine", "class"]
     listing = present.table("Parity with PyTorch", columns, numeric=columns[6:])
     groups: dict[tuple[object, ...], list[Check]] = {}
     for check in sorted(report.checks, key=lambda check: check.passed):
