@@ -77,13 +77,14 @@ class TorchRuntime(Runtime):
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The network's outputs, at the size of the checkpoint's preprocessing."""
+        """The network's outputs; those that follow the input's height and width are open where it is."""
         config, size = self._checkpoint.config, self._checkpoint.preprocessing.image_size
-        shapes = config.output_shapes(size, size)
-        return tuple(
-            TensorSpec(name, "float32", ("batch", *shape))
-            for name, shape in zip(config.output_names, shapes, strict=True)
-        )
+        found = []
+        for name, shape in zip(config.output_names, config.output_shapes(size, size), strict=True):
+            follows = self._checkpoint.open_size and len(shape) == 3
+            sides = (f"{name}_height", f"{name}_width") if follows else shape[1:]
+            found.append(TensorSpec(name, "float32", ("batch", shape[0], *sides)))
+        return tuple(found)
 
     @property
     def details(self) -> Details:
