@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 from dmformer import __version__
 from dmformer.bundle.manifest import SCHEMA_VERSION, Manifest, Model, Tensor
-from dmformer.export.torch_onnx import tensor_axes
 from dmformer.models.flops import count_macs
-from dmformer.task import INPUT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,17 +31,7 @@ def describe_export(
 ) -> Manifest:
     """What is in the bundle, where its weights came from, and what was found on the way."""
     size = checkpoint.preprocessing.image_size
-    axes = tensor_axes(checkpoint)
-    shapes: dict[str, tuple[int, ...]] = {INPUT_NAME: (checkpoint.config.in_channels, size, size)}
-    shapes |= dict(zip(checkpoint.config.output_names, checkpoint.config.output_shapes(size, size), strict=True))
-    given, *outputs = (
-        Tensor(
-            name=name,
-            dtype="float32",
-            shape=tuple(axes[name].get(axis, side) for axis, side in enumerate((0, *shape))),
-        )
-        for name, shape in shapes.items()
-    )
+    given, *outputs = (Tensor(name=name, dtype="float32", shape=shape) for name, shape in checkpoint.shapes.items())
     return Manifest(
         schema_version=SCHEMA_VERSION,
         tool_version=__version__,

@@ -65,24 +65,16 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],
                 output_names=list(checkpoint.config.output_names),
-                dynamic_axes=tensor_axes(checkpoint),
+                dynamic_axes={
+                    name: {axis: side for axis, side in enumerate(shape) if isinstance(side, str)}
+                    for name, shape in checkpoint.shapes.items()
+                },
             )
     except Exception as error:
         raise StageFailed(f"export to ONNX failed: {first_line(error)}") from error
     exported = onnx_file.read(destination)
     _name_after_modules(exported.graph, {name for name, _ in model.named_modules()})
     onnx_file.write(exported, destination, onnx_metadata(checkpoint))
-
-
-def tensor_axes(checkpoint: Checkpoint) -> dict[str, dict[int, str]]:
-    """The names of the axes that stay open, by their index, for the input and each output."""
-    size, config = checkpoint.preprocessing.image_size, checkpoint.config
-    axes = {INPUT_NAME: {0: "batch", 2: "height", 3: "width"} if checkpoint.open_size else {0: "batch"}}
-    for name, shape in zip(config.output_names, config.output_shapes(size, size), strict=True):
-        axes[name] = {0: "batch"}
-        if checkpoint.open_size and len(shape) == 3:
-            axes[name] |= {2: f"{name}_height", 3: f"{name}_width"}
-    return axes
 
 
 def onnx_metadata(checkpoint: Checkpoint) -> dict[str, str]:

@@ -23,6 +23,7 @@ from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError, first_line
 from dmformer.models.dmformer import DMFormerBackbone, DMFormerConfig, build_network, variant_config
 from dmformer.models.infer import UNTOLD, infer_config, variant_name
+from dmformer.task import INPUT_NAME
 
 METADATA_KEY = "dmformer"
 METADATA_VERSION = 1
@@ -71,6 +72,17 @@ class Checkpoint:
     def side(self) -> int | None:
         """Side of the input in pixels; ``None`` where it is open."""
         return None if self.open_size else self.preprocessing.image_size
+
+    @property
+    def shapes(self) -> dict[str, tuple[int | str, ...]]:
+        """Shapes of the input and of what the network gives, in this order; axes that stay open have names."""
+        size, config = self.preprocessing.image_size, self.config
+        sides: tuple[int | str, ...] = ("height", "width") if self.open_size else (size, size)
+        found: dict[str, tuple[int | str, ...]] = {INPUT_NAME: ("batch", config.in_channels, *sides)}
+        for name, (channels, *fixed) in zip(config.output_names, config.output_shapes(size, size), strict=True):
+            follows = self.open_size and fixed
+            found[name] = ("batch", channels, *((f"{name}_height", f"{name}_width") if follows else fixed))
+        return found
 
     def model(self) -> DMFormerBackbone:
         """The network with these weights, in evaluation mode."""

@@ -14,7 +14,6 @@ from dmformer._optional import require
 from dmformer.errors import first_line
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec
 from dmformer.runtimes.layers import precision_of
-from dmformer.task import INPUT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,19 +71,16 @@ class TorchRuntime(Runtime):
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The network's input; height and width are open where the checkpoint says so."""
-        channels, side = self._checkpoint.config.in_channels, self._checkpoint.side
-        return (TensorSpec(INPUT_NAME, "float32", ("batch", channels, side or "height", side or "width")),)
+        return self._specs[:1]
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The network's outputs; those that follow the input's height and width are open where it is."""
-        config, size = self._checkpoint.config, self._checkpoint.preprocessing.image_size
-        found = []
-        for name, shape in zip(config.output_names, config.output_shapes(size, size), strict=True):
-            follows = self._checkpoint.open_size and len(shape) == 3
-            sides = (f"{name}_height", f"{name}_width") if follows else shape[1:]
-            found.append(TensorSpec(name, "float32", ("batch", shape[0], *sides)))
-        return tuple(found)
+        return self._specs[1:]
+
+    @property
+    def _specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name, "float32", shape) for name, shape in self._checkpoint.shapes.items())
 
     @property
     def details(self) -> Details:
