@@ -90,7 +90,9 @@ def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | N
     """
     with torch.device("meta"):  # lively_ writes every value, so that nothing needs to be drawn before
         model = create_model(arch, **options)
-    lively_(model.to_empty(device="cpu"), seed)
+    room = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(room, assign=True)
+    lively_(model, seed)
     preprocessing = default_preprocessing(model.config)
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)

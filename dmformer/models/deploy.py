@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from dmformer.models.dmformer import DMFormer, LayerScale, Stem
 from dmformer.models.segmentation import ConvNormReLU, DMFormerSegmenter, PixelClassifier, check_sides
@@ -251,8 +250,7 @@ class Filter(NamedTuple):
     def as_conv(self, like: nn.Conv2d, *, bias: bool = True) -> nn.Conv2d:
         """A module with the stride, dilation and groups of another, and as much padding as keeps the size."""
         out_channels, in_channels, size, _ = self.weight.shape
-        made = skip_init(  # initial values would be drawn from the global generator
-            nn.Conv2d,
+        made = nn.Conv2d(
             in_channels * like.groups,
             out_channels,
             size,
@@ -261,12 +259,11 @@ class Filter(NamedTuple):
             dilation=like.dilation[0],
             groups=like.groups,
             bias=bias,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
+            device="meta",  # initial values would be drawn from the global generator
         )
-        made.weight.copy_(self.weight)
-        if made.bias is not None:
-            made.bias.copy_(self.bias)
+        tensors = {"weight": self.weight, "bias": self.bias} if bias else {"weight": self.weight}
+        # Giving a meta tensor memory, as skip_init does, imports SymPy: a second.
+        made.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
         return made
 
 
