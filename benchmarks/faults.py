@@ -38,8 +38,8 @@ from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
 from dmformer.runtimes import registry
+from dmformer.verify.check import ParityReport, report
 from dmformer.verify.evaluate import evaluate
-from dmformer.verify.parity import ParityReport, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ class Bench:
 
 def outcome(fault: Fault, found: ParityReport) -> Outcome:
     """What a report says of a fault."""
-    failed = tuple(dict.fromkeys(check.stage for check in found.checks if not check.passed))
+    failed = tuple(dict.fromkeys(check.where for check in found.checks if not check.passed))
     modules = tuple(dict.fromkeys(finding.module for finding in found.findings))
     said = (*(check.reason or "" for check in found.checks if not check.passed), *found.skipped)
     return Outcome(fault, failed, modules, said)
@@ -186,7 +186,7 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
         output=output,
         force=True,
     )
-    failed = [f"fp32 {check.stage}: {check.reason}" for check in result.parity.checks if not check.passed]
+    failed = [f"fp32 {check.where}: {check.reason}" for check in result.parity.checks if not check.passed]
     checkpoint = random_checkpoint("dmformer_nano", options, size, seed)
     images = image_set(CALIBRATION_IMAGES, checkpoint.preprocessing, (), 10).spread(40)
     golden = open_bundle(output).golden()
@@ -218,7 +218,7 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
                 sensitivity={},
             )
             checks += proven(row, artifact, output, golden)[1]
-        failed += [f"{name} {check.stage} in {check.runtime}: {check.reason}" for check in checks if not check.passed]
+        failed += [f"{name} {check.where} in {check.runtime}: {check.reason}" for check in checks if not check.passed]
     shutil.rmtree(output)
     return failed, refused
 

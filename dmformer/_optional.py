@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dmformer.errors import UnavailableError
@@ -24,10 +25,10 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"{purpose} needs the package {(error.name or module).split('.')[0]!r}, which is not installed; "
-            f"run: pip install 'dmformer[{extra}]'"
-        ) from error
     except (ImportError, OSError) as error:
+        missing = ((isinstance(error, ModuleNotFoundError) and error.name) or module).partition(".")[0]
+        if find_spec(missing) is None:
+            raise UnavailableError(
+                f"{purpose} needs the package {missing!r}, which is not installed; run: pip install 'dmformer[{extra}]'"
+            ) from error
         raise UnavailableError(f"{purpose} needs the package {module!r}, which does not load here: {error}") from error

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.golden import Golden
     from dmformer.data.labelled import ImageSet
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.verify.parity import ParityReport
+    from dmformer.verify.check import ParityReport
 
 ATTENTION = "stages.2.blocks.0.dma"
 

@@ -146,7 +146,7 @@ def test_an_open_size_is_no_engines(segmentation_open: ExportResult, tmp_path: P
     assert "open height and width" in (cannot_build(opened, registry.entry("trt"), "fp32") or "")
     assert cannot_build(opened, registry.entry("ov"), "fp32") is None
     found = build(bundle, "ov")
-    assert {"runtime", "runtime at 64x96"} <= {check.stage for check in found.parity.checks}
+    assert {"runtime", "runtime at 64x96"} <= {check.where for check in found.parity.checks}
 
 
 def test_a_bundle_without_onnx(bundle: Path) -> None:

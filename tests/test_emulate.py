@@ -14,10 +14,10 @@ from dmformer.export.source import random_checkpoint
 from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes.layers import module_path
+from dmformer.verify.check import Check
 from dmformer.verify.emulate import input_peaks, quantized, round_layers_
 from dmformer.verify.interpret import interpret
 from dmformer.verify.modules import ModuleTruth
-from dmformer.verify.parity import Check
 from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
 from tests.fakes import FakeRuntime
 

@@ -27,15 +27,9 @@ from dmformer.models.dmformer import DMFormer, Gate
 from dmformer.runtimes import registry
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.answers import ask
+from dmformer.verify.check import Check, report
 from dmformer.verify.compare import Limit, compare, float32_limit
-from dmformer.verify.parity import (
-    Check,
-    check_answers,
-    check_consistency,
-    check_preprocessing,
-    references,
-    report,
-)
+from dmformer.verify.parity import check_answers, check_consistency, check_preprocessing, references
 from dmformer.verify.reference import golden_pixels, make_golden
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pytest
 
     from dmformer.export.pipeline import ExportResult
-    from dmformer.verify.parity import Check, ParityReport
+    from dmformer.verify.check import Check, ParityReport
 
 
 def by_stage(report: ParityReport, precision: str = "fp32") -> dict[str, Check]:

@@ -29,8 +29,9 @@ from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, STRIDES
 from dmformer.verify import reference as referring
 from dmformer.verify.answers import Answers, ask
+from dmformer.verify.case import run_case
 from dmformer.verify.parity import check_artifact, check_other_size, references
-from tests.bundles import adopt, one_line
+from tests.bundles import adopt, one_line, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,7 @@ def valid(name: str, document: Any) -> None:
 
 
 def stages(result: ExportResult, runtime: str = "onnxruntime", precision: str = "fp32") -> set[str]:
-    return {check.stage for check in result.parity.checks if (check.runtime, check.precision) == (runtime, precision)}
+    return {check.where for check in result.parity.checks if (check.runtime, check.precision) == (runtime, precision)}
 
 
 # --- what is in a bundle ----------------------------------------------------------------------------------------------
@@ -254,26 +255,32 @@ def test_what_is_wrong_at_another_size_alone_is_seen(segmentation_open: ExportRe
         None,
     ):
         checks = check_artifact(replace(answers, elsewhere=wrong), golden, 1.0, None)
-        failed = {(check.stage, check.against) for check in checks if not check.passed}
+        failed = {(check.where, check.against) for check in checks if not check.passed}
         assert failed == {("runtime at 64x96", "PyTorch"), ("runtime at 64x96", "onnx fp32")}
 
 
-def test_what_is_wrong_at_another_size_alone_is_not_looked_for_in_a_node(
-    segmentation_open: ExportResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    infer = OnnxRuntime.infer
+def test_what_is_wrong_at_another_size_alone_is_found_there(segmentation_open: ExportResult, tmp_path: Path) -> None:
+    """Taps that meet nothing but padding at 32 pixels, where the last stage has maps of one by one."""
 
-    def wrong(runtime: OnnxRuntime, inputs: Any) -> dict[str, Any]:
-        found = infer(runtime, inputs)
-        return found if inputs["image"].shape[2] == 32 else {name: 1.5 * array for name, array in found.items()}
+    def without_outer_taps(kernel: Any) -> Any:
+        middle = kernel.shape[-1] // 2
+        kept = np.zeros_like(kernel)
+        kept[..., middle, middle] = kernel[..., middle, middle]
+        return kept
 
-    monkeypatch.setattr(OnnxRuntime, "infer", wrong)
-    opened = open_bundle(segmentation_open.output)
+    module = "stages.3.blocks.0.dma.branches.1"
+    bundle = Path(shutil.copytree(segmentation_open.output, tmp_path / "bundle"))
+    spoil_weights(bundle, {f"{module}.weight": without_outer_taps})
+    opened = open_bundle(bundle)
     report = dmformer.verify(opened, runtimes=["ort"])
-    assert {check.stage for check in report.checks if not check.passed} == {"runtime at 64x96"}
-    found = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
-    assert found.findings == ()
-    assert "(runtime at 64x96) is right at the size of the golden images" in found.skipped[-1]
+    assert {check.where for check in report.checks if not check.passed} == {"runtime at 64x96"}
+    (finding,) = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent).findings
+    assert (finding.module, finding.at_fault, finding.batch) == (module, "file", 1)
+    assert any(not check.passed for check in run_case(tmp_path / "cases/onnxruntime-fp32"))
+    rewrite(bundle, lambda c: c.update(artifacts=[made for made in c["artifacts"] if made["format"] != "torch"]))
+    shutil.rmtree(bundle / "torch")
+    found = diagnose(open_bundle(bundle), report, weights=None, folder=tmp_path / "cases", stage=silent)
+    assert "--bisect has nothing to trust" in found.skipped[-1]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +297,7 @@ def test_a_fault_is_bisected_at_an_open_size(
     spoil_weights(bundle, {f"{module}.weight": lambda array: 1.02 * array})
     opened = open_bundle(bundle)
     report = dmformer.verify(opened, runtimes=["ort"])
-    assert {"runtime", "runtime at 64x96"} <= {check.stage for check in report.checks if not check.passed}
+    assert {"runtime", "runtime at 64x96"} <= {check.where for check in report.checks if not check.passed}
     (finding,) = diagnose(opened, report, weights=weights, folder=tmp_path / "cases", stage=silent).findings
     assert finding.module == module
 

@@ -166,7 +166,7 @@ def export(
         raise StageFailed(f"{'; '.join(result.broken)}; the rest was written to {output}")
     if not result.parity.passed:
         from dmformer.errors import CheckFailed
-        from dmformer.verify.parity import failure
+        from dmformer.verify.check import failure
 
         raise CheckFailed(
             f"{failure(result.parity)}; the bundle was written to {output} all the same, as --force asked"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
+    from dmformer.verify.check import Check, ParityReport
     from dmformer.verify.findings import Finding
-    from dmformer.verify.parity import Check, ParityReport
 
 CASES = "dmformer-bisect"
 
@@ -49,7 +49,7 @@ def verify(
 
     Without --weights and --images the reference is in the bundle, and PyTorch is not needed.
     """
-    from dmformer.verify.parity import failure
+    from dmformer.verify.check import failure
 
     present.check_json_target(json_file)
     if case is not None:
@@ -66,7 +66,7 @@ def verify(
 
 def _run_case(case: Path) -> ParityReport:
     from dmformer.verify.case import run_case
-    from dmformer.verify.parity import report
+    from dmformer.verify.check import report
 
     return report(run_case(case))
 
@@ -95,7 +95,7 @@ def _show(report: ParityReport, json_file: str | None) -> None:
     listing = present.table("Parity with PyTorch", columns, numeric=columns[6:])
     groups: dict[tuple[object, ...], list[Check]] = {}
     for check in sorted(report.checks, key=lambda check: check.passed):
-        stage = None if check.passed else check.stage
+        stage = None if check.passed else check.where
         groups.setdefault((stage, check.runtime, check.precision, check.against, check.limit), []).append(check)
     for group in groups.values():
         present.add_row(listing, _cells(group))
@@ -112,7 +112,7 @@ def _remarks(report: ParityReport) -> Iterator[str]:
     for check in report.checks:
         if check.reason is not None:
             mark = "" if check.passed else "FAILED "
-            said = (f"{mark}{check.stage} in {check.runtime} {check.precision}", check.against, check.reason)
+            said = (f"{mark}{check.where} in {check.runtime} {check.precision}", check.against, check.reason)
             batches.setdefault(said, []).append(str(check.batch))
     for (what, against, reason), found in batches.items():
         yield f"{what}, batch {', '.join(found)}, against {against}: {reason}"
@@ -152,7 +152,7 @@ def _cells(group: Sequence[Check]) -> list[str | Text]:
     agreements = [check.top1_agreement for check in group if check.top1_agreement is not None]
     return [
         present.mark(first.passed, "FAILED"),
-        ", ".join(dict.fromkeys(check.stage for check in group)),
+        ", ".join(dict.fromkeys(check.where for check in group)),
         first.runtime,
         first.precision,
         ", ".join(map(str, sorted({check.batch for check in group}))),

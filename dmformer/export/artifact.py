@@ -12,14 +12,8 @@ from dmformer.bundle.manifest import Artifact, file_entry
 from dmformer.export.formats import converter
 from dmformer.runtimes import registry
 from dmformer.verify.answers import Answers, ask
-from dmformer.verify.parity import (
-    Check,
-    check_answers,
-    check_artifact,
-    check_consistency,
-    check_other_size,
-    references,
-)
+from dmformer.verify.check import Check
+from dmformer.verify.parity import check_answers, check_artifact, check_consistency, check_other_size, references
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,7 +21,7 @@ from dmformer.export.artifact import make_artifact, proven
 from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, check_size
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.parity import Check, ParityReport, failure, report
+from dmformer.verify.check import Check, ParityReport, failure, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

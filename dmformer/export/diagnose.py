@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Stage
-    from dmformer.verify.parity import Check, ParityReport
+    from dmformer.verify.check import Check, ParityReport
 
 _LOCATED = ("runtime", "layers")  # stages whose failures sit in a node
 
@@ -54,6 +54,11 @@ class Trusted(NamedTuple):
 
     model: ModelProto
     golden: Golden
+
+    def at_the_other_size(self) -> Trusted:
+        """The same graph with the golden images of another height and width."""
+        assert self.golden.other is not None
+        return self._replace(golden=self.golden.other)
 
     @property
     def input(self) -> str:
@@ -86,11 +91,8 @@ def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, fold
             failed.setdefault((check.runtime, check.precision), []).append(check)
     unsaid = list(report.skipped)
     if not failed:
-        stages = ", ".join(dict.fromkeys(check.stage for check in report.checks if not check.passed))
-        where = "sits in no node of the graph"
-        if all(check.passed or " at " in check.stage for check in report.checks):
-            where = "is right at the size of the golden images: look at what was traced for one size"
-        unsaid.append(f"bisection: what failed ({stages}) {where}")
+        stages = ", ".join(dict.fromkeys(check.where for check in report.checks if not check.passed))
+        unsaid.append(f"bisection: what failed ({stages}) sits in no node of the graph")
         return msgspec.structs.replace(report, skipped=tuple(unsaid))
     findings = []
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
@@ -112,11 +114,13 @@ def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, fold
 def _bisect(bundle: Bundle, trusted: Trusted, checks: Sequence[Check], folder: Path, scratch: Path) -> Finding:
     runtime, precision = checks[0].runtime, checks[0].precision
     (choice,) = [one for one in select(bundle, [runtime])[0] if one.artifact.precision == precision]
-    smallest = min((check.batch for check in checks if check.stage == "runtime"), default=1)
+    smallest = min((check.batch for check in checks if check.stage == "runtime" and not check.size), default=1)
     if smallest > max(1, choice.runtime().batches[0]):
         raise StageFailed(
             f"it answers right row by row, and not in batches of {smallest}: look at the batching, not at a node"
         )
+    if all(check.size for check in checks):
+        trusted = trusted.at_the_other_size()
     search = _Search(choice, trusted, smallest, scratch)
     with staged_case(folder / f"{runtime}-{precision}") as case:
         return search.find(case, folder / f"{runtime}-{precision}")
@@ -151,17 +155,21 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
             )
         path = bundle.load_path(files[0])
     trusted = Trusted(onnx_file.read(path), golden)
-    exact = golden.thinned(interpret(trusted.model, {trusted.input: golden.inputs}, double=True))
-    for name, limit in float32_limit(golden.outputs, golden.outputs_float64).items():
-        if not largest_difference(exact[name], golden.outputs_float64[name]) <= limit.max_abs:
-            raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made from")
+    for part in golden.sizes:
+        exact = part.thinned(interpret(trusted.model, {trusted.input: part.inputs}, double=True))
+        for name, limit in float32_limit(part.outputs, part.outputs_float64).items():
+            if not largest_difference(exact[name], part.outputs_float64[name]) <= limit.max_abs:
+                raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made of")
     return trusted
 
 
 def _answers_right(path: Path, golden: Golden) -> bool:
-    adapter = registry.available_adapter(registry.entry("onnxruntime"))
-    answers = ask(adapter(path), golden.inputs, golden.thinned, layers=False, consistency=False)
-    return all(check.passed for check in check_answers("onnx", answers, references(golden, "fp32")[:1]))
+    runtime = registry.available_adapter(registry.entry("onnxruntime"))(path)
+    for part in golden.sizes:
+        answers = ask(runtime, part.inputs, part.thinned, layers=False, consistency=False)
+        if not all(check.passed for check in check_answers("onnx", answers, references(part, "fp32")[:1])):
+            return False
+    return True
 
 
 class _Search:

@@ -23,9 +23,10 @@ from dmformer.progress import Stage
 from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
 from dmformer.verify.answers import BATCH_SIZES, Answers, ask
+from dmformer.verify.check import Check
 from dmformer.verify.compare import Reference
 from dmformer.verify.modules import ModuleTruth
-from dmformer.verify.parity import Check, check_answers, check_other_size, references
+from dmformer.verify.parity import check_answers, check_other_size, references
 from dmformer.verify.reference import at_another_size, golden_pixels, make_golden
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from dmformer.data.images import list_images
 from dmformer.errors import UsageError
 from dmformer.export.request import ExportResult
 from dmformer.runtimes import registry
-from dmformer.verify.parity import ParityReport
+from dmformer.verify.check import ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

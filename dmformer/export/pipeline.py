@@ -39,8 +39,9 @@ from dmformer.export.speed import Timed, compare_precisions, fastest
 from dmformer.machine import gpu_state
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
+from dmformer.verify.check import Check, failure, report
+from dmformer.verify.decision_checks import check_accuracy
 from dmformer.verify.measures import measure_of
-from dmformer.verify.parity import Check, check_accuracy, failure, report
 from dmformer.verify.reference import torch_answers
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class _Export:
         """The artifact, unless a check of it failed and another precision may take its place."""
         wrong = [check for check in checks if not check.passed]
         if wrong and self.request.choose_fastest and artifact.precision != "fp32":
-            self.left_out.append(f"{artifact.format} {artifact.precision}: {wrong[0].stage}: {wrong[0].reason}")
+            self.left_out.append(f"{artifact.format} {artifact.precision}: {wrong[0].where}: {wrong[0].reason}")
             shutil.rmtree(self.folder / artifact.format / artifact.precision)
             return []
         self.checks.extend(checks)

@@ -15,10 +15,11 @@ from dmformer.export.literal import literal_answers
 from dmformer.export.precision import RANGE_IMAGES, Made, compute_layers, modules_at, typed_share
 from dmformer.verify.answers import Answers
 from dmformer.verify.bisect import first_beyond, graph_nodes, largest_share, tensor_limits
+from dmformer.verify.check import Check, as_check
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference
 from dmformer.verify.emulate import input_peaks, round_layers_
 from dmformer.verify.interpret import interpret
-from dmformer.verify.parity import Check, as_check, check_answers, references
+from dmformer.verify.parity import check_answers, references
 from dmformer.verify.reference import torch_outputs
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def reduced_golden(
             raise StageFailed(f"{error}; it begins at {tensors.reason}" if tensors.reason else str(error)) from error
         before = Reference("onnx fp32", part.files["fp32"], pytorch.limits)
         answers = Answers("onnxruntime", precision, {len(part.inputs): dict(part.files[precision])})
-        stage = "reduced" if part is completed else f"reduced at {part.size}"
-        checks += check_answers(stage, answers, [pytorch, before])
+        size = None if part is completed else part.size
+        checks += check_answers("reduced", answers, [pytorch, before], size)
     return completed, [*checks, tensors]
 
 

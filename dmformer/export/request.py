@@ -14,7 +14,7 @@ from dmformer.data.labelled import ImageSet
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import EngineOptions, check_convertible
 from dmformer.runtimes import registry
-from dmformer.verify.parity import ParityReport
+from dmformer.verify.check import ParityReport
 
 if TYPE_CHECKING:
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, and an export may be known

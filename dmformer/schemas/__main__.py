@@ -14,8 +14,8 @@ from dmformer.bundle.manifest import Manifest, indented_json
 from dmformer.bundle.predictor import PredictReport, SegmentReport
 from dmformer.cache import CacheReport
 from dmformer.export.build import BuildReport
+from dmformer.verify.check import ParityReport
 from dmformer.verify.evaluate import EvalReport
-from dmformer.verify.parity import ParityReport
 
 TYPES: dict[str, type[msgspec.Struct]] = {
     "manifest": Manifest,

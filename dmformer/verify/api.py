@@ -19,23 +19,12 @@ from dmformer.progress import silent
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.accuracy import paired
 from dmformer.verify.answers import Answers, ask
+from dmformer.verify.check import PYTORCH, Check, ParityReport, as_check, report
 from dmformer.verify.checkpoint import form_in, reference_checkpoint
 from dmformer.verify.compare import Comparison, Reference, float32_limit
+from dmformer.verify.decision_checks import check_decisions, check_labelled_pixels, check_paired
 from dmformer.verify.measures import measure_of
-from dmformer.verify.parity import (
-    PYTORCH,
-    Check,
-    ParityReport,
-    as_check,
-    check_answers,
-    check_artifact,
-    check_decisions,
-    check_labelled_pixels,
-    check_paired,
-    check_preprocessing,
-    references,
-    report,
-)
+from dmformer.verify.parity import check_answers, check_artifact, check_preprocessing, references
 from dmformer.verify.segmentation import confusion_matrix, pixel_accuracy
 
 MOST_IMAGES = 64  # of a folder, evenly spread over it

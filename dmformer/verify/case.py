@@ -18,8 +18,8 @@ from msgspec import Struct
 from dmformer.bundle.manifest import FileEntry, hash_file, indented_json
 from dmformer.errors import CheckFailed, UsageError, first_line
 from dmformer.runtimes import registry
+from dmformer.verify.check import Check, as_check
 from dmformer.verify.compare import Limit, compare
-from dmformer.verify.parity import Check, as_check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -15,8 +15,8 @@ import numpy as np
 from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.runtimes.layers import module_path
 from dmformer.verify.bisect import largest_share, tensor_limits
+from dmformer.verify.check import Check, as_check
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, largest_difference
-from dmformer.verify.parity import Check, as_check
 from dmformer.verify.reference import in_double
 
 if TYPE_CHECKING:

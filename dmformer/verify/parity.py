@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
-from msgspec import Struct
 
 from dmformer.errors import DMFormerError, StageFailed, UsageError
 from dmformer.runtimes.layers import describe, shortfall
-from dmformer.task import OUTPUT_NAME
 from dmformer.verify.answers import Answers
+from dmformer.verify.check import PYTORCH, Check, as_check
 from dmformer.verify.compare import (
     Comparison,
     Limit,
@@ -25,9 +23,7 @@ from dmformer.verify.compare import (
     largest_difference,
     reduced_limit,
 )
-from dmformer.verify.decisions import Decisions, decide
-from dmformer.verify.findings import Finding
-from dmformer.verify.segmentation import PixelAccuracy, PixelAgreement, pixel_agreement
+from dmformer.verify.decision_checks import check_decisions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,12 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dmformer.bundle.golden import Golden
-    from dmformer.bundle.manifest import Accuracy
     from dmformer.data.preprocessing import Preprocessing
-    from dmformer.verify.accuracy import Paired
 
-PYTORCH = "PyTorch"
-SIGNIFICANT = 0.01  # McNemar's test below this is no chance
 _PIXEL_TOLERANCE = 1e-6  # of the largest value, and at least of 1
 _EQUAL = {
     "rows": "identical rows of a batch",
@@ -48,63 +40,6 @@ _EQUAL = {
     "repeated": "the same rows asked twice",
     "batches": "the same rows alone and in a batch",
 }
-
-
-class Check(Struct, frozen=True, kw_only=True):
-    """One row of the parity report; see :class:`dmformer.verify.compare.Comparison` for the figures.
-
-    Attributes:
-        stage: what was checked.
-        against: what it was compared with: PyTorch, a stage before it, or itself.
-        decisions: where classes of images were compared.
-        pixels: where classes of pixels were compared.
-    """
-
-    stage: str
-    runtime: str
-    precision: str
-    batch: int
-    passed: bool
-    max_abs: float | None
-    max_rel: float | None
-    cosine: float | None
-    top1_agreement: float | None
-    limit: float | None
-    limit_source: str | None
-    reason: str | None
-    against: str
-    decisions: Decisions | None = None
-    pixels: PixelAgreement | None = None
-
-
-class ParityReport(Struct, frozen=True, kw_only=True):
-    """What ``verify`` or an export found.
-
-    ``skipped`` has a sentence for whatever was not checked or was left out, ``findings`` the places where failures
-    begin, if they were looked for.
-    """
-
-    passed: bool
-    checks: tuple[Check, ...]
-    skipped: tuple[str, ...] = ()
-    findings: tuple[Finding, ...] = ()
-
-
-def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
-    """Sum up; no check at all is no pass."""
-    return ParityReport(
-        passed=bool(checks) and all(check.passed for check in checks), checks=tuple(checks), skipped=tuple(skipped)
-    )
-
-
-def failure(found: ParityReport) -> str:
-    """How many checks of a report failed, and the first of them: checks come in the order of the stages."""
-    failed = [check for check in found.checks if not check.passed]
-    first = failed[0]
-    return (
-        f"{len(failed)} of {len(found.checks)} checks failed; first: {first.stage} in {first.runtime} "
-        f"{first.precision} at batch {first.batch}, against {first.against}: {first.reason}"
-    )
 
 
 def references(golden: Golden, precision: str, pytorch: Mapping[str, NDArray[Any]] | None = None) -> list[Reference]:
@@ -137,13 +72,16 @@ def references(golden: Golden, precision: str, pytorch: Mapping[str, NDArray[Any
     ]
 
 
-def check_answers(stage: str, answers: Answers, compared_with: Sequence[Reference]) -> list[Check]:
+def check_answers(
+    stage: str, answers: Answers, compared_with: Sequence[Reference], size: str | None = None
+) -> list[Check]:
     """Compare answers with each reference, one check a batch size, and what must be equal among them.
 
     Args:
         stage: name of the step that is checked.
         answers: of a runtime, to the rows that the references are for.
         compared_with: references; their tightest limit also holds between answers that must be equal.
+        size: height and width in pixels, where they are not those of the golden images.
     """
     checks = []
     for reference in compared_with:
@@ -153,7 +91,8 @@ def check_answers(stage: str, answers: Answers, compared_with: Sequence[Referenc
                 comparison = Comparison(False, reason=str(answer))
             else:
                 comparison, limit = _compare_outputs(answer, reference)
-            checks.append(as_check(stage, answers.runtime, answers.precision, batch, comparison, limit, reference.name))
+            row = (stage, answers.runtime, answers.precision, batch, comparison, limit, reference.name, size)
+            checks.append(as_check(*row))
     return checks
 
 
@@ -188,64 +127,7 @@ def check_other_size(stage: str, answers: Answers, golden: Golden) -> list[Check
         return []
     answered = answers.elsewhere if answers.elsewhere is not None else StageFailed("not asked at another size")
     rest = Answers(answers.runtime, answers.precision, {len(golden.other.inputs): answered})
-    return check_answers(f"{stage} at {golden.other.size}", rest, references(golden.other, answers.precision))
-
-
-def check_decisions(answers: Answers, outputs: Any, reference: Reference) -> list[Check]:
-    """Whether a runtime chooses PyTorch's classes; a flip at a margin that is below the noise is told, and no failure.
-
-    Empty for features, which choose nothing.
-
-    Args:
-        answers: of the runtime.
-        outputs: its answers to the images of the reference, or why there are none.
-        reference: PyTorch's outputs, and the limits at the runtime's precision.
-    """
-    if OUTPUT_NAME not in reference.outputs:
-        return []
-    name, expected = OUTPUT_NAME, reference.outputs[OUTPUT_NAME]
-    limit = reference.limits[name]
-    broken: str | None = None
-    if isinstance(outputs, DMFormerError):
-        broken = str(outputs)
-    elif name not in outputs or outputs[name].shape != expected.shape or not np.isfinite(outputs[name]).all():
-        broken = "answers of another shape, or NaN or infinite, decide nothing"
-    if broken is not None:
-        failed = Comparison(False, reason=broken)
-        return [as_check("decisions", answers.runtime, answers.precision, len(expected), failed, limit, PYTORCH)]
-    kind = _check_classes if expected.ndim == 2 else _check_pixels
-    return [kind(answers, outputs[name], expected, limit)]
-
-
-def _check_classes(answers: Answers, candidate: NDArray[Any], expected: NDArray[Any], limit: Limit) -> Check:
-    """Of images: logits (N, classes)."""
-    found = decide(candidate, expected, limit.max_abs)
-    grave = [flip for flip in found.flips if not flip.below_noise]
-    reason = None
-    if found.flips:
-        worst = max(found.flips, key=lambda flip: flip.margin)
-        reason = (
-            f"{len(found.flips)} of {found.images} images get another class; image {worst.image}: class "
-            f"{worst.answered} for {worst.expected}, which PyTorch prefers by {worst.margin:.3g}; noise explains "
-            f"{2 * limit.max_abs:.3g}"
-        )
-    comparison = Comparison(not grave, top1_agreement=found.top1, reason=reason)
-    check = as_check("decisions", answers.runtime, answers.precision, found.images, comparison, limit, PYTORCH)
-    return msgspec.structs.replace(check, decisions=found)
-
-
-def _check_pixels(answers: Answers, candidate: NDArray[Any], expected: NDArray[Any], limit: Limit) -> Check:
-    """Of pixels: logits (N, classes, H, W)."""
-    found = pixel_agreement(candidate, expected, limit.max_abs)
-    reason = None
-    if found.flips:
-        reason = (
-            f"{found.flips} of {found.pixels} pixels get another class, mIoU {found.miou:.2%} with PyTorch's as "
-            f"the truth; it prefers its own by {found.worst_margin:.3g} at most; noise explains {2 * limit.max_abs:.3g}"
-        )
-    comparison = Comparison(found.flips == found.below_noise, top1_agreement=found.agreement, reason=reason)
-    check = as_check("decisions", answers.runtime, answers.precision, found.images, comparison, limit, PYTORCH)
-    return msgspec.structs.replace(check, pixels=found)
+    return check_answers(stage, rest, references(golden.other, answers.precision), golden.other.size)
 
 
 def check_artifact(
@@ -337,65 +219,6 @@ def check_layers(answers: Answers, promised: float, cannot_compute: str | None) 
     return as_check("precision", answers.runtime, answers.precision, 1, comparison, against="promise")
 
 
-def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float, most: float) -> Check:
-    """Whether the accuracy budget holds: ``lost`` and ``most`` in percentage points."""
-    reason = None
-    if lost > most:
-        reason = f"loses {lost:.2f} points on {accuracy.images} images; the budget (--max-accuracy-drop) is {most:g}"
-    comparison = Comparison(reason is None, reason=reason)
-    check = as_check("accuracy", runtime, precision, accuracy.images, comparison, against=PYTORCH)
-    return msgspec.structs.replace(check, top1_agreement=accuracy.agreement_with_torch)
-
-
-def check_paired(answers: Answers, found: Paired, images: int, most: float) -> Check:
-    """Whether a runtime is as accurate as PyTorch on labelled images.
-
-    It fails where it is worse by more than the budget, and by more than chance explains.
-
-    Args:
-        answers: of the runtime.
-        found: the comparison.
-        images: how many.
-        most: the budget, in percentage points.
-    """
-    lost = 100 * (found.torch_only - found.runtime_only) / images
-    passed = not (lost > most and found.p_value < SIGNIFICANT)
-    reason = None
-    if found.torch_only or found.runtime_only:
-        reason = (
-            f"PyTorch alone is right on {found.torch_only} of {images} images, {answers.runtime} alone on "
-            f"{found.runtime_only} (McNemar's exact test: p = {found.p_value:.2g})"
-        )
-    comparison = Comparison(passed, reason=reason)
-    return as_check("accuracy", answers.runtime, answers.precision, images, comparison)
-
-
-def check_labelled_pixels(
-    answers: Answers, found: PixelAccuracy, torch: PixelAccuracy, decided: Check, most: float
-) -> Check:
-    """Whether a runtime labels pixels as well as PyTorch does, by mean intersection over union.
-
-    It fails where it is worse by more than the budget, and by more than pixels explain whose margin is below the
-    noise. There is no test of significance: neighbouring pixels are not independent.
-
-    Args:
-        answers: of the runtime.
-        found: its accuracy.
-        torch: PyTorch's, on the same pixels.
-        decided: the check of the runtime's classes against PyTorch's on the same images.
-        most: the budget, in percentage points.
-    """
-    reason, passed = None, True
-    if found.miou is None or torch.miou is None:
-        reason, passed = "no pixel of these images has a class; expected annotations with numbers above 0", False
-    elif found != torch:
-        lost = 100 * (torch.miou - found.miou)
-        passed = decided.passed or lost <= most
-        reason = f"mIoU {found.miou:.2%}, PyTorch's {torch.miou:.2%}: {lost:+.3f} points lost"
-    comparison = Comparison(passed, reason=reason)
-    return as_check("accuracy", answers.runtime, answers.precision, decided.batch, comparison)
-
-
 def _compare_outputs(candidate: Mapping[str, NDArray[Any]], reference: Reference) -> tuple[Comparison, Limit]:
     """The first comparison that failed, or the one nearest to its limit."""
     expected, limits = reference.outputs, reference.limits
@@ -404,30 +227,3 @@ def _compare_outputs(candidate: Mapping[str, NDArray[Any]], reference: Reference
         return Comparison(False, reason=reason), next(iter(limits.values()))
     found = [(compare(candidate[name], array, limits[name]), limits[name]) for name, array in expected.items()]
     return min(found, key=lambda pair: (pair[0].passed, -(pair[0].max_abs or 0.0) / pair[1].max_abs))
-
-
-def as_check(
-    stage: str,
-    runtime: str,
-    precision: str,
-    batch: int,
-    comparison: Comparison,
-    limit: Limit | None = None,
-    against: str = PYTORCH,
-) -> Check:
-    """A row of the report from a comparison."""
-    return Check(
-        stage=stage,
-        runtime=runtime,
-        precision=precision,
-        batch=batch,
-        passed=comparison.passed,
-        max_abs=comparison.max_abs,
-        max_rel=comparison.max_rel,
-        cosine=comparison.cosine,
-        top1_agreement=comparison.top1_agreement,
-        limit=limit.max_abs if limit else None,
-        limit_source=limit.source if limit else None,
-        reason=comparison.reason,
-        against=against,
-    )

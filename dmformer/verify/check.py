@@ -1,0 +1,111 @@
+"""One row of a parity report, and the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from dmformer.verify.decisions import Decisions
+from dmformer.verify.findings import Finding
+from dmformer.verify.segmentation import PixelAgreement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dmformer.verify.compare import Comparison, Limit
+
+PYTORCH = "PyTorch"
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """One row of the parity report; see :class:`dmformer.verify.compare.Comparison` for the figures.
+
+    Attributes:
+        stage: what was checked.
+        against: what it was compared with: PyTorch, a stage before it, or itself.
+        size: height and width in pixels, where they are not those of the golden images.
+        decisions: where classes of images were compared.
+        pixels: where classes of pixels were compared.
+    """
+
+    stage: str
+    runtime: str
+    precision: str
+    batch: int
+    passed: bool
+    max_abs: float | None
+    max_rel: float | None
+    cosine: float | None
+    top1_agreement: float | None
+    limit: float | None
+    limit_source: str | None
+    reason: str | None
+    against: str
+    size: str | None = None
+    decisions: Decisions | None = None
+    pixels: PixelAgreement | None = None
+
+    @property
+    def where(self) -> str:
+        """The stage, with the size where it is another."""
+        return self.stage if self.size is None else f"{self.stage} at {self.size}"
+
+
+class ParityReport(Struct, frozen=True, kw_only=True):
+    """What ``verify`` or an export found.
+
+    ``skipped`` has a sentence for whatever was not checked or was left out, ``findings`` the places where failures
+    begin, if they were looked for.
+    """
+
+    passed: bool
+    checks: tuple[Check, ...]
+    skipped: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
+    """Sum up; no check at all is no pass."""
+    return ParityReport(
+        passed=bool(checks) and all(check.passed for check in checks), checks=tuple(checks), skipped=tuple(skipped)
+    )
+
+
+def failure(found: ParityReport) -> str:
+    """How many checks of a report failed, and the first of them: checks come in the order of the stages."""
+    failed = [check for check in found.checks if not check.passed]
+    first = failed[0]
+    return (
+        f"{len(failed)} of {len(found.checks)} checks failed; first: {first.where} in {first.runtime} "
+        f"{first.precision} at batch {first.batch}, against {first.against}: {first.reason}"
+    )
+
+
+def as_check(
+    stage: str,
+    runtime: str,
+    precision: str,
+    batch: int,
+    comparison: Comparison,
+    limit: Limit | None = None,
+    against: str = PYTORCH,
+    size: str | None = None,
+) -> Check:
+    """A row of the report from a comparison."""
+    return Check(
+        stage=stage,
+        runtime=runtime,
+        precision=precision,
+        batch=batch,
+        passed=comparison.passed,
+        max_abs=comparison.max_abs,
+        max_rel=comparison.max_rel,
+        cosine=comparison.cosine,
+        top1_agreement=comparison.top1_agreement,
+        limit=limit.max_abs if limit else None,
+        limit_source=limit.source if limit else None,
+        reason=comparison.reason,
+        against=against,
+        size=size,
+    )
