@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dmformer.errors import UnavailableError
@@ -26,8 +25,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
-        missing = ((isinstance(error, ModuleNotFoundError) and error.name) or module).partition(".")[0]
-        if find_spec(missing) is None:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and "." not in missing:  # else it is a part of something that is there
             raise UnavailableError(
                 f"{purpose} needs the package {missing!r}, which is not installed; run: pip install 'dmformer[{extra}]'"
             ) from error

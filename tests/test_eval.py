@@ -401,13 +401,13 @@ def test_agreement_without_pytorch_is_3(
     ],
 )
 def test_wrong_usage_is_one_line_and_2(
-    cli: Cli, exported: ExportResult, tmp_path: Path, arguments: list[str], expected: str
+    inline: Cli, exported: ExportResult, tmp_path: Path, arguments: list[str], expected: str
 ) -> None:
     for name in ("strange/dog", "strange/3", "bare"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copy(SAMPLE_IMAGES / "3.png", tmp_path / "strange" / "dog")
     shutil.copy(SAMPLE_IMAGES / "3.png", tmp_path / "strange" / "3")
-    run = cli(*(str(exported.output) if argument == "BUNDLE" else argument for argument in arguments))
+    run = inline(*(str(exported.output) if argument == "BUNDLE" else argument for argument in arguments))
     assert run.code == 2, run.err
     assert expected in run.error_line
     assert run.out == ""

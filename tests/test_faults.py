@@ -44,7 +44,7 @@ BY_NAME = {fault.name: fault for fault in (*IN_BUNDLES, *PRECISION)}
 
 @pytest.fixture(scope="module", autouse=True)
 def made_once() -> Any:
-    """The graph and the layers that are trusted are the same for every fault of one checkpoint."""
+    """What is trusted, graph, layers and PyTorch's answers, is the same for every fault of one checkpoint."""
     known: dict[tuple[str, str], Any] = {}
 
     def once(what: str, make: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +60,7 @@ def made_once() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diagnosing, "_trusted", once("graph", TRUSTED))
         patch.setattr(verifying, "_layers", once("layers", verifying._layers))
+        patch.setattr(verifying, "_recompute", once("answers", verifying._recompute))
         yield
 
 

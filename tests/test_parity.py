@@ -156,7 +156,11 @@ def test_the_right_model_passes(subject: Subject, tmp_path: Path) -> None:
     assert report(checks).passed, checks
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# A share of a tensor is judged against a noise that grows with the width; a wrong structure is as wrong in any.
+CASES = [("demonstration", name) for name in FAULTS] + [("dmformer_s", name) for name in FAULTS if "1 %" in name]
+
+
+@pytest.mark.parametrize(("subject", "fault"), CASES, indirect=["subject"])
 def test_a_fault_is_caught(subject: Subject, fault: str, tmp_path: Path) -> None:
     model = subject.checkpoint.model()
     FAULTS[fault](model)

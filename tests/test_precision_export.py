@@ -116,13 +116,14 @@ def test_auto_leaves_out_what_breaks_the_budget_in_its_runtime(
 
 @pytest.mark.parametrize("auto", [True, False])
 def test_force_never_writes_a_bundle_without_artifacts(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, auto: bool
+    tmp_path: Path, few_images: Path, quick: None, monkeypatch: pytest.MonkeyPatch, auto: bool
 ) -> None:
     """Where float32 fails its checks, nothing is reduced; what is written can still be opened, and says why."""
     from dmformer.verify.compare import Comparison
 
     monkeypatch.setattr("dmformer.verify.parity.compare", lambda *_: Comparison(False, reason="seeded"))
-    result = dmformer.export(precisions=["auto" if auto else "fp16"], output=tmp_path / "b", force=True)
+    precisions = ["auto" if auto else "fp16"]
+    result = dmformer.export(precisions=precisions, calibration=few_images, output=tmp_path / "b", force=True)
     assert not result.parity.passed
     assert any("fp16: float32 failed its checks" in reason for reason in result.parity.skipped)
     assert dmformer.verify(tmp_path / "b").checks

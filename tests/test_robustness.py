@@ -190,11 +190,11 @@ BUILD = "build BUNDLE --format ov"
 @pytest.mark.parametrize(
     ("command", "kind", "count"),
     [
-        (PREDICT + "ort", "onnx", 80),
-        (PREDICT + "ort", "graph", 60),
-        (PREDICT + "ov", "xml", 60),
-        (BUILD, "onnx", 25),
-        (BUILD, "graph", 25),
+        (PREDICT + "ort", "onnx", 50),
+        (PREDICT + "ort", "graph", 40),
+        (PREDICT + "ov", "xml", 40),
+        (BUILD, "onnx", 15),
+        (BUILD, "graph", 15),
     ],
     ids=["onnxruntime bytes", "onnxruntime graphs", "openvino bytes", "build bytes", "build graphs"],
 )
