@@ -30,4 +30,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             raise UnavailableError(
                 f"{purpose} needs the package {missing!r}, which is not installed; run: pip install 'dmformer[{extra}]'"
             ) from error
-        raise UnavailableError(f"{purpose} needs the package {module!r}, which does not load here: {error}") from error
+        raise UnavailableError(
+            f"{purpose} needs the package {module!r}, which does not load here: {error}; "
+            f"to install it anew: pip install --force-reinstall 'dmformer[{extra}]'"
+        ) from error

@@ -114,3 +114,20 @@ def test_taps_are_shown_at_every_batch(path: Path, rows: NDArray[np.float32]) ->
     with OpenVinoRuntime(path, taps=[tap]) as runtime:
         for batch in (1, 3):
             assert tap in runtime.run({runtime.inputs[0].name: rows[:batch]})
+
+
+def test_inputs_of_unlike_batches_are_refused(tmp_path: Path) -> None:
+    """NumPy would write a single row into each of the buffer's."""
+    onnx = pytest.importorskip("onnx")
+    values = [onnx.helper.make_tensor_value_info(name, 1, ["batch", 3]) for name in ("a", "b", "sum")]
+    node = onnx.helper.make_node("Add", ["a", "b"], ["sum"])
+    graph = onnx.helper.make_graph([node], "sum", values[:2], values[2:])
+    opset = onnx.helper.make_opsetid("", 20)
+    (tmp_path / "sum.onnx").write_bytes(
+        onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+    )
+    two = np.ones((2, 3), np.float32)
+    with OpenVinoRuntime(tmp_path / "sum.onnx") as runtime:
+        assert (runtime.run({"a": two, "b": two})["sum"] == 2).all()
+        with pytest.raises(StageFailed, match=r"input 'b' of shape \(1, 3\); expected \(2, 3\)"):
+            runtime.run({"a": two, "b": two[:1]})

@@ -277,10 +277,60 @@ def test_what_is_wrong_at_another_size_alone_is_found_there(segmentation_open: E
     (finding,) = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent).findings
     assert (finding.module, finding.at_fault, finding.batch) == (module, "file", 1)
     assert any(not check.passed for check in run_case(tmp_path / "cases/onnxruntime-fp32"))
+    assert finding.size == "64x96"
+    # Without a checkpoint the file itself is not trusted, but where what failed is at the other size it would be.
     rewrite(bundle, lambda c: c.update(artifacts=[made for made in c["artifacts"] if made["format"] != "torch"]))
     shutil.rmtree(bundle / "torch")
-    found = diagnose(open_bundle(bundle), report, weights=None, folder=tmp_path / "cases", stage=silent)
+    opened = open_bundle(bundle)
+    found = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
     assert "--bisect has nothing to trust" in found.skipped[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxRuntime, "infer", elsewhere(lambda array: array, lambda array: 1.5 * array))
+        report = dmformer.verify(opened, runtimes=["ort"])
+        (finding,) = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent).findings
+    assert (finding.size, finding.at_fault) == (None, "engine")
+
+
+def elsewhere(at_another_size: Callable[[Any], Any], usual: Callable[[Any], Any]) -> Callable[..., dict[str, Any]]:
+    """An engine that answers otherwise at the size of the golden images, 32, or at another."""
+    infer = OnnxRuntime.infer
+
+    def wrong(runtime: OnnxRuntime, inputs: Any) -> dict[str, Any]:
+        change = usual if inputs["image"].shape[2] == 32 else at_another_size
+        return {name: change(array) for name, array in infer(runtime, inputs).items()}
+
+    return wrong
+
+
+def refuses(_: Any) -> Any:
+    raise StageFailed("no room for such maps")
+
+
+@pytest.mark.parametrize(
+    ("at_another_size", "usual", "said"),
+    [
+        (lambda x: x if len(x) == 1 else 1.5 * x, lambda x: x, "row by row, and not in batches of 2"),
+        (refuses, lambda x: x, "at 64x96 no room for such maps: look at what was traced for one size"),
+        (lambda x: x[..., :8, :8], lambda x: x, None),
+        (lambda x: 1.5 * x, lambda x: x if len(x) < 5 else 1.5 * x, None),  # the batching is wrong as well
+    ],
+    ids=["in batches alone", "refused", "another shape", "both"],
+)
+def test_what_an_engine_does_at_another_size_alone(
+    segmentation_open: ExportResult,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    at_another_size: Callable[[Any], Any],
+    usual: Callable[[Any], Any],
+    said: str | None,
+) -> None:
+    monkeypatch.setattr(OnnxRuntime, "infer", elsewhere(at_another_size, usual))
+    opened = open_bundle(segmentation_open.output)
+    report = dmformer.verify(opened, runtimes=["ort"])
+    assert not report.passed
+    found = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
+    assert [finding.size for finding in found.findings] == ([] if said else ["64x96"])
+    assert said is None or said in found.skipped[-1]
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,10 @@ def _remarks(report: ParityReport) -> Iterator[str]:
 def _told(finding: Finding) -> Iterator[str]:
     """What a bisection found, line by line."""
     apart = "NaN or infinite" if finding.max_abs is None else f"{finding.max_abs:.3g}"
+    where = f" at {finding.size}" if finding.size else ""
     yield (
-        f"FOUND {finding.runtime} {finding.precision} parts at {', '.join(finding.nodes)} (module {finding.module}): "
-        f"{apart}, limit {finding.limit:.3g}"
+        f"FOUND {finding.runtime} {finding.precision}{where} parts at {', '.join(finding.nodes)} "
+        f"(module {finding.module}): {apart}, limit {finding.limit:.3g}"
     )
     yield f"  {finding.explanation}"
     for difference in finding.differences:

@@ -25,14 +25,12 @@ from dmformer.export.precision import compute_layers
 from dmformer.export.simplify import Simplifier
 from dmformer.export.torch_onnx import trace
 from dmformer.runtimes import registry
-from dmformer.verify.answers import ask
 from dmformer.verify.bisect import Parting, cuts, find_parting, graph_nodes, parting_at_once, tensor_limits
 from dmformer.verify.case import Case, run_case, save_case, staged_case
 from dmformer.verify.checkpoint import form_in, reference_checkpoint
 from dmformer.verify.compare import TENSOR_FACTORS, float32_limit, largest_difference
 from dmformer.verify.findings import Finding
 from dmformer.verify.interpret import interpret
-from dmformer.verify.parity import check_answers, references
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,18 +45,19 @@ if TYPE_CHECKING:
     from dmformer.verify.check import Check, ParityReport
 
 _LOCATED = ("runtime", "layers")  # stages whose failures sit in a node
+_NOTHING_TO_TRUST = (
+    "--bisect has nothing to trust: the bundle has no float32 ONNX file that is as PyTorch was; "
+    "expected --weights FILE, or a bundle exported with --format torch"
+)
+_SPREAD = "no tensor is beyond its limit when it is asked for alone: what failed is spread over the network"
 
 
 class Trusted(NamedTuple):
-    """The graph that is taken to be right, and the golden images."""
+    """The graph that is taken to be right, the golden images, and the checkpoint's name where it was made from one."""
 
     model: ModelProto
     golden: Golden
-
-    def at_the_other_size(self) -> Trusted:
-        """The same graph with the golden images of another height and width."""
-        assert self.golden.other is not None
-        return self._replace(golden=self.golden.other)
+    from_checkpoint: bool
 
     @property
     def input(self) -> str:
@@ -70,6 +69,22 @@ class Trusted(NamedTuple):
     def outputs(self) -> list[str]:
         """Names of its outputs."""
         return [value.name for value in self.model.graph.output]
+
+    def at(self, part: Golden) -> Trusted:
+        """The same graph with the golden images of one size, of which it gives PyTorch's answers.
+
+        Raises:
+            CheckFailed: the golden answers are not those of the checkpoint.
+            UsageError: they are not those of the bundle's float32 file.
+        """
+        exact = part.thinned(interpret(self.model, {self.input: part.inputs}, double=True))
+        for name, limit in float32_limit(part.outputs, part.outputs_float64).items():
+            if largest_difference(exact[name], part.outputs_float64[name]) <= limit.max_abs:
+                continue
+            if self.from_checkpoint:
+                raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made of")
+            raise UsageError(_NOTHING_TO_TRUST)
+        return self._replace(golden=part)
 
 
 def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, folder: Path, stage: Stage) -> ParityReport:
@@ -114,24 +129,49 @@ def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, fold
 def _bisect(bundle: Bundle, trusted: Trusted, checks: Sequence[Check], folder: Path, scratch: Path) -> Finding:
     runtime, precision = checks[0].runtime, checks[0].precision
     (choice,) = [one for one in select(bundle, [runtime])[0] if one.artifact.precision == precision]
-    smallest = min((check.batch for check in checks if check.stage == "runtime" and not check.size), default=1)
-    if smallest > max(1, choice.runtime().batches[0]):
-        raise StageFailed(
-            f"it answers right row by row, and not in batches of {smallest}: look at the batching, not at a node"
-        )
-    if all(check.size for check in checks):
-        trusted = trusted.at_the_other_size()
-    search = _Search(choice, trusted, smallest, scratch)
+    part, failed_at = _where(choice, checks, trusted.golden)
+    at_another_size = part is not trusted.golden
+    # At another size it was asked in one batch only; rows of their own tell a node from the batching.
+    batch = max(1, choice.runtime().batches[0]) if at_another_size else failed_at
+    try:
+        search = _Search(choice, trusted.at(part), batch, scratch)
+    except StageFailed as error:
+        if at_another_size:
+            raise StageFailed(f"at {part.size} {error}: look at what was traced for one size") from error
+        raise
     with staged_case(folder / f"{runtime}-{precision}") as case:
-        return search.find(case, folder / f"{runtime}-{precision}")
+        found = search.find(case, folder / f"{runtime}-{precision}")
+        if found is None:
+            raise StageFailed(_rows_alone(failed_at) if batch < failed_at else _SPREAD)
+    return msgspec.structs.replace(found, size=part.size) if at_another_size else found
+
+
+def _where(choice: Choice, checks: Sequence[Check], golden: Golden) -> tuple[Golden, int]:
+    """The golden images to search with, and the smallest batch of them that failed.
+
+    Those of another size where the usual ones are right, or right row by row.
+    """
+    smallest: dict[bool, int] = {}
+    for check in checks:
+        batch = check.batch if check.stage == "runtime" else 1
+        smallest[check.size is not None] = min(batch, smallest.get(check.size is not None, batch))
+    here, elsewhere = smallest.get(False), smallest.get(True)
+    if here is not None and here <= max(1, choice.runtime().batches[0]):
+        return golden, here
+    if elsewhere is None or golden.other is None:
+        raise StageFailed(_rows_alone(here or 1))
+    return golden.other, elsewhere
+
+
+def _rows_alone(batch: int) -> str:
+    return f"it answers right row by row, and not in batches of {batch}: look at the batching, not at a node"
 
 
 def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
-    """The checkpoint traced anew, or the bundle's float32 ONNX file where that answers as PyTorch did.
+    """The checkpoint traced anew, or the bundle's float32 ONNX file; :meth:`Trusted.at` sees whether it is right.
 
     Raises:
-        CheckFailed: the golden answers are not those of the checkpoint.
-        UsageError: there is nothing to trust.
+        UsageError: there is neither.
     """
     golden = bundle.golden()
     if weights is not None or bundle.artifacts("torch"):
@@ -146,30 +186,11 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
             with Simplifier() as simplifier:
                 simplifier.simplify(path, scratch / "simplified.onnx")
             path = scratch / "simplified.onnx"
-    else:
-        files = bundle.artifacts("onnx", "fp32")
-        if not files or not _answers_right(bundle.load_path(files[0]), golden):
-            raise UsageError(
-                "--bisect has nothing to trust: the bundle has no float32 ONNX file that answers as PyTorch did; "
-                "expected --weights FILE, or a bundle exported with --format torch"
-            )
-        path = bundle.load_path(files[0])
-    trusted = Trusted(onnx_file.read(path), golden)
-    for part in golden.sizes:
-        exact = part.thinned(interpret(trusted.model, {trusted.input: part.inputs}, double=True))
-        for name, limit in float32_limit(part.outputs, part.outputs_float64).items():
-            if not largest_difference(exact[name], part.outputs_float64[name]) <= limit.max_abs:
-                raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made of")
-    return trusted
-
-
-def _answers_right(path: Path, golden: Golden) -> bool:
-    runtime = registry.available_adapter(registry.entry("onnxruntime"))(path)
-    for part in golden.sizes:
-        answers = ask(runtime, part.inputs, part.thinned, layers=False, consistency=False)
-        if not all(check.passed for check in check_answers("onnx", answers, references(part, "fp32")[:1])):
-            return False
-    return True
+        return Trusted(onnx_file.read(path), golden, from_checkpoint=True)
+    files = bundle.artifacts("onnx", "fp32")
+    if not files:
+        raise UsageError(_NOTHING_TO_TRUST)
+    return Trusted(onnx_file.read(bundle.load_path(files[0])), golden, from_checkpoint=False)
 
 
 class _Search:
@@ -216,11 +237,11 @@ class _Search:
             (name,) = (spec.name for spec in runtime.inputs)
             return runtime.run_rows({name: rows}, max(self.batch, runtime.batches[0]))
 
-    def find(self, folder: Path, known_as: Path) -> Finding:
-        """Search, judge, and save the case into ``folder``, which will be ``known_as``.
+    def find(self, folder: Path, known_as: Path) -> Finding | None:
+        """Search, judge, and save the case into ``folder``, which will be ``known_as``; ``None`` where all is right.
 
         Raises:
-            StageFailed: the engine shows nothing of its inside, or the failure does not show again.
+            StageFailed: the engine shows nothing of its inside.
         """
         with self.choice.runtime() as runtime:
             inner = runtime.inner_tensors()
@@ -235,9 +256,7 @@ class _Search:
         if at_once is not None and (parting is None or at_once.bad.position < parting.bad.position):
             parting = at_once
         if parting is None:
-            raise StageFailed(
-                "no tensor is beyond its limit when it is asked for alone: what failed is spread over the network"
-            )
+            return None
         at_fault, explanation = self._judge(parting)
         names = [node.name for node in parting.nodes]
         unlike: list[str] = []

@@ -89,7 +89,8 @@ def verify(
             checkpoint = reference_checkpoint(opened, Path(weights) if weights is not None else None)
             reference = _recompute(opened, checkpoint, golden, asked)
             checks.append(_check_description(opened, checkpoint))
-            checks += [_check_golden(*pair) for pair in zip(golden.sizes, reference.sizes, strict=True)]
+            for part, anew in zip(golden.sizes, reference.sizes, strict=True):
+                checks.append(_check_golden(part, anew, None if part is golden else part.size))
             truth = _layers(opened, checkpoint, golden)
     for choice in chosen:
         with stage(f"{choice.entry.name} {choice.artifact.precision}"):
@@ -193,10 +194,10 @@ def _check_description(bundle: Bundle, checkpoint: Checkpoint) -> Check:
     return as_check("description", "torch", "fp32", len(bundle.manifest.inputs), comparison, against="manifest")
 
 
-def _check_golden(golden: Golden, reference: Golden) -> Check:
+def _check_golden(golden: Golden, reference: Golden, size: str | None) -> Check:
     """The bundle's stored answers against the checkpoint's: is the bundle made from these weights?"""
     rows = len(golden.images)
     limits = float32_limit(reference.outputs, reference.outputs_float64)
     expected = Reference(PYTORCH, {name: array[:rows] for name, array in reference.outputs.items()}, limits)
-    (check,) = check_answers("golden", Answers("torch", "fp32", {rows: dict(golden.outputs)}), [expected])
+    (check,) = check_answers("golden", Answers("torch", "fp32", {rows: dict(golden.outputs)}), [expected], size)
     return check

@@ -32,6 +32,7 @@ class Finding(Struct, frozen=True, kw_only=True):
         runtime: its name.
         precision: of the artifact.
         batch: rows of each run.
+        size: height and width in pixels, where they are not those of the golden images.
         nodes: of the graph, between the last cut that agrees and the first that does not; mostly one.
         module: of the network, to which the first of them belongs.
         tensor: the first that differs.
@@ -64,3 +65,4 @@ class Finding(Struct, frozen=True, kw_only=True):
     differences: tuple[str, ...] = ()
     case: str | None = None
     island: Island | None = None
+    size: str | None = None

@@ -75,12 +75,12 @@ def references(golden: Golden, precision: str, pytorch: Mapping[str, NDArray[Any
 def check_answers(
     stage: str, answers: Answers, compared_with: Sequence[Reference], size: str | None = None
 ) -> list[Check]:
-    """Compare answers with each reference, one check a batch size, and what must be equal among them.
+    """Compare answers with each reference, one check a batch size.
 
     Args:
         stage: name of the step that is checked.
         answers: of a runtime, to the rows that the references are for.
-        compared_with: references; their tightest limit also holds between answers that must be equal.
+        compared_with: references.
         size: height and width in pixels, where they are not those of the golden images.
     """
     checks = []
@@ -91,8 +91,18 @@ def check_answers(
                 comparison = Comparison(False, reason=str(answer))
             else:
                 comparison, limit = _compare_outputs(answer, reference)
-            row = (stage, answers.runtime, answers.precision, batch, comparison, limit, reference.name, size)
-            checks.append(as_check(*row))
+            checks.append(
+                as_check(
+                    stage,
+                    answers.runtime,
+                    answers.precision,
+                    batch,
+                    comparison,
+                    limit=limit,
+                    against=reference.name,
+                    size=size,
+                )
+            )
     return checks
 
 
