@@ -53,7 +53,7 @@ _SPREAD = "no tensor is beyond its limit when it is asked for alone: what failed
 
 
 class Trusted(NamedTuple):
-    """The graph that is taken to be right, the golden images, and the checkpoint's name where it was made from one."""
+    """The graph that is taken to be right, the golden images, and whether a checkpoint gave it or the bundle's file."""
 
     model: ModelProto
     golden: Golden

@@ -210,7 +210,7 @@ class _Request:
 
     OpenVINO's ``infer(inputs)`` makes tensors of the arrays and a dictionary of the answers each time, 60 microseconds
     together, and works in the calling thread, which has no core of its own: with two threads on a busy machine half as
-    fast. Asking for the buffers costs more of them; where all shapes are fixed they stay where they are.
+    fast. To ask for the buffers each time costs some more; where all shapes are fixed they stay.
     """
 
     def __init__(self, model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
