@@ -12,14 +12,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 from tests.workers import QUICK, script_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from typing_extensions import Self
 
@@ -292,6 +292,29 @@ def calibration(checkpoint: Checkpoint, few_images: Path) -> Calibration:
     from tests.precisions import calibration_of
 
     return calibration_of(checkpoint, image_set(few_images, checkpoint.preprocessing, checkpoint.classes, 10))
+
+
+@pytest.fixture(scope="module")
+def trusted_once() -> Iterator[None]:
+    """What is trusted, graph, layers and PyTorch's answers, is the same for every fault of one checkpoint."""
+    from dmformer.export import diagnose
+    from dmformer.verify import api
+
+    known: dict[tuple[object, str], Any] = {}
+
+    def once(make: Callable[..., Any]) -> Callable[..., Any]:
+        def remembered(bundle: Bundle, *arguments: Any) -> Any:
+            key = (make, bundle.manifest.model.checkpoint_sha256)
+            if key not in known:
+                known[key] = make(bundle, *arguments)
+            return known[key]
+
+        return remembered
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((diagnose, "_trusted"), (api, "_layers"), (api, "_recompute")):
+            patch.setattr(module, name, once(getattr(module, name)))
+        yield
 
 
 @pytest.fixture

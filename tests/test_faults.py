@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jsonschema
 import numpy as np
@@ -25,7 +25,6 @@ from dmformer.export.diagnose import diagnose
 from dmformer.export.source import random_checkpoint
 from dmformer.models.checkpoint import save_checkpoint
 from dmformer.progress import silent
-from dmformer.verify import api as verifying
 from dmformer.verify.case import run_case
 from tests.bundles import adopt, one_line, rewrite
 
@@ -42,26 +41,7 @@ TRUSTED = diagnosing._trusted
 BY_NAME = {fault.name: fault for fault in (*IN_BUNDLES, *PRECISION)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def made_once() -> Any:
-    """What is trusted, graph, layers and PyTorch's answers, is the same for every fault of one checkpoint."""
-    known: dict[tuple[str, str], Any] = {}
-
-    def once(what: str, make: Callable[..., Any]) -> Callable[..., Any]:
-        def remembered(*arguments: Any) -> Any:
-            bundle, *_ = arguments
-            key = (what, bundle.manifest.model.checkpoint_sha256)
-            if key not in known:
-                known[key] = make(*arguments)
-            return known[key]
-
-        return remembered
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnosing, "_trusted", once("graph", TRUSTED))
-        patch.setattr(verifying, "_layers", once("layers", verifying._layers))
-        patch.setattr(verifying, "_recompute", once("answers", verifying._recompute))
-        yield
+pytestmark = pytest.mark.usefixtures("trusted_once")
 
 
 @pytest.fixture(scope="module")

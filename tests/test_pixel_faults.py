@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,34 +11,17 @@ from benchmarks.fault_kinds_elsewhere import IN_BUNDLES, PRECISION
 from benchmarks.fault_kinds_pixels import ANNOTATIONS, IN_DECODER
 from benchmarks.faults import Bench
 from dmformer.assets import SEGMENTATION_CHECKPOINT
-from dmformer.export import diagnose as diagnosing
-from dmformer.verify import api as verifying
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from dmformer.export.pipeline import ExportResult
 
 
+pytestmark = pytest.mark.usefixtures("trusted_once")
+
+
 @pytest.fixture(scope="module")
-def bench(segmentation: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """What is trusted, the graph, the layers and PyTorch's answers, is the same for every fault."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((diagnosing, "_trusted"), (verifying, "_layers"), (verifying, "_recompute")):
-            patch.setattr(module, name, once(getattr(module, name)))
-        yield Bench(segmentation.output, tmp_path_factory.mktemp("faults"), SEGMENTATION_CHECKPOINT)
-
-
-def once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """What it gives the first time, whatever it is asked for."""
-    made: list[Any] = []
-
-    def remembered(*arguments: Any) -> Any:
-        if not made:
-            made.append(make(*arguments))
-        return made[0]
-
-    return remembered
+def bench(segmentation: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(segmentation.output, tmp_path_factory.mktemp("faults"), SEGMENTATION_CHECKPOINT)
 
 
 def test_kinds_have_names_of_their_own() -> None:

@@ -197,6 +197,7 @@ def test_a_thinned_bundle_is_exported_and_verified(
         ({"other/other/images": np.zeros((1, 32, 32, 3), np.uint8)}, "no array 'i"),
         ({"other/" * 5000 + "images": np.zeros((1, 32, 32, 3), np.uint8)}, "golden file"),
         ({"other/images": np.zeros((1, 32, 32, 3), np.uint8)}, "'other/inputs'|'images'|'inputs'"),
+        ({"other/inputs": np.zeros((2, 32), np.float32)}, "inputs"),
         ({"other/outputs/else": np.zeros((2, 3), np.float32)}, "other"),
     ],
 )

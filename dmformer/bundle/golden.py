@@ -67,9 +67,9 @@ class Golden:
     other: Golden | None = None
 
     @property
-    def sizes(self) -> tuple[Golden, ...]:
-        """This, and the same for another height and width."""
-        return (self,) if self.other is None else (self, self.other)
+    def sizes(self) -> dict[str | None, Golden]:
+        """This under ``None``, and under its :attr:`size` the same for another height and width."""
+        return {None: self} if self.other is None else {None: self, self.other.size: self.other}
 
     @property
     def size(self) -> str:
@@ -171,8 +171,9 @@ def parse_golden(data: bytes, path: Path) -> Golden:
         raise UsageError(f"{path}: no array {error}; expected the golden file of a bundle") from error
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise UsageError(f"{path}: damaged: {first_line(error)}; expected the golden file of a bundle") from error
-    for part in golden.sizes:
-        _check_part(part, path)
+    for part in (golden, golden.other):  # before any is asked for its size
+        if part is not None:
+            _check_part(part, path)
     return golden
 
 

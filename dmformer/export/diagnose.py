@@ -53,11 +53,11 @@ _SPREAD = "no tensor is beyond its limit when it is asked for alone: what failed
 
 
 class Trusted(NamedTuple):
-    """The graph that is taken to be right, the golden images, and whether a checkpoint gave it or the bundle's file."""
+    """The graph that is taken to be right, and the golden images of one size; as ``Golden.sizes`` names it."""
 
     model: ModelProto
     golden: Golden
-    from_checkpoint: bool
+    size: str | None
 
     @property
     def input(self) -> str:
@@ -70,21 +70,31 @@ class Trusted(NamedTuple):
         """Names of its outputs."""
         return [value.name for value in self.model.graph.output]
 
-    def at(self, part: Golden) -> Trusted:
-        """The same graph with the golden images of one size, of which it gives PyTorch's answers.
 
-        Raises:
-            CheckFailed: the golden answers are not those of the checkpoint.
-            UsageError: they are not those of the bundle's float32 file.
-        """
-        exact = part.thinned(interpret(self.model, {self.input: part.inputs}, double=True))
-        for name, limit in float32_limit(part.outputs, part.outputs_float64).items():
-            if largest_difference(exact[name], part.outputs_float64[name]) <= limit.max_abs:
-                continue
-            if self.from_checkpoint:
-                raise CheckFailed("the golden answers are not those of the checkpoint; expected the one it was made of")
-            raise UsageError(_NOTHING_TO_TRUST)
-        return self._replace(golden=part)
+class _Candidate:
+    """A graph to trust at each size at which it answers as PyTorch did.
+
+    Args:
+        model: the graph.
+        golden: what PyTorch answered, at every size.
+        refusal: what is raised at a size where the graph answers otherwise.
+    """
+
+    def __init__(self, model: ModelProto, golden: Golden, refusal: DMFormerError) -> None:
+        self.model, self.golden, self.refusal = model, golden, refusal
+        self._trusted: dict[str | None, Trusted] = {}
+
+    def at(self, size: str | None) -> Trusted:
+        """The graph with the golden images of a size; looked at once."""
+        if size not in self._trusted:
+            found = Trusted(self.model, self.golden.sizes[size], size)
+            part = found.golden
+            exact = part.thinned(interpret(self.model, {found.input: part.inputs}, double=True))
+            for name, limit in float32_limit(part.outputs, part.outputs_float64).items():
+                if not largest_difference(exact[name], part.outputs_float64[name]) <= limit.max_abs:
+                    raise self.refusal
+            self._trusted[size] = found
+        return self._trusted[size]
 
 
 def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, folder: Path, stage: Stage) -> ParityReport:
@@ -113,62 +123,62 @@ def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, fold
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
         try:
             with stage("the graph that is trusted"):
-                trusted = _trusted(bundle, weights, Path(scratch))
+                candidate = _trusted(bundle, weights, Path(scratch))
         except Exception as error:  # noqa: BLE001 - files under suspicion break parsers in ways of their own
             unsaid.append(f"bisection: {first_line(error)}")
             failed = {}
         for (runtime, precision), checks in failed.items():
             try:
                 with stage(f"bisect {runtime} {precision}"):
-                    findings.append(_bisect(bundle, trusted, checks, folder, Path(scratch)))
+                    findings.append(_bisect(bundle, candidate, checks, folder, Path(scratch)))
             except Exception as error:  # noqa: BLE001 - as above
                 unsaid.append(f"bisection of {runtime} {precision}: {first_line(error)}")
     return msgspec.structs.replace(report, findings=tuple(findings), skipped=tuple(unsaid))
 
 
-def _bisect(bundle: Bundle, trusted: Trusted, checks: Sequence[Check], folder: Path, scratch: Path) -> Finding:
+def _bisect(bundle: Bundle, candidate: _Candidate, checks: Sequence[Check], folder: Path, scratch: Path) -> Finding:
     runtime, precision = checks[0].runtime, checks[0].precision
     (choice,) = [one for one in select(bundle, [runtime])[0] if one.artifact.precision == precision]
-    part, failed_at = _where(choice, checks, trusted.golden)
-    at_another_size = part is not trusted.golden
-    # At another size it was asked in one batch only; rows of their own tell a node from the batching.
-    batch = max(1, choice.runtime().batches[0]) if at_another_size else failed_at
+    least = max(1, choice.runtime().batches[0])
+    size, failed_at = _where(checks, least)
+    # Another size was asked for in one batch only; rows of their own tell a node from the batching.
+    batch = min(failed_at, least)
     try:
-        search = _Search(choice, trusted.at(part), batch, scratch)
+        search = _Search(choice, candidate.at(size), batch, scratch)
     except StageFailed as error:
-        if at_another_size:
-            raise StageFailed(f"at {part.size} {error}: look at what was traced for one size") from error
-        raise
+        if size is None:
+            raise
+        raise StageFailed(f"at {size} {error}: look at what was traced for one size") from error
     with staged_case(folder / f"{runtime}-{precision}") as case:
         found = search.find(case, folder / f"{runtime}-{precision}")
         if found is None:
             raise StageFailed(_rows_alone(failed_at) if batch < failed_at else _SPREAD)
-    return msgspec.structs.replace(found, size=part.size) if at_another_size else found
+    return found
 
 
-def _where(choice: Choice, checks: Sequence[Check], golden: Golden) -> tuple[Golden, int]:
-    """The golden images to search with, and the smallest batch of them that failed.
+def _where(checks: Sequence[Check], least: int) -> tuple[str | None, int]:
+    """The size to search at, and the smallest batch that failed there.
 
-    Those of another size where the usual ones are right, or right row by row.
+    Another size than that of the golden images where these are right in the ``least`` batch.
     """
-    smallest: dict[bool, int] = {}
+    failed_at: dict[str | None, int] = {}
     for check in checks:
         batch = check.batch if check.stage == "runtime" else 1
-        smallest[check.size is not None] = min(batch, smallest.get(check.size is not None, batch))
-    here, elsewhere = smallest.get(False), smallest.get(True)
-    if here is not None and here <= max(1, choice.runtime().batches[0]):
-        return golden, here
-    if elsewhere is None or golden.other is None:
-        raise StageFailed(_rows_alone(here or 1))
-    return golden.other, elsewhere
+        failed_at[check.size] = min(batch, failed_at.get(check.size, batch))
+    if failed_at.get(None, least + 1) <= least:
+        return None, failed_at[None]
+    for size, batch in failed_at.items():
+        if size is not None:
+            return size, batch
+    raise StageFailed(_rows_alone(failed_at[None]))
 
 
 def _rows_alone(batch: int) -> str:
     return f"it answers right row by row, and not in batches of {batch}: look at the batching, not at a node"
 
 
-def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
-    """The checkpoint traced anew, or the bundle's float32 ONNX file; :meth:`Trusted.at` sees whether it is right.
+def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> _Candidate:
+    """The checkpoint traced anew, or the bundle's float32 ONNX file.
 
     Raises:
         UsageError: there is neither.
@@ -186,11 +196,12 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
             with Simplifier() as simplifier:
                 simplifier.simplify(path, scratch / "simplified.onnx")
             path = scratch / "simplified.onnx"
-        return Trusted(onnx_file.read(path), golden, from_checkpoint=True)
+        refusal = "the golden answers are not those of the checkpoint; expected the one it was made of"
+        return _Candidate(onnx_file.read(path), golden, CheckFailed(refusal))
     files = bundle.artifacts("onnx", "fp32")
     if not files:
         raise UsageError(_NOTHING_TO_TRUST)
-    return Trusted(onnx_file.read(bundle.load_path(files[0])), golden, from_checkpoint=False)
+    return _Candidate(onnx_file.read(bundle.load_path(files[0])), golden, UsageError(_NOTHING_TO_TRUST))
 
 
 class _Search:
@@ -286,6 +297,7 @@ class _Search:
             differences=tuple(unlike),
             case=str(known_as),
             island=island,
+            size=self.trusted.size,
         )
 
     def _judge(self, parting: Parting) -> tuple[Any, str]:

@@ -106,14 +106,13 @@ def reduced_golden(
     if golden.other is not None:
         completed = replace(completed, other=_completed(golden.other, precision, made, form))
     checks = []
-    for part in completed.sizes:
+    for size, part in completed.sizes.items():
         try:
             pytorch = references(part, precision)[0]
         except StageFailed as error:
             raise StageFailed(f"{error}; it begins at {tensors.reason}" if tensors.reason else str(error)) from error
         before = Reference("onnx fp32", part.files["fp32"], pytorch.limits)
         answers = Answers("onnxruntime", precision, {len(part.inputs): dict(part.files[precision])})
-        size = None if part is completed else part.size
         checks += check_answers("reduced", answers, [pytorch, before], size)
     return completed, [*checks, tensors]
 
