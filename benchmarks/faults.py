@@ -25,6 +25,7 @@ from benchmarks.fault_kinds import FP32, Fault, Outcome
 from benchmarks.fault_kinds_elsewhere import IN_BUNDLES, PRECISION
 from benchmarks.fault_kinds_pixels import ANNOTATIONS, IN_DECODER
 from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SCENES, SEGMENTATION_CHECKPOINT
+from dmformer.bundle.manifest import SAFE_WEIGHT_BITS
 from dmformer.bundle.reader import open_bundle
 from dmformer.data.labelled import image_set
 from dmformer.errors import StageFailed, UsageError
@@ -116,6 +117,7 @@ class Bench:
             inputs=open_bundle(self.bundle).golden().inputs,
             calibration=Calibration.of(self.checkpoint.model(), images),
             max_points_lost=100.0,
+            weight_bits=SAFE_WEIGHT_BITS,
             scratch=self.scratch,
             stage=silent,
         )
@@ -195,6 +197,7 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
         inputs=golden.inputs,
         calibration=Calibration.of(checkpoint.model(), images),
         max_points_lost=100.0,
+        weight_bits=SAFE_WEIGHT_BITS,
         scratch=scratch / f"scratch-{seed}",
         stage=silent,
     )
@@ -216,6 +219,7 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
                 promised_share=made.promised,
                 kept_in_fp32=made.kept_in_fp32,
                 sensitivity={},
+                weight_bits=made.weight_bits,
             )
             checks += proven(row, artifact, output, golden)[1]
         failed += [f"{name} {check.where} in {check.runtime}: {check.reason}" for check in checks if not check.passed]

@@ -30,7 +30,7 @@ from msgspec import Struct
 
 from dmformer.bundle.manifest import Cached, Sha256, hash_file
 from dmformer.errors import UsageError
-from dmformer.machine import cpu_model, usable_cores
+from dmformer.machine import describe_processor, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -350,7 +350,7 @@ def surroundings() -> dict[str, Any]:
         "package": [(path.relative_to(root).as_posix(), path) for path in files],
         "python": platform.python_version(),
         "versions": found,
-        "machine": [cpu_model(), platform.machine(), platform.platform(), usable_cores()],
+        "machine": [describe_processor(), platform.platform(), usable_cores()],
     }
 
 

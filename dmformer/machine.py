@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from dmformer import __version__
 from dmformer.errors import UsageError
 
@@ -22,8 +24,58 @@ _TELLING = frozenset(
      "amx_int8", "amx_bf16", "amx_fp16", "neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
 )  # fmt: skip
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+# What oneDNN, and so OpenVINO and PyTorch, reads: the newest instruction set that it may use.
+_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_ISA_WITHOUT_VNNI = frozenset(("SSE41", "AVX", "AVX2", "AVX512_CORE"))
+_VNNI = frozenset(("avx512_vnni", "avx_vnni"))
+_X86 = frozenset(("x86_64", "amd64", "i686", "x86"))
 _FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+class Processor(Struct, frozen=True, kw_only=True):
+    """The processor that something was measured or computed on.
+
+    Attributes:
+        cpu: its name, as the system has it.
+        architecture: as in ``x86_64`` or ``aarch64``.
+        instructions: instruction sets that decide how an engine computes, in Linux's names; empty where the system does
+            not tell.
+        max_isa: the newest instruction set that oneDNN was allowed to use, where ``ONEDNN_MAX_CPU_ISA`` names one.
+    """
+
+    cpu: str
+    architecture: str
+    instructions: tuple[str, ...] = ()
+    max_isa: str | None = None
+
+
+def describe_processor() -> Processor:
+    """The processor of this machine."""
+    telling = tuple(sorted(instructions() & _TELLING))
+    return Processor(cpu=cpu_model(), architecture=platform.machine(), instructions=telling, max_isa=max_isa())
+
+
+def max_isa() -> str | None:
+    """The newest instruction set that oneDNN may use, in its own words; ``None`` where nothing holds it back."""
+    named = next((os.environ[name] for name in _ISA_VARIABLES if name in os.environ), "").upper()
+    return named if named and named not in ("ALL", "DEFAULT") else None
+
+
+def without_vnni() -> str | None:
+    """Why oneDNN adds products of 8-bit numbers in 16 bits that saturate; ``None`` where it need not.
+
+    x86 processors without VNNI have no other instruction for it; Arm has.
+    """
+    if platform.machine().lower() not in _X86:
+        return None
+    held = max_isa()
+    if held in _ISA_WITHOUT_VNNI:
+        return f"{_ISA_VARIABLES[0]} holds it to {held}, which has no VNNI"
+    known = instructions()
+    if known & _VNNI:
+        return None
+    return "this processor has no VNNI" if known else "this system does not tell whether its processor has VNNI"
 
 
 def usable_cores() -> int:
@@ -57,6 +109,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "instructions": sorted(instructions() & _TELLING),
+        "max_isa": max_isa(),
         "cores": usable_cores(),
         "cpu_quota_cores": cpu_quota(),
         "governor": _read(_FREQUENCY / "scaling_governor"),

@@ -54,6 +54,7 @@ def source_of(
         inputs=inputs,
         calibration=calibration,
         max_points_lost=0.5,
+        weight_bits=7,
         scratch=scratch,
         stage=silent,
     )

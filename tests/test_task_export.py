@@ -25,6 +25,7 @@ from dmformer.export.diagnose import diagnose
 from dmformer.export.source import random_checkpoint
 from dmformer.models.checkpoint import load_checkpoint
 from dmformer.progress import silent
+from dmformer.runtimes import registry
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, STRIDES
 from dmformer.verify import reference as referring
@@ -247,7 +248,8 @@ def asked(result: ExportResult) -> tuple[Answers, Golden]:
 
 def test_what_is_wrong_at_another_size_alone_is_seen(segmentation_open: ExportResult) -> None:
     answers, golden = asked(segmentation_open)
-    assert all(check.passed for check in check_artifact(answers, golden, 1.0, None))
+    what = registry.entry("onnxruntime"), open_bundle(segmentation_open.output).artifacts("onnx")[0]
+    assert all(check.passed for check in check_artifact(answers, golden, *what))
     assert isinstance(answers.elsewhere, dict)
     for wrong in (
         {OUTPUT_NAME: np.roll(answers.elsewhere[OUTPUT_NAME], 1, axis=3)},
@@ -255,7 +257,7 @@ def test_what_is_wrong_at_another_size_alone_is_seen(segmentation_open: ExportRe
         StageFailed("out of memory"),
         None,
     ):
-        checks = check_artifact(replace(answers, elsewhere=wrong), golden, 1.0, None)
+        checks = check_artifact(replace(answers, elsewhere=wrong), golden, *what)
         failed = {(check.where, check.against) for check in checks if not check.passed}
         assert failed == {("runtime at 64x96", "PyTorch"), ("runtime at 64x96", "onnx fp32")}
 

@@ -248,7 +248,7 @@ def _report(plan: Plan, found: _Found, environment: dict[str, object], begun: da
         measured_at=begun.isoformat(timespec="seconds"),
         images=f"{len(plan.images)} files, the first {plan.images[0]}" if plan.images else None,
         skipped=plan.skipped,
-        notes=tuple(found.notes),
+        notes=(*plan.notes, *found.notes),
     )
 
 

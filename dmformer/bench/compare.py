@@ -13,7 +13,7 @@ from dmformer.bench import words
 from dmformer.bench.report import BenchReport, Change, Comparison
 from dmformer.bench.statistics import unpaired_ratio
 from dmformer.errors import CheckFailed, UsageError
-from dmformer.machine import cpu_model
+from dmformer.machine import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,9 +52,14 @@ class Baseline:
             raise UsageError(f"baseline {path!r} has no row with figures; expected at least one")
         if any(row.timed and not all(row.samples_ns or [()]) for row in report.results):
             raise UsageError(f"baseline {path!r} has a row without samples; {expected}")
-        there, here = report.environment.get("cpu"), cpu_model()
-        if there != here:
-            raise UsageError(f"baseline {path!r} is of a {there}; this is a {here}: make a baseline on this machine")
+        there, here = report.environment, describe_machine()
+        if there.get("cpu") != here["cpu"]:
+            told = f"is of a {there.get('cpu')}; this is a {here['cpu']}"
+            raise UsageError(f"baseline {path!r} {told}: make a baseline on this machine")
+        # Virtual machines give processors of several generations one name.
+        if differing := set(there.get("instructions", here["instructions"])) ^ set(here["instructions"]):
+            told = f"is of another {here['cpu']}: they differ in {', '.join(sorted(differing))}"
+            raise UsageError(f"baseline {path!r} {told}: make a baseline on this machine")
         return Baseline(path, report, allowed)
 
     def check_model(self, arch: str) -> None:

@@ -40,6 +40,7 @@ class Plan:
         images: files that are the input; empty for the golden images.
         profile: whether each row of mode ``compute`` is profiled after the rounds.
         skipped: a sentence for each artifact that no runtime here can run.
+        notes: a sentence for each artifact that runs here, and may answer wrongly.
     """
 
     bundle: Bundle
@@ -50,6 +51,7 @@ class Plan:
     images: tuple[Path, ...]
     profile: bool
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def twin(self) -> int:
@@ -150,6 +152,7 @@ def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
         images=found,
         profile=request.profile,
         skipped=tuple(skipped),
+        notes=tuple(f"{choice.title}: {choice.saturation}" for choice in chosen if choice.saturation),
     )
 
 

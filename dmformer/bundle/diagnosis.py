@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from dmformer.bundle.select import caveat, saturation
 from dmformer.machine import available_memory, describe_machine
 from dmformer.runtimes import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
@@ -128,10 +129,10 @@ def _artifacts(
             return seen[row.name].reason
         return cannot_build(row, precision)
 
+    chosen = _chosen(bundle.manifest.artifacts, seen)
     for artifact in bundle.manifest.artifacts:
         row = registry.reader_of(artifact.format)
         unfit = _unfit(artifact, row, seen)
-        chosen = unfit is None and not any(other.chosen for other in found)  # as bundle.predictor.choose does
         if unfit is None and memory is not None and artifact.bytes > memory:
             unfit = f"its files have {artifact.bytes / 1e6:.0f} MB; {memory / 1e6:.0f} MB of memory are available"
         runs = unfit is None
@@ -146,7 +147,7 @@ def _artifacts(
                 reason=unfit or (_to_know(artifact, row, seen) if row else None),
                 buildable=row is not None and not runs and cannot is None,
                 not_buildable=cannot,
-                chosen=chosen,
+                chosen=artifact is chosen,
             )
         )
     held = {(finding.format, finding.precision) for finding in found}
@@ -163,6 +164,13 @@ def _artifacts(
     return tuple(found)
 
 
+def _chosen(artifacts: Sequence[Artifact], seen: Mapping[str, Availability]) -> Artifact | None:
+    """What ``--runtime auto`` takes, as :func:`dmformer.bundle.predictor.choose` does."""
+    rows = [(registry.reader_of(artifact.format), artifact) for artifact in artifacts]
+    fit = [(row, artifact) for row, artifact in rows if row is not None and _unfit(artifact, row, seen) is None]
+    return min(fit, key=lambda pair: saturation(*pair) is not None)[1] if fit else None
+
+
 def _unfit(artifact: Artifact, row: registry.Entry | None, seen: Mapping[str, Availability]) -> str | None:
     """Why an artifact does not run here."""
     if row is None:
@@ -177,7 +185,7 @@ def _to_know(artifact: Artifact, row: registry.Entry, seen: Mapping[str, Availab
     built, here = artifact.built_with.get(row.name), seen[row.name].version
     if built and here and _numbers(here) < _numbers(built):
         return f"made with {row.name} {built}; here is {here}, and older versions may not read what newer ones write"
-    return registry.adapter(row).cannot_compute(artifact.precision)
+    return caveat(row, artifact)
 
 
 def _numbers(version: str) -> list[int]:

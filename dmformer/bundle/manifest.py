@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from dmformer.bundle.names import check_distinct, check_name
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
+from dmformer.machine import Processor
 from dmformer.runtimes.target import Target
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, Task
 
@@ -22,6 +23,9 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 GOLDEN = "golden.npz"
 MAX_MANIFEST_BYTES = 16 << 20
+# Of int8 weights. With 7, sums of products fit the 16 bits in which x86 processors without VNNI add them.
+WEIGHT_BITS = (7, 8)
+SAFE_WEIGHT_BITS = 7
 
 _OUTPUTS: dict[Task, tuple[str, ...]] = {
     "classification": (OUTPUT_NAME,),
@@ -105,6 +109,8 @@ class Artifact(Struct, frozen=True, kw_only=True):
         layers: compute layers by the precision in which they ran where the bundle was made.
         kept_in_fp32: blocks or nodes that stay in float32 against the precision's rule, and why.
         sensitivity: for each block, the error that the precision causes in it alone, over the outputs' spread.
+        weight_bits: bits that int8 weights use, 7 or 8; ``null`` where there are none, and in older bundles, whose int8
+            weights use 8.
         accuracy: on the calibration images, where there were some.
         points_lost: of accuracy against PyTorch there, in percentage points.
         speed: where a reduced precision was asked for.
@@ -119,10 +125,16 @@ class Artifact(Struct, frozen=True, kw_only=True):
     layers: dict[str, int] = {}
     kept_in_fp32: dict[str, str] = {}
     sensitivity: dict[str, float] = {}
+    weight_bits: Annotated[int, Meta(ge=7, le=8)] | None = None
     accuracy: Accuracy | None = None
     points_lost: float | None = None
     speed: Speed | None = None
     target: Target | None = None
+
+    @property
+    def full_range(self) -> bool:
+        """Whether it has int8 weights of 8 bits, which some processors multiply wrongly."""
+        return self.precision == "int8" and self.weight_bits != SAFE_WEIGHT_BITS
 
     @property
     def sha256(self) -> str:
@@ -225,9 +237,13 @@ class Cached(Struct, frozen=True, kw_only=True):
 
 
 class Evidence(Struct, frozen=True, kw_only=True):
-    """What was measured when the bundle was made, but for what is named in ``cached``: that was measured earlier."""
+    """What was measured when the bundle was made, but for what is named in ``cached``: that was measured earlier.
+
+    ``processor`` is where; ``null`` in bundles of versions before this field.
+    """
 
     parity: ParityEvidence
+    processor: Processor | None = None
     accuracy: AccuracyEvidence | None = None
     latency: LatencyEvidence | None = None
     cached: tuple[Cached, ...] = ()

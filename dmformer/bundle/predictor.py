@@ -246,15 +246,21 @@ def load(
 
 
 def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
-    """The runtime that was named, or the first artifact, in the manifest's order, that can run on this machine."""
+    """The runtime that was named, or the first artifact, in the manifest's order, that can run on this machine.
+
+    One whose int8 sums may saturate here comes last.
+    """
     precisions = [precision] if precision else []
     if runtime is not None and runtime.lower() == AUTO:
         runtime = None
     if runtime is None:
-        for artifact in bundle.manifest.artifacts:
-            row = registry.reader_of(artifact.format)
-            fits = row is not None and precision in (None, artifact.precision)
-            if row is not None and fits and cannot_run(row, artifact) is None:
-                return Choice(artifact, row, bundle)
+        rows = [(registry.reader_of(artifact.format), artifact) for artifact in bundle.manifest.artifacts]
+        fit = [
+            Choice(artifact, row, bundle)
+            for row, artifact in rows
+            if row is not None and precision in (None, artifact.precision) and cannot_run(row, artifact) is None
+        ]
+        if fit:
+            return min(fit, key=lambda choice: choice.saturation is not None)
     chosen, _ = select(bundle, [runtime] if runtime else [], precisions)
     return chosen[0]

@@ -25,9 +25,19 @@ class Choice:
     bundle: Bundle
 
     @property
-    def instead(self) -> str | None:
-        """Why the runtime computes the artifact in float32 on this machine; ``None`` where it has its precision."""
-        return registry.available_adapter(self.entry).cannot_compute(self.artifact.precision)
+    def title(self) -> str:
+        """Runtime and precision."""
+        return f"{self.entry.name} {self.artifact.precision}"
+
+    @property
+    def saturation(self) -> str | None:
+        """Why the artifact's int8 sums may saturate on this machine (:func:`saturation`)."""
+        return saturation(self.entry, self.artifact)
+
+    @property
+    def caveat(self) -> str | None:
+        """What is to be known before the artifact is run on this machine (:func:`caveat`)."""
+        return caveat(self.entry, self.artifact)
 
     def runtime(self, threads: int | None = None, taps: Sequence[str] = ()) -> Runtime:
         """The runtime, not yet open, over files whose hashes were checked.
@@ -53,6 +63,20 @@ def cannot_run(row: registry.Entry, artifact: Artifact) -> str | None:
     adapter = registry.adapter(row)
     status = adapter.probe()
     return adapter.cannot_load(artifact.target) if status.available else status.reason
+
+
+def saturation(row: registry.Entry, artifact: Artifact) -> str | None:
+    """Why an artifact's int8 sums may saturate on this machine, and what to do; ``None`` where they do not."""
+    reason = registry.adapter(row).saturates() if artifact.full_range else None
+    return reason and (
+        f"its int8 weights use 8 bits, and their sums saturate in {row.name}, as {reason}: its answers may be wrong "
+        "here; export it again with weights of 7 bits, the default, or run it at another precision"
+    )
+
+
+def caveat(row: registry.Entry, artifact: Artifact) -> str | None:
+    """What is to be known of an artifact that runs here: that its sums saturate, or that it is computed in float32."""
+    return saturation(row, artifact) or registry.adapter(row).cannot_compute(artifact.precision)
 
 
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:

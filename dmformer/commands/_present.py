@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
+    from dmformer.machine import Processor
     from dmformer.progress import Advance
 
 BundleArgument = Annotated[
@@ -269,6 +270,12 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
         ]
         add_row(listing, cells)
     return listing
+
+
+def processor(found: Processor) -> str:
+    """A processor in words: its name, and the instruction sets that matter."""
+    held = f", oneDNN held to {found.max_isa}" if found.max_isa else ""
+    return f"{found.cpu} ({' '.join(found.instructions) or found.architecture}{held})"
 
 
 def tied_to(artifact: Artifact) -> str:

@@ -26,6 +26,7 @@ def doctor(
     from dmformer.bundle.diagnosis import diagnose
     from dmformer.bundle.reader import open_bundle
     from dmformer.export.build import cannot_build
+    from dmformer.machine import describe_processor
 
     opened = open_bundle(bundle) if bundle is not None else None
     found = diagnose(opened, partial(cannot_build, opened) if opened is not None else None)
@@ -35,7 +36,7 @@ def doctor(
     machine = found.machine
     memory = machine["available_memory_mb"]
     present.show(
-        f"{machine['cpu']} ({' '.join(machine['instructions']) or machine['architecture']}), {machine['cores']} cores, "
+        f"{present.processor(describe_processor())}, {machine['cores']} cores, "
         f"{'' if memory is None else f'{memory} MB of memory available, '}{machine['os']}, "
         f"Python {machine['versions']['python']}"
     )

@@ -35,6 +35,7 @@ def _show(manifest: Manifest, root: str) -> None:
         "random": f"RANDOM, seed {model.seed}: never trained",
     }[model.weights]
     evidence = manifest.evidence.parity
+    int8 = [artifact for artifact in manifest.artifacts if artifact.precision == "int8"]
     measured = [manifest.evidence.accuracy] if manifest.evidence.accuracy is not None else []
     for name, value in (
         (
@@ -52,6 +53,12 @@ def _show(manifest: Manifest, root: str) -> None:
         *(("output", f"{output.name}, {_shape(output.shape)}") for output in manifest.outputs),
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
         ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),
+        *(
+            ("checked on", present.processor(checked))
+            for checked in [manifest.evidence.processor]
+            if checked is not None
+        ),
+        *(("int8 weights", bits) for bits in sorted({_WEIGHTS[artifact.full_range] for artifact in int8})),
         *(("measured", f"{cached.made}: {cached.what}") for cached in manifest.evidence.cached),
         *(("accuracy", f"measured on {accuracy.images} calibration images") for accuracy in measured),
         ("made by", f"dmformer {manifest.tool_version}"),
@@ -77,6 +84,12 @@ def _show(manifest: Manifest, root: str) -> None:
     for precision, kept in {item.precision: item.kept_in_fp32 for item in manifest.artifacts}.items():
         for block, reason in kept.items():
             present.show(f"{block} stays in fp32 at {precision}: {reason}")
+
+
+_WEIGHTS = {
+    False: "7 bits: no processor saturates",
+    True: "8 bits: for processors with VNNI (x86) or the dot product (Arm), and for TensorRT",
+}
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

@@ -60,15 +60,15 @@ def predict(
         raise UsageError(f"--output is for the pictures of a segmentation network; the bundle is for {task}")
     choice = choose(bundle, runtime, precision)
     targets = _overlay_paths(images, output or Path()) if task == "segmentation" else []
+    if choice.caveat is not None:
+        present.say(f"note: {choice.title}: {choice.caveat}")
     report: PredictReport | SegmentReport
     with Predictor(choice, threads) as predictor:
         if task == "segmentation":
             report, listing = _segment(predictor, images, targets, top_k)
         else:
             report, listing = _classify(predictor, images, top_k)
-    present.say(f"{choice.entry.name} {choice.artifact.precision}")
-    if choice.instead is not None:
-        present.say(f"note: {choice.instead}")
+    present.say(choice.title)
     present.write_json(report, json_file)
     present.show(listing, json_file)
 

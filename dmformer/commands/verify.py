@@ -74,12 +74,16 @@ def _run_case(case: Path) -> ParityReport:
 def _verify(
     bundle: Path | None, runtimes: list[str], weights: Path | None, images: Path | None, bisect: bool
 ) -> ParityReport:
+    from dmformer.bundle.select import select
     from dmformer.verify.api import verify as run_verify
 
     opened = present.bundle_named(bundle)
     if bisect:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="--bisect")
+    for choice in select(opened, runtimes)[0]:
+        if choice.saturation is not None:
+            present.say(f"note: {choice.title}: {choice.saturation}")
     with present.stages() as shown:
         report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, layers=bisect, stage=shown.stage)
         if bisect and not report.passed:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmformer.bundle.locate import DEFAULT_BUNDLE
+from dmformer.bundle.manifest import SAFE_WEIGHT_BITS, WEIGHT_BITS
 from dmformer.cache import NoCache, open_cache
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import EngineOptions, check_convertible, check_size
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         images: str | Path | None
         calibration: str | Path | None
         max_accuracy_drop: float
+        weight_bits: int
         options: Mapping[str, Any] | None
         seed: int
         deploy_form: bool
@@ -90,6 +92,7 @@ def make_request(
     images: str | Path | None = None,
     calibration: str | Path | None = None,
     max_accuracy_drop: float = 0.5,
+    weight_bits: int = SAFE_WEIGHT_BITS,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     deploy_form: bool = True,
@@ -114,6 +117,8 @@ def make_request(
             more than 512, as many are taken evenly; ranges are measured on 128 of those.
         max_accuracy_drop: accuracy that a reduced precision may lose against PyTorch on the calibration images, in
             percentage points: of top-1 or mean intersection over union with labels, of agreement without.
+        weight_bits: bits that int8 weights use: 7, whose sums no processor saturates, or 8, for processors known to
+            have VNNI (x86) or the dot product (Arm), and for TensorRT.
         options: fields of the model's configuration that override what the checkpoint says.
         seed: of random weights.
         deploy_form: fold everything linear before tracing; the outputs stay the same.
@@ -126,6 +131,8 @@ def make_request(
     """
     if not 0 <= max_accuracy_drop <= 100:
         raise UsageError(f"max_accuracy_drop is {max_accuracy_drop:g}; expected percentage points, 0 to 100")
+    if weight_bits not in WEIGHT_BITS:
+        raise UsageError(f"weight_bits is {weight_bits}; expected 7, right on every processor, or 8")
     from dmformer.export.source import find_source
 
     source = find_source(
@@ -146,6 +153,8 @@ def make_request(
             "calibration images, and precision fp32 alone, which needs none; expected a reduced one as well: "
             "--precision int8, fp16 or auto"
         )
+    if weight_bits != SAFE_WEIGHT_BITS and "int8" not in chosen:
+        raise UsageError(f"int8 weights of {weight_bits} bits, and no int8; expected --precision int8 or auto as well")
     check_calibrated(chosen, source.calibration)
     engine = engine or EngineOptions()
     rows = [registry.entry_of_format(name) for name in formats if name.lower() != "all"]
@@ -161,6 +170,7 @@ def make_request(
         choose_fastest=_is_auto(precisions),
         calibration=source.calibration,
         max_points_lost=max_accuracy_drop,
+        weight_bits=weight_bits,
         seed=source.seed,
         images=source.images,
         deploy_form=deploy_form,

@@ -47,6 +47,7 @@ def make_artifact(
     promised_share: float,
     kept_in_fp32: Mapping[str, str],
     sensitivity: Mapping[str, float],
+    weight_bits: int | None,
 ) -> Artifact:
     """Convert into ``root/FORMAT/PRECISION``, which exists; what is known of the ONNX file holds for the artifact too.
 
@@ -65,6 +66,7 @@ def make_artifact(
         promised_share=promised_share,
         kept_in_fp32=dict(kept_in_fp32),
         sensitivity=dict(sensitivity),
+        weight_bits=weight_bits,
         target=converted.target,
     )
 
@@ -104,6 +106,5 @@ def proven(
         known: what the runtime answered with a file of the same content.
     """
     answers = known or ask(runtime_of(row, artifact, root), golden.inputs, golden.thinned, elsewhere=golden.other)
-    excuse = registry.adapter(row).cannot_compute(artifact.precision)
-    checks = check_artifact(answers, golden, artifact.promised_share, excuse)
+    checks = check_artifact(answers, golden, row, artifact)
     return msgspec.structs.replace(artifact, layers=answers.layers), checks

@@ -180,6 +180,7 @@ def _make(row: registry.Entry, source: Artifact, options: EngineOptions, folder:
         promised_share=source.promised_share,
         kept_in_fp32=source.kept_in_fp32,
         sensitivity=source.sensitivity,
+        weight_bits=source.weight_bits,
     )
 
 

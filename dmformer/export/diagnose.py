@@ -239,7 +239,15 @@ class _Search:
             layers = compute_layers(onnx_file.read(self.file) if self.file else model)
             reduced = frozenset(name for name, typed in layers.items() if typed == self.precision or not self.file)
         kept = frozenset(self.choice.artifact.kept_in_fp32)
-        emulated = inputs | interpret(model, inputs, double=False, precision=self.precision, layers=reduced, exact=kept)
+        emulated = inputs | interpret(
+            model,
+            inputs,
+            double=False,
+            precision=self.precision,
+            layers=reduced,
+            exact=kept,
+            weight_bits=self.choice.artifact.weight_bits or 8,
+        )
         return tensor_limits(self.truth, emulated, TENSOR_FACTORS[self.precision])
 
     def _show(self, names: list[str] | tuple[str, ...], rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:

@@ -6,6 +6,9 @@ else reads such an input (a residual addition, a gate's pool) reads it rounded a
 int8. Computed in floating point, because int8 was measured to cost accuracy there and to gain no time
 (``docs/measurements.md``): depth-wise convolutions, the gates' layers, the classifier, the outputs of convolutions, and
 convolutions of stacked branches, which OpenVINO rounds once more before it stacks them.
+
+Weights use 7 bits, -64 to 64, unless 8 are asked for. A processor without VNNI adds pairs of products of 8-bit numbers
+in 16 bits that saturate: 2 x 255 x 127 does not fit, 2 x 255 x 64 does.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.bundle.golden import thinned
+from dmformer.bundle.manifest import SAFE_WEIGHT_BITS
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
 from dmformer.export.precision import RANGE_IMAGES, Made, check_calibrated, metadata_at, typed_share
@@ -59,7 +63,7 @@ def to_int8(source: PrecisionSource) -> Made:
     model = onnx_file.read(made)
     onnx_file.write(model, made, quantizer.metadata)
     reason = f"among the {kept} most sensitive blocks: the accuracy budget holds with them in float32"
-    return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity)
+    return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity, source.weight_bits)
 
 
 def _fewest_kept(lost_with: Callable[[int], float], blocks: int, most: float) -> int:
@@ -122,6 +126,7 @@ class _Quantizer:
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
             weight_type=quantization.QuantType.QInt8,
+            reduce_range=self.source.weight_bits == SAFE_WEIGHT_BITS,
             calibrate_method=quantization.CalibrationMethod.MinMax,
             extra_options={
                 "ActivationSymmetric": True,

@@ -24,7 +24,7 @@ from dmformer.bundle.manifest import (
     indented_json,
 )
 from dmformer.bundle.reader import own_bundle
-from dmformer.bundle.select import cannot_run
+from dmformer.bundle.select import cannot_run, saturation
 from dmformer.bundle.writer import staged
 from dmformer.cache import NoCache
 from dmformer.errors import CheckFailed, StageFailed
@@ -39,7 +39,7 @@ from dmformer.export.speed import Timed, compare_precisions, fastest
 from dmformer.machine import gpu_state
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.check import Check, failure, report
+from dmformer.verify.check import Check, explained, failure, report
 from dmformer.verify.decision_checks import check_accuracy
 from dmformer.verify.measures import measure_of
 from dmformer.verify.reference import torch_answers
@@ -230,6 +230,7 @@ class _Export:
             inputs=golden.inputs,
             calibration=calibration,
             max_points_lost=self.request.max_points_lost,
+            weight_bits=self.request.weight_bits,
             scratch=self.scratch,
             stage=self.stage,
         )
@@ -240,7 +241,8 @@ class _Export:
                 made, completed, checks = prove(precision, made, graph.form, source, golden)
             return Reduced(made, completed, tuple(checks))
 
-        inputs = (self.network, precision, verified.onnx, golden, calibration, self.request.max_points_lost)
+        options = (self.request.max_points_lost, self.request.weight_bits)
+        inputs = (self.network, precision, verified.onnx, golden, calibration, *options)
         try:
             found = self._once(f"ONNX at {precision}", inputs, Reduced, reduce, self.scratch, _held)
         except (CheckFailed, StageFailed) as error:
@@ -303,6 +305,7 @@ class _Export:
                 promised_share=made.promised,
                 kept_in_fp32=made.kept_in_fp32,
                 sensitivity=made.sensitivity,
+                weight_bits=made.weight_bits,
             )
             return Built(artifact, tuple(self.folder / entry.path for entry in artifact.files))
 
@@ -343,6 +346,7 @@ class _Export:
             kept = measure.answers(runtime_of(row, artifact, self.folder), images, advance)
         accuracy, lost = calibration.points_lost(kept)
         check = check_accuracy(row.name, artifact.precision, accuracy, lost, self.request.max_points_lost)
+        (check,) = explained([check], saturation(row, artifact))
         return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
     def _finish(
@@ -366,6 +370,7 @@ class _Export:
             parity=ParityEvidence(
                 passed=parity.passed, checks=len(parity.checks), failed=len(failed), report=PARITY_REPORT
             ),
+            processor=parity.processor,
             accuracy=self._accuracy_evidence(calibration),
             cached=tuple(self.cache.taken),
         )

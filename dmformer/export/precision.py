@@ -86,6 +86,7 @@ class PrecisionSource:
         inputs: preprocessed golden images, (N, C, H, W).
         calibration: ``None`` where no images were given.
         max_points_lost: accuracy budget, in percentage points.
+        weight_bits: bits that int8 weights use (:data:`dmformer.bundle.manifest.WEIGHT_BITS`).
         scratch: an existing folder for files that do not outlive the export.
         stage: told about each step.
     """
@@ -94,6 +95,7 @@ class PrecisionSource:
     inputs: NDArray[np.float32]
     calibration: Calibration | None
     max_points_lost: float
+    weight_bits: int
     scratch: Path
     stage: Stage
 
@@ -108,12 +110,14 @@ class Made:
         kept_in_fp32: blocks or nodes that stay in float32 against the rule, and why.
         sensitivity: for each block, the error that the precision causes in it alone, relative to the outputs' spread
             over images; empty where it was not measured.
+        weight_bits: bits that quantised weights use; ``None`` where none are.
     """
 
     onnx: Path
     promised: float
     kept_in_fp32: dict[str, str] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
+    weight_bits: int | None = None
 
 
 def make(precision: str, source: PrecisionSource) -> Made:

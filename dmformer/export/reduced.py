@@ -71,7 +71,8 @@ def prove(
             break
         reason = "beyond the error of float16 there"
         share = typed_share(onnx_file.read(source.scratch / island.file), precision)
-        made = Made(source.scratch / island.file, share, made.kept_in_fp32 | dict.fromkeys(island.nodes, reason))
+        kept = made.kept_in_fp32 | dict.fromkeys(island.nodes, reason)
+        made = replace(made, onnx=source.scratch / island.file, promised=share, kept_in_fp32=kept)
     if broken is not None:
         raise broken
     return made, completed, checks
@@ -98,10 +99,10 @@ def reduced_golden(
     if precision == "int8":
         assert source.calibration is not None
         peaks = input_peaks(form, layers, source.calibration.images.spread(RANGE_IMAGES).batches(1))
-    tensors = check_tensors(precision, made, source.onnx, golden.first_and_last, peaks)
+    tensors = check_tensors(precision, made, source, golden.first_and_last, peaks)
     modules = dict(form.named_modules())
     exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
-    round_layers_(form, precision, layers, peaks, exact)
+    round_layers_(form, precision, layers, peaks, exact, source.weight_bits)
     completed = _completed(golden, precision, made, form)
     if golden.other is not None:
         completed = replace(completed, other=_completed(golden.other, precision, made, form))
@@ -132,7 +133,7 @@ def _literal(path: Path, golden: Golden) -> dict[str, NDArray[Any]]:
 
 
 def check_tensors(
-    precision: str, made: Made, original: Path, rows: NDArray[np.float32], peaks: Mapping[str, float]
+    precision: str, made: Made, source: PrecisionSource, rows: NDArray[np.float32], peaks: Mapping[str, float]
 ) -> Check:
     """Whether every tensor of a file at a reduced precision is what the float32 file has, within the precision's error.
 
@@ -141,17 +142,26 @@ def check_tensors(
     Args:
         precision: of the file.
         made: the file, and the nodes that stay in float32.
-        original: the float32 file.
+        source: what it was made from.
         rows: images, (N, C, H, W).
         peaks: for int8, how far the input of each module reaches on the calibration images.
     """
-    model, reduced = onnx_file.read(original), onnx_file.read(made.onnx)
+    model, reduced = onnx_file.read(source.onnx), onnx_file.read(made.onnx)
     inputs = {model.graph.input[0].name: rows}
     truth = interpret(model, inputs, double=True)
     layers = frozenset(name for name, typed in compute_layers(reduced).items() if typed == precision)
     kept = frozenset(made.kept_in_fp32)
     by_node = {name: peaks[module] for name in layers if (module := name.rpartition("/")[0]) in peaks}
-    emulated = interpret(model, inputs, double=False, precision=precision, layers=layers, exact=kept, peaks=by_node)
+    emulated = interpret(
+        model,
+        inputs,
+        double=False,
+        precision=precision,
+        layers=layers,
+        exact=kept,
+        peaks=by_node,
+        weight_bits=source.weight_bits,
+    )
     limits = tensor_limits(truth, emulated, TENSOR_FACTORS[precision])
     shown = literal_answers(made.onnx, rows, {name for node in reduced.graph.node for name in node.output} & set(truth))
     name, distance = largest_share(shown, truth, limits)
@@ -159,7 +169,7 @@ def check_tensors(
     if beyond is not None:
         node, name, distance = beyond
         reason = f"{node.name}: tensor {name} differs by {distance:.3g}, limit {limits[name]:.3g}"
-    source = f"{TENSOR_FACTORS[precision]:g} x the error of tensor {name} at {precision}, emulated in PyTorch"
-    limit = Limit(limits[name], source)
+    derived = f"{TENSOR_FACTORS[precision]:g} x the error of tensor {name} at {precision}, emulated in PyTorch"
+    limit = Limit(limits[name], derived)
     comparison = Comparison(beyond is None, max_abs=distance if np.isfinite(distance) else None, reason=reason)
     return as_check("tensors", "onnxruntime", precision, len(rows), comparison, limit, "onnx fp32")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dmformer._optional import require
-from dmformer.bundle.manifest import GOLDEN, MANIFEST, Manifest
+from dmformer.bundle.manifest import GOLDEN, MANIFEST, SAFE_WEIGHT_BITS, Manifest
 from dmformer.bundle.writer import check_destination
 from dmformer.data.labelled import ImageSet
 from dmformer.errors import UnavailableError, UsageError
@@ -36,6 +36,7 @@ class ExportRequest:
         choose_fastest: keep only the fastest precision of each format.
         calibration: images that stand for what the device will see.
         max_points_lost: accuracy budget of a reduced precision against PyTorch, in percentage points.
+        weight_bits: bits that int8 weights use.
         output: the bundle's folder.
         images: real images for the golden set; noise fills it up.
         deploy_form: fold everything linear before tracing (:mod:`dmformer.models.deploy`).
@@ -52,6 +53,7 @@ class ExportRequest:
     choose_fastest: bool = False
     calibration: ImageSet | None = None
     max_points_lost: float = 0.5
+    weight_bits: int = SAFE_WEIGHT_BITS
     seed: int | None = None
     images: tuple[Path, ...] = ()
     deploy_form: bool = True

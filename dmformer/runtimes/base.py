@@ -172,6 +172,14 @@ class Runtime(ABC):
         return None
 
     @classmethod
+    def saturates(cls) -> str | None:
+        """Why sums of products with int8 weights of 8 bits may saturate in this engine on this machine.
+
+        ``None`` where they do not. Such answers are wrong, not slow; weights of 7 bits are right everywhere.
+        """
+        return None
+
+    @classmethod
     def peak_gops(cls, precision: str, threads: int) -> float | None:
         """What the engine attains at a precision on a large, regular product, in 10^9 operations a second.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
-from dmformer.machine import instructions
+from dmformer.machine import instructions, without_vnni
 from dmformer.runtimes import openvino_peak
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.layers import is_compute, precision_of
@@ -163,6 +163,11 @@ class OpenVinoRuntime(Runtime):
         if precision != "fp16" or _has_float16():
             return None
         return "openvino has no float16 arithmetic on this processor, and computes in float32"
+
+    @classmethod
+    def saturates(cls) -> str | None:
+        """On x86 without VNNI, where oneDNN adds pairs of products in 16 bits."""
+        return without_vnni()
 
     def read_layers(self) -> dict[str, int]:
         """From the runtime model, in which each node after fusion has its type."""

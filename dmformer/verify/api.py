@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer.bundle.reader import Bundle, open_bundle
-from dmformer.bundle.select import select
+from dmformer.bundle.select import saturation, select
 from dmformer.data.annotated import label_maps
 from dmformer.data.images import list_images, load_pixels
 from dmformer.data.labelled import ImageSet
@@ -19,7 +19,7 @@ from dmformer.progress import silent
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.accuracy import paired
 from dmformer.verify.answers import Answers, ask
-from dmformer.verify.check import PYTORCH, Check, ParityReport, as_check, report
+from dmformer.verify.check import PYTORCH, Check, ParityReport, as_check, explained, report
 from dmformer.verify.checkpoint import form_in, reference_checkpoint
 from dmformer.verify.compare import Comparison, Reference, float32_limit
 from dmformer.verify.decision_checks import check_decisions, check_labelled_pixels, check_paired
@@ -116,9 +116,8 @@ def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: Imag
     runtime, precision, count = choice.runtime(), choice.artifact.precision, len(golden.images)
     more = None if asked is None else reference.inputs[count:]
     answers = ask(runtime, golden.inputs, golden.thinned, others=more, elsewhere=golden.other)
-    promised, excuse = choice.artifact.promised_share, runtime.cannot_compute(precision)
     pytorch_golden = {name: array[:count] for name, array in reference.outputs.items()}
-    checks = check_artifact(answers, golden, promised, excuse, pytorch_golden)
+    checks = check_artifact(answers, golden, choice.entry, choice.artifact, pytorch_golden)
     if asked is None or answers.others is None:  # of a failure the checks say why
         return checks
     rest = Answers(answers.runtime, precision, {len(asked): answers.others})
@@ -129,11 +128,10 @@ def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: Imag
     else:
         pytorch = replace(references(golden, precision)[0], outputs=others)
     decided = check_decisions(rest, answers.others, pytorch)
-    checks += decided
-    for check in decided:
+    for check in tuple(decided):
         if asked.labelled and (check.decisions is not None or check.pixels is not None):
-            checks.append(_check_labelled(choice, rest, others[OUTPUT_NAME], asked, check, golden))
-    return checks
+            decided.append(_check_labelled(choice, rest, others[OUTPUT_NAME], asked, check, golden))
+    return checks + explained(decided, saturation(choice.entry, choice.artifact))
 
 
 def _check_labelled(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec import Struct
 
+from dmformer.machine import Processor, describe_processor
 from dmformer.verify.decisions import Decisions
 from dmformer.verify.findings import Finding
 from dmformer.verify.segmentation import PixelAgreement
@@ -56,19 +58,23 @@ class ParityReport(Struct, frozen=True, kw_only=True):
     """What ``verify`` or an export found.
 
     ``skipped`` has a sentence for whatever was not checked or was left out, ``findings`` the places where failures
-    begin, if they were looked for.
+    begin, if they were looked for. ``processor`` is what computed the answers.
     """
 
     passed: bool
     checks: tuple[Check, ...]
     skipped: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    processor: Processor | None = None
 
 
 def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
     """Sum up; no check at all is no pass."""
     return ParityReport(
-        passed=bool(checks) and all(check.passed for check in checks), checks=tuple(checks), skipped=tuple(skipped)
+        passed=bool(checks) and all(check.passed for check in checks),
+        checks=tuple(checks),
+        skipped=tuple(skipped),
+        processor=describe_processor(),
     )
 
 
@@ -80,6 +86,15 @@ def failure(found: ParityReport) -> str:
         f"{len(failed)} of {len(found.checks)} checks failed; first: {first.where} in {first.runtime} "
         f"{first.precision} at batch {first.batch}, against {first.against}: {first.reason}"
     )
+
+
+def explained(checks: Sequence[Check], cause: str | None) -> list[Check]:
+    """Checks of which each that failed names a cause, where one is known."""
+    if cause is None:
+        return list(checks)
+    return [
+        check if check.passed else msgspec.structs.replace(check, reason=f"{check.reason}; {cause}") for check in checks
+    ]
 
 
 def as_check(

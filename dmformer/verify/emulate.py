@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-_STEPS = 127  # of a symmetric int8 scale, on each side of zero
+# Steps of a symmetric int8 scale on each side of zero, by the bits that it uses, as onnxruntime's quantiser has them.
+_STEPS = {8: 127, 7: 64}
 
 
 def round_layers_(
@@ -24,6 +25,7 @@ def round_layers_(
     layers: Collection[str],
     peaks: Mapping[str, float],
     exact: Collection[str] = (),
+    weight_bits: int = 8,
 ) -> None:
     """Make a network answer as it does at ``fp16`` or ``int8``, in place.
 
@@ -34,6 +36,7 @@ def round_layers_(
         layers: names of the convolutions and linear layers that compute in it.
         peaks: for int8, how far the input of each layer reaches.
         exact: names of modules that stay in float32.
+        weight_bits: for int8, how many bits the weights use.
     """
     import torch
 
@@ -42,7 +45,7 @@ def round_layers_(
         if precision == "fp16":
             _round_to_float16(model, {name: modules[name] for name in layers}, {modules[name] for name in exact})
         else:
-            _round_to_int8({name: modules[name] for name in layers}, peaks)
+            _round_to_int8({name: modules[name] for name in layers}, peaks, weight_bits)
 
 
 def input_peaks(model: nn.Module, layers: Collection[str], batches: Iterable[NDArray[np.float32]]) -> dict[str, float]:
@@ -79,19 +82,21 @@ def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module], exact: set
             module.register_forward_hook(lambda _module, _inputs, output: output.half().float())
 
 
-def _round_to_int8(layers: dict[str, nn.Module], peaks: Mapping[str, float]) -> None:
+def _round_to_int8(layers: dict[str, nn.Module], peaks: Mapping[str, float], weight_bits: int) -> None:
     import torch
 
     for name, layer in layers.items():
         weight: Tensor = layer.get_parameter("weight")
-        weight.copy_(quantized(weight, weight.flatten(1).abs().amax(1)[:, None, None, None]))  # (O, I, k, k)
+        largest = weight.flatten(1).abs().amax(1)[:, None, None, None]  # (O, I, k, k)
+        weight.copy_(quantized(weight, largest, weight_bits))
         peak = torch.tensor(peaks[name])
         layer.register_forward_pre_hook(lambda _module, given, peak=peak: (quantized(given[0], peak),))
 
 
-def quantized(values: Tensor, peak: Tensor) -> Tensor:
-    """Values rounded to the steps of a symmetric int8 scale that reaches up to ``peak``, one or one for each row."""
+def quantized(values: Tensor, peak: Tensor, bits: int = 8) -> Tensor:
+    """Values rounded to the steps of a symmetric integer scale that reaches up to ``peak``, one or one for each row."""
     import torch
 
-    scale = torch.clamp(peak / _STEPS, min=torch.finfo(torch.float32).tiny)
-    return (values / scale).round().clamp(-_STEPS - 1, _STEPS) * scale
+    steps = _STEPS[bits]
+    scale = torch.clamp(peak / steps, min=torch.finfo(torch.float32).tiny)
+    return (values / scale).round().clamp(-steps - 1, steps) * scale

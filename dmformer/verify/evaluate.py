@@ -112,7 +112,7 @@ def evaluate(
         torch=None if torch is None else measure.score(torch, images, torch),
         notes=(
             *([doubt] if doubt else []),
-            *(f"{one.entry.name} {one.artifact.precision}: {one.instead}" for one in chosen if one.instead),
+            *(f"{one.title}: {one.caveat}" for one in chosen if one.caveat),
         ),
         skipped=(*skipped, *([f"agreement with PyTorch: {reason}"] if reason else [])),
     )

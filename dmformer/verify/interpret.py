@@ -42,6 +42,7 @@ def interpret(
     layers: frozenset[str] = frozenset(),
     exact: frozenset[str] = frozenset(),
     peaks: Mapping[str, float] | None = None,
+    weight_bits: int = 8,
 ) -> dict[str, NDArray[Any]]:
     """Every tensor of a graph.
 
@@ -54,6 +55,7 @@ def interpret(
         layers: names of the nodes that compute in it.
         exact: names of nodes whose results are not rounded.
         peaks: for int8, how far the input of a node was found to reach; for others, as far as it does here.
+        weight_bits: for int8, how many bits the weights use.
 
     Raises:
         StageFailed: the graph has an operator that no DMFormer has.
@@ -74,7 +76,7 @@ def interpret(
                 )
             given = [values[name] for name in node.input if name]
             if node.name in layers:
-                given = _reduced(given, precision, (peaks or {}).get(node.name))
+                given = _reduced(given, precision, (peaks or {}).get(node.name), weight_bits)
             if node.op_type in operators and all(tensor.is_floating_point() for tensor in given):
                 attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
                 result = operators[node.op_type](given, attributes)
@@ -105,7 +107,7 @@ def _by_reference(node: NodeProto, given: list[Tensor], model: ModelProto) -> ND
     return np.asarray(result)
 
 
-def _reduced(given: list[Tensor], precision: str, peak: float | None) -> list[Tensor]:
+def _reduced(given: list[Tensor], precision: str, peak: float | None, weight_bits: int) -> list[Tensor]:
     """What a layer at a precision is given: input, weight (O, I, k, k) or (O, I), and perhaps a bias."""
     import torch
 
@@ -114,7 +116,7 @@ def _reduced(given: list[Tensor], precision: str, peak: float | None) -> list[Te
     weight = given[1]
     peaks = weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (weight.ndim - 1))
     reach = given[0].abs().max() if peak is None else torch.tensor(peak, dtype=weight.dtype)
-    return [quantized(given[0], reach), quantized(weight, peaks), *given[2:]]
+    return [quantized(given[0], reach), quantized(weight, peaks, weight_bits), *given[2:]]
 
 
 def _operators() -> dict[str, Operator]:

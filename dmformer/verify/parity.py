@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dmformer.bundle.select import saturation
 from dmformer.errors import DMFormerError, StageFailed, UsageError
+from dmformer.runtimes import registry
 from dmformer.runtimes.layers import describe, shortfall
 from dmformer.verify.answers import Answers
-from dmformer.verify.check import PYTORCH, Check, as_check
+from dmformer.verify.check import PYTORCH, Check, as_check, explained
 from dmformer.verify.compare import (
     Comparison,
     Limit,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dmformer.bundle.golden import Golden
+    from dmformer.bundle.manifest import Artifact
     from dmformer.data.preprocessing import Preprocessing
 
 _PIXEL_TOLERANCE = 1e-6  # of the largest value, and at least of 1
@@ -143,8 +146,8 @@ def check_other_size(stage: str, answers: Answers, golden: Golden) -> list[Check
 def check_artifact(
     answers: Answers,
     golden: Golden,
-    promised: float,
-    cannot_compute: str | None,
+    row: registry.Entry,
+    artifact: Artifact,
     pytorch: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[Check]:
     """All that an artifact's answers to the golden images are checked for.
@@ -152,10 +155,11 @@ def check_artifact(
     Args:
         answers: of its runtime.
         golden: the golden images and answers.
-        promised: least share of the compute layers in the artifact's precision, 0..1.
-        cannot_compute: why the runtime has no arithmetic of the precision here.
+        row: of the artifact's format.
+        artifact: what it promises, and whether its sums saturate here, which what failed then says.
         pytorch: PyTorch's answers, where they were computed anew.
     """
+    excuse = registry.adapter(row).cannot_compute(answers.precision)
     try:
         compared_with = references(golden, answers.precision, pytorch)
     except UsageError as error:
@@ -165,14 +169,15 @@ def check_artifact(
     if answers.precision not in golden.files:
         reason = f"no golden outputs of the ONNX file at {answers.precision}; export the bundle again"
         missing.append(as_check("runtime", answers.runtime, answers.precision, 1, Comparison(False, reason=reason)))
-    return [
+    checks = [
         *check_answers("runtime", answers, compared_with),
         *missing,
         *check_consistency(answers, compared_with),
         *check_other_size("runtime", answers, golden),
         *check_decisions(answers, answers.largest, compared_with[0]),
-        check_layers(answers, promised, cannot_compute),
+        check_layers(answers, artifact.promised_share, excuse),
     ]
+    return explained(checks, saturation(row, artifact))
 
 
 def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Check]:
