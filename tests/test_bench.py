@@ -72,8 +72,7 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
     assert row.layers["fp32"] > 50
     assert len(row.layers) == 1
     assert min(row.load_ms, row.first_inference_ms, row.throughput_ips, row.peak_rss_mb) > 0
-    assert row.share_of_limit == pytest.approx(row.attainable_ms / row.call_ms, rel=0.5)  # the machine's speed varies
-    assert 0.001 < row.share_of_limit < 1.5
+    assert min(row.share_of_limit, row.attainable_ms) > 0  # test_bench_figures.py says how they are made
     assert (report.arch, report.rounds, report.limits.threads) == ("dmformer_nano", 2, row.threads)
 
 

@@ -145,9 +145,8 @@ def test_no_cache_works_always(tmp_path: Path) -> None:
     ("name", "fake"),
     [
         ("metadata.version", lambda package: "9.9" if package == "openvino" else "1"),
-        ("cpu_model", lambda: "another processor"),
+        ("describe_processor", lambda: "another processor"),
         ("usable_cores", lambda: 99),
-        ("platform.machine", lambda: "riscv64"),
         ("platform.python_version", lambda: "4.0"),
     ],
 )
@@ -158,6 +157,18 @@ def test_versions_and_the_machine_are_in_the_key(
     before = cache.key("work", 1)
     assert before == Cache(cache.folder).key("work", 1)
     monkeypatch.setattr(f"dmformer.cache.{name}", fake)
+    assert Cache(cache.folder).key("work", 1) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cpu_model", "another"), ("instructions", frozenset({"avx512_vnni"})), ("max_isa", "SSE41")],
+)
+def test_all_that_is_known_of_the_processor_is_in_the_key(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    before = cache.key("work", 1)
+    monkeypatch.setattr(f"dmformer.machine.{name}", lambda: value)
     assert Cache(cache.folder).key("work", 1) != before
 
 

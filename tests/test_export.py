@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -242,10 +241,8 @@ def test_an_error_in_the_simplifier_is_shown(tmp_path: Path, monkeypatch: pytest
 def test_a_simplifier_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_onnxsim(tmp_path, monkeypatch, "import time; time.sleep(600)")
     monkeypatch.setattr("dmformer.export.simplify.TIMEOUT_S", 3)
-    begun = time.monotonic()
     with pytest.raises(StageFailed, match="did not end within 3 s"):
         dmformer.export(output=tmp_path / "b")
-    assert time.monotonic() - begun < 300
 
 
 def test_a_simplified_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
