@@ -1,13 +1,14 @@
 # make install   .venv with everything, pinned by constraints.txt
 # make demo      export, verify, time and try the demonstration checkpoint
 # make test      linters, types and all tests
+# make test-older  what computes in int8, as a processor with AVX2 and without VNNI does
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test test-fast lint digits scenes picture clean
+.PHONY: install demo test test-fast test-older lint digits scenes picture clean
 
 install: $(VENV)/installed
 
@@ -33,6 +34,11 @@ test: lint
 
 test-fast: install
 	$(BIN)/pytest --numprocesses 2 -m 'not slow'
+
+# oneDNN obeys the variable, and with it OpenVINO.
+INT8_TESTS := tests/test_processors.py tests/test_int8.py tests/test_precision_export.py tests/test_precision_parity.py
+test-older: install
+	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest --numprocesses 2 --dist worksteal $(INT8_TESTS)
 
 # Remakes the demonstration checkpoint and its images: about two minutes on two cores.
 digits: install
