@@ -107,7 +107,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> dict[st
     source = source_of(checkpoint, tmp_path_factory.mktemp("dmformer_s"), inputs, calibration)
     found = {precision: make(precision, source).onnx for precision in ("fp32", "fp16")}
     quantizer = int8._Quantizer(source, calibration)  # all blocks: their sensitivity would take a minute
-    found["int8"] = quantizer.quantize([name for names in quantizer.blocks.values() for name in names], "all")
+    found["int8"] = quantizer.quantize([name for names in quantizer.blocks.values() for name in names])
     return found
 
 

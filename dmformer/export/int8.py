@@ -14,7 +14,8 @@ in 16 bits that saturate: 2 x 255 x 127 does not fit, 2 x 255 x 64 does.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -54,12 +55,14 @@ def to_int8(source: PrecisionSource) -> Made:
     sensitivity = quantizer.sensitivity()
     order = sorted(blocks, key=lambda block: -sensitivity[block])
 
+    def quantized(kept: int) -> Path:
+        return quantizer.quantize([name for block in order[kept:] for name in blocks[block]])
+
     def lost_with(kept: int) -> float:
-        made = quantizer.quantize([name for block in order[kept:] for name in blocks[block]], f"int8-{kept}")
-        return quantizer.points_lost(made, f"int8 accuracy, {kept} of {len(order)} blocks in fp32")
+        return quantizer.points_lost(quantized(kept), f"int8 accuracy, {kept} of {len(order)} blocks in fp32")
 
     kept = _fewest_kept(lost_with, len(order), source.max_points_lost)
-    made = source.scratch / f"int8-{kept}.onnx"
+    made = quantized(kept)
     model = onnx_file.read(made)
     onnx_file.write(model, made, quantizer.metadata)
     reason = f"among the {kept} most sensitive blocks: the accuracy budget holds with them in float32"
@@ -108,14 +111,18 @@ class _Quantizer:
         self.metadata = metadata_at("int8", model)
         self.graph = source.scratch / "int8-source.onnx"
         self.ranges = source.scratch / "int8-ranges.json"
+        self._written: dict[frozenset[str], Path] = {}
         # What the quantiser's own preprocessing would do (fold, infer shapes) is done; without this mark it warns.
         marked = {**self.metadata, "onnx.quant.pre_process": "onnxruntime.quant"}
         onnx_file.write(model, self.graph, marked)
 
-    def quantize(self, nodes: Sequence[str], name: str) -> Path:
-        """Write the graph with these nodes quantised."""
+    def quantize(self, nodes: Sequence[str]) -> Path:
+        """The graph with these nodes quantised, written when it is first asked for."""
+        destination = self._written.get(frozenset(nodes))
+        if destination is not None:
+            return destination
         quantization = require("onnxruntime.quantization", extra="onnxruntime", purpose="precision int8")
-        destination = self.source.scratch / f"{name}.onnx"
+        destination = self.source.scratch / f"int8-{len(self._written)}.onnx"
         quantization.quantize_static(
             self.graph,
             destination,
@@ -136,25 +143,53 @@ class _Quantizer:
             },
             calibration_cache_path=self.ranges,
         )
+        self._written[frozenset(nodes)] = destination
         return destination
 
     def sensitivity(self) -> dict[str, float]:
-        """For each block, the error of the outputs where it alone is quantised, over their spread between images."""
-        images = self.calibration.images.spread(_SENSITIVITY_IMAGES)
-        with self.source.stage("int8 sensitivity of each block", len(self.blocks) + 1) as advance:
-            exact = self.calibration.measure.answers(OnnxRuntime(self.source.onnx), images, lambda: None, _coarse)
-            spread = float((exact - exact.mean(0)).std())
-            if not spread:
-                raise CheckFailed("precision int8: the network answers all calibration images alike; expected others")
-            self.quantize([name for names in self.blocks.values() for name in names], "all")  # measures all ranges
+        """For each block, the error of the outputs where it alone is quantised, over their spread between images.
+
+        The block's own error comes from its part of the quantised graph, on its exact inputs; what becomes of it, from
+        the float32 graph with that error added behind the block. So nothing is quantised or loaded for each block alone
+        but the block.
+        """
+        images, measure = self.calibration.images.spread(_SENSITIVITY_IMAGES), self.calibration.measure
+        model = onnx_file.read(self.graph)
+        borders = {block: _border(model, block) for block in self.blocks}
+        made = dict.fromkeys(name for border in borders.values() for name in border.outputs)
+        read = dict.fromkeys(name for border in borders.values() for name in border.inputs)
+        taps = [name for name in (read | made) if name != INPUT_NAME]
+        parts = measure.parts(images) * len(borders) + 1
+        with ExitStack() as opened, self.source.stage("int8 sensitivity of each block", parts) as advance:
+            quantized = onnx_file.read(self.quantize([name for names in self.blocks.values() for name in names]))
             advance()
-            found = {}
-            for block, names in self.blocks.items():
-                runtime = OnnxRuntime(self.quantize(names, "one"), precision="int8")
-                logits = self.calibration.measure.answers(runtime, images, lambda: None, _coarse)
-                found[block] = float(np.sqrt(np.mean((logits - exact) ** 2))) / spread
-                advance()
-        return found
+            exact = opened.enter_context(OnnxRuntime(self.source.onnx, taps=taps))
+            probe = _add_errors(model, list(made), self.source.scratch / "int8-probe.onnx")
+            erring = opened.enter_context(OnnxRuntime(probe))
+            alone: dict[str, OnnxRuntime] = {}
+            answers: list[NDArray[Any]] = []
+            squares: dict[str, list[float]] = {block: [] for block in borders}
+            for batch in images.batches(measure.batch):
+                known = {INPUT_NAME: batch} | exact.run({INPUT_NAME: batch})
+                answers.append(_coarse(known))
+                nothing = {_error_of(name): np.zeros([1] * known[name].ndim, np.float32) for name in made}
+                for block, border in borders.items():
+                    given = {name: known[name] for name in border.inputs}
+                    if block not in alone:
+                        types = {name: known[name].dtype for name in (*border.inputs, *border.outputs)}
+                        part = onnx_file.cut(quantized, given, border.outputs, types)
+                        path = self.source.scratch / f"int8-block-{len(alone)}.onnx"
+                        path.write_bytes(part.SerializeToString())
+                        alone[block] = opened.enter_context(OnnxRuntime(path, precision="int8"))
+                    errors = {_error_of(name): array - known[name] for name, array in alone[block].run(given).items()}
+                    wrong = _coarse(erring.run({INPUT_NAME: batch} | nothing | errors))
+                    squares[block].append(float(np.sum((wrong - answers[-1]) ** 2)))
+                    advance()
+        together = np.concatenate(answers)
+        spread = float((together - together.mean(0)).std())
+        if not spread:
+            raise CheckFailed("precision int8: the network answers all calibration images alike; expected others")
+        return {block: float(np.sqrt(sum(found) / together.size)) / spread for block, found in squares.items()}
 
     def points_lost(self, path: Path, said: str) -> float:
         """Of accuracy on the calibration images."""
@@ -162,6 +197,45 @@ class _Quantizer:
         with self.source.stage(said, measure.parts(images)) as advance:
             kept = measure.answers(OnnxRuntime(path, precision="int8"), images, advance)
         return self.calibration.points_lost(kept)[1]
+
+
+class _Border(NamedTuple):
+    """The tensors that a block reads from elsewhere, and those of its own that others read."""
+
+    inputs: list[str]
+    outputs: list[str]
+
+
+def _border(model: ModelProto, block: str) -> _Border:
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inside = [node for node in model.graph.node if (found := _BLOCK.match(node.name)) and found.group() == block]
+    names = {node.name for node in inside}
+    made = [name for node in inside for name in node.output]
+    elsewhere = {name for node in model.graph.node if node.name not in names for name in node.input}
+    elsewhere |= {value.name for value in model.graph.output}
+    read = dict.fromkeys(name for node in inside for name in node.input if name and name not in weights)
+    return _Border([name for name in read if name not in made], [name for name in made if name in elsewhere])
+
+
+def _error_of(tensor: str) -> str:
+    """Name of the input that is added to a tensor."""
+    return f"{tensor}_error"
+
+
+def _add_errors(model: ModelProto, tensors: Sequence[str], destination: Path) -> Path:
+    """Write the graph, which is changed, with an input for each tensor named, which is added to it."""
+    onnx = require("onnx", extra="export", purpose="precision int8")
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for name in tensors:
+        node, exact = producers[name], f"{name}_exact"
+        position = list(model.graph.node).index(node)
+        node.output[list(node.output).index(name)] = exact
+        added = onnx.helper.make_node("Add", [exact, _error_of(name)], [name], f"{name}/Add")
+        model.graph.node.insert(position + 1, added)
+        sides = [f"{name}_{axis}" for axis in range(4)]
+        model.graph.input.append(onnx.helper.make_tensor_value_info(_error_of(name), onnx.TensorProto.FLOAT, sides))
+    destination.write_bytes(model.SerializeToString())
+    return destination
 
 
 def quantizable(model: ModelProto) -> dict[str, list[str]]:

@@ -65,16 +65,22 @@ def element_types(model: ModelProto) -> dict[str, Any]:
     }
 
 
-def cut(model: ModelProto, given: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> ModelProto:
+def cut(
+    model: ModelProto,
+    given: Mapping[str, NDArray[Any]],
+    outputs: Sequence[str],
+    types: Mapping[str, Any] | None = None,
+) -> ModelProto:
     """The part of a graph that makes some tensors out of others.
 
     Args:
         model: the whole graph.
         given: tensors that the part starts from, with values of their types; some may turn out not to be needed.
         outputs: tensors that it gives.
+        types: NumPy types of these tensors, where they are known; otherwise inferred from a copy of the graph.
     """
     onnx = require("onnx", extra="export", purpose="reading ONNX files")
-    helper, types = onnx.helper, element_types(model)
+    helper, types = onnx.helper, types or element_types(model)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = _nodes_between(model, given, outputs)
     read = {name for node in nodes for name in node.input}
