@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec import Struct
 
 from dmformer import __version__
@@ -26,7 +27,16 @@ _TELLING = frozenset(
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 # What oneDNN, and so OpenVINO and PyTorch, reads: the newest instruction set that it may use.
 _ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-_ISA_WITHOUT_VNNI = frozenset(("SSE41", "AVX", "AVX2", "AVX512_CORE"))
+# Its names of them, each with the forms of VNNI (in Linux's names) that it may still use.
+_ISA_VNNI: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("SSE41", "AVX", "AVX2", "AVX512_CORE"), frozenset()),
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), frozenset(("avx_vnni",))),
+    **dict.fromkeys(("AVX512_CORE_VNNI", "AVX512_CORE_BF16"), frozenset(("avx512_vnni",))),
+    **dict.fromkeys(
+        ("AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512", "AVX10_1_512_AMX",
+         "AVX10_1_512_AMX_FP16"), frozenset(("avx_vnni", "avx512_vnni")),
+    ),
+}  # fmt: skip
 _VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 _X86 = frozenset(("x86_64", "amd64", "i686", "x86"))
 _FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
@@ -57,9 +67,21 @@ def describe_processor() -> Processor:
 
 
 def max_isa() -> str | None:
-    """The newest instruction set that oneDNN may use, in its own words; ``None`` where nothing holds it back."""
-    named = next((os.environ[name] for name in _ISA_VARIABLES if name in os.environ), "").upper()
-    return named if named and named not in ("ALL", "DEFAULT") else None
+    """The newest instruction set that oneDNN may use, in its own words; ``None`` where nothing holds it back.
+
+    What oneDNN does not know holds nothing back.
+    """
+    found = _held()
+    return None if found is None else found[1]
+
+
+def _held() -> tuple[str, str] | None:
+    """The variable and the instruction set; the first variable with a value counts."""
+    for variable in _ISA_VARIABLES:
+        named = os.environ.get(variable, "").upper()
+        if named:
+            return (variable, named) if named in _ISA_VNNI else None
+    return None
 
 
 def without_vnni() -> str | None:
@@ -69,13 +91,13 @@ def without_vnni() -> str | None:
     """
     if platform.machine().lower() not in _X86:
         return None
-    held = max_isa()
-    if held in _ISA_WITHOUT_VNNI:
-        return f"{_ISA_VARIABLES[0]} holds it to {held}, which has no VNNI"
     known = instructions()
-    if known & _VNNI:
-        return None
-    return "this processor has no VNNI" if known else "this system does not tell whether its processor has VNNI"
+    if known and not known & _VNNI:
+        return "this processor has no VNNI"
+    held = _held()
+    if held is not None and not _ISA_VNNI[held[1]] & (known or _VNNI):
+        return f"{held[0]} holds oneDNN to {held[1]}, without this processor's VNNI"
+    return None if known else "this system does not tell whether its processor has VNNI"
 
 
 def usable_cores() -> int:
@@ -107,15 +129,12 @@ def describe_machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": cpu_model(),
-        "instructions": sorted(instructions() & _TELLING),
-        "max_isa": max_isa(),
+        **msgspec.structs.asdict(describe_processor()),
         "cores": usable_cores(),
         "cpu_quota_cores": cpu_quota(),
         "governor": _read(_FREQUENCY / "scaling_governor"),
         "frequency_mhz": _frequencies(),
         "available_memory_mb": None if memory is None else memory // 1_000_000,
-        "architecture": platform.machine(),
         "os": f"{platform.system()} {platform.release()}",
         "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions,

@@ -12,7 +12,7 @@ from dmformer.bench.limits import Limits
 from dmformer.bench.report import BenchReport, Result, standings
 from dmformer.bench.words import comparison, verdicts
 from dmformer.errors import CheckFailed, UsageError
-from dmformer.machine import cpu_model
+from dmformer.machine import cpu_model, describe_machine
 from tests.test_bench_figures import row
 
 if TYPE_CHECKING:
@@ -113,6 +113,12 @@ def test_the_machine_is_compared_too(tmp_path: Path) -> None:
 HOLLOW = msgspec.structs.replace(report_of(row(1)), results=(msgspec.structs.replace(row(1), samples_ns=((1,), ())),))
 
 
+def of_this_processor(**other: object) -> bytes:
+    """A baseline of this processor, or of one that has its name."""
+    environment = {**describe_machine(), **other}
+    return msgspec.json.encode(report_of(row(1), environment=environment))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -125,6 +131,8 @@ HOLLOW = msgspec.structs.replace(report_of(row(1)), results=(msgspec.structs.rep
         (msgspec.json.encode(report_of()), "no row with figures"),
         (msgspec.json.encode(HOLLOW), "without samples"),
         (msgspec.json.encode(report_of(row(1), environment={"cpu": "an abacus"})), "is of a an abacus; this is a"),
+        (of_this_processor(instructions=["abacus"]), "they differ in abacus"),
+        (of_this_processor(max_isa="SSE41"), "was held to SSE41; ONEDNN_MAX_CPU_ISA is"),
     ],
 )
 def test_a_baseline_that_cannot_be_used(tmp_path: Path, content: bytes | None, expected: str) -> None:

@@ -69,6 +69,7 @@ def test_int8_has_a_symmetric_grid() -> None:
     assert torch.allclose(steps, steps.round(), atol=1e-5)
     assert found.tolist() == pytest.approx([-128 / 127, -1, -1 / 127, 0, 38 / 127, 1, 1])
     assert quantized(values, torch.tensor(0.0)).isfinite().all()
+    assert (64 * quantized(values, torch.tensor(1.0), 7)).tolist() == [-65, -64, 0, 0, 19, 64, 64]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -83,7 +84,7 @@ def test_an_emulation_is_near_the_network_and_not_equal(checkpoint: Checkpoint, 
 
     def error(some: list[str]) -> float:
         rounded = deploy(model, 32)
-        round_layers_(rounded, precision, some, peaks)
+        round_layers_(rounded, precision, some, peaks, weight_bits=7)
         return float(np.abs(torch_outputs(rounded, golden.inputs)["logits"] - exact).max())
 
     found = error(layers)

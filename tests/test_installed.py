@@ -129,8 +129,8 @@ def test_openvino_knows_of_float16_before_it_is_loaded() -> None:
 import sys
 from dmformer.runtimes.openvino import OpenVinoRuntime
 before = OpenVinoRuntime.cannot_compute("fp16")
-from dmformer.machine import instructions
-assert "openvino" not in sys.modules or "avx_vnni" in instructions() or not instructions()
+from dmformer.machine import instructions, max_isa
+assert "openvino" not in sys.modules or "avx_vnni" in instructions() or not instructions() or max_isa()
 import openvino
 assert OpenVinoRuntime.cannot_compute("fp16") == before
 """
@@ -145,6 +145,7 @@ def test_float16_by_instruction_sets(sets: set[str], expected: bool, monkeypatch
 
     monkeypatch.delitem(sys.modules, "openvino", raising=False)
     monkeypatch.setattr(openvino, "instructions", lambda: frozenset(sets))
+    monkeypatch.setattr(openvino, "max_isa", lambda: None)
     monkeypatch.setattr(openvino, "_import", lambda: pytest.fail("it was imported"))
     assert (openvino.OpenVinoRuntime.cannot_compute("fp16") is None) is expected
 

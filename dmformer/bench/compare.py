@@ -56,6 +56,11 @@ class Baseline:
         if there.get("cpu") != here["cpu"]:
             told = f"is of a {there.get('cpu')}; this is a {here['cpu']}"
             raise UsageError(f"baseline {path!r} {told}: make a baseline on this machine")
+        if there.get("max_isa") != here["max_isa"]:
+            told = (
+                f"was held to {there.get('max_isa') or 'nothing'}; ONEDNN_MAX_CPU_ISA is {here['max_isa'] or 'not set'}"
+            )
+            raise UsageError(f"baseline {path!r} {told}: compare under the same")
         # Virtual machines give processors of several generations one name.
         if differing := set(there.get("instructions", here["instructions"])) ^ set(here["instructions"]):
             told = f"is of another {here['cpu']}: they differ in {', '.join(sorted(differing))}"

@@ -51,7 +51,7 @@ class Plan:
     images: tuple[Path, ...]
     profile: bool
     skipped: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
     @property
     def twin(self) -> int:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from dmformer.bundle.select import caveat, saturation
+from dmformer.bundle.select import caveat, preferred, saturation
 from dmformer.machine import available_memory, describe_machine
 from dmformer.runtimes import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
@@ -129,7 +129,8 @@ def _artifacts(
             return seen[row.name].reason
         return cannot_build(row, precision)
 
-    chosen = _chosen(bundle.manifest.artifacts, seen)
+    taken = preferred(bundle.manifest.artifacts, lambda row, artifact: _unfit(artifact, row, seen))
+    chosen = None if taken is None else taken[1]
     for artifact in bundle.manifest.artifacts:
         row = registry.reader_of(artifact.format)
         unfit = _unfit(artifact, row, seen)
@@ -151,24 +152,23 @@ def _artifacts(
             )
         )
     held = {(finding.format, finding.precision) for finding in found}
-    precisions = dict.fromkeys(artifact.precision for artifact in bundle.manifest.artifacts)
+    full_range = {artifact.precision: artifact.full_range for artifact in bundle.manifest.artifacts}
     for row in registry.ENTRIES:
-        for precision in precisions:
+        for precision, full in full_range.items():
             able = (row.format, precision) not in held and precision in registry.adapter(row).precisions
             if able and not_built(row, precision) is None:
                 found.append(
                     ArtifactFinding(
-                        format=row.format, precision=precision, runtime=row.name, held=False, runs=False, buildable=True
+                        format=row.format,
+                        precision=precision,
+                        runtime=row.name,
+                        held=False,
+                        runs=False,
+                        reason=saturation(row, full),
+                        buildable=True,
                     )
                 )
     return tuple(found)
-
-
-def _chosen(artifacts: Sequence[Artifact], seen: Mapping[str, Availability]) -> Artifact | None:
-    """What ``--runtime auto`` takes, as :func:`dmformer.bundle.predictor.choose` does."""
-    rows = [(registry.reader_of(artifact.format), artifact) for artifact in artifacts]
-    fit = [(row, artifact) for row, artifact in rows if row is not None and _unfit(artifact, row, seen) is None]
-    return min(fit, key=lambda pair: saturation(*pair) is not None)[1] if fit else None
 
 
 def _unfit(artifact: Artifact, row: registry.Entry | None, seen: Mapping[str, Availability]) -> str | None:
@@ -183,9 +183,11 @@ def _unfit(artifact: Artifact, row: registry.Entry | None, seen: Mapping[str, Av
 def _to_know(artifact: Artifact, row: registry.Entry, seen: Mapping[str, Availability]) -> str | None:
     """What is to be known of an artifact that runs: another precision, or an engine older than the one that made it."""
     built, here = artifact.built_with.get(row.name), seen[row.name].version
+    found = caveat(row, artifact)
     if built and here and _numbers(here) < _numbers(built):
-        return f"made with {row.name} {built}; here is {here}, and older versions may not read what newer ones write"
-    return caveat(row, artifact)
+        older = f"made with {row.name} {built}; here is {here}, and older versions may not read what newer ones write"
+        return f"{older}; {found}" if found else older
+    return found
 
 
 def _numbers(version: str) -> list[int]:

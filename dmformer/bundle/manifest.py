@@ -24,8 +24,7 @@ SIGNATURE = "manifest.sig"
 GOLDEN = "golden.npz"
 MAX_MANIFEST_BYTES = 16 << 20
 # Of int8 weights. With 7, sums of products fit the 16 bits in which x86 processors without VNNI add them.
-WEIGHT_BITS = (7, 8)
-SAFE_WEIGHT_BITS = 7
+WEIGHT_BITS = SAFE_WEIGHT_BITS, FULL_WEIGHT_BITS = 7, 8
 
 _OUTPUTS: dict[Task, tuple[str, ...]] = {
     "classification": (OUTPUT_NAME,),

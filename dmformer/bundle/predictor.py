@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,11 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import Choice, cannot_run, select
+from dmformer.bundle.select import Choice, cannot_run, preferred, select
 from dmformer.data.images import load_pixels, load_whole, open_image
 from dmformer.data.overlay import Entry, overlay
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
-from dmformer.runtimes import registry
 from dmformer.task import OUTPUT_NAME, STRIDES
 
 if TYPE_CHECKING:
@@ -49,11 +49,12 @@ class Prediction(Struct, frozen=True, kw_only=True):
 
 
 class PredictReport(Struct, frozen=True, kw_only=True):
-    """What ``predict`` writes as JSON."""
+    """What ``predict`` writes as JSON; ``notes`` say what is to be known of the artifact on this machine."""
 
     runtime: str
     precision: str
     predictions: tuple[Prediction, ...]
+    notes: tuple[str, ...] = ()
 
 
 class ClassShare(Struct, frozen=True, kw_only=True):
@@ -73,11 +74,12 @@ class SegmentedImage(Struct, frozen=True, kw_only=True):
 
 
 class SegmentReport(Struct, frozen=True, kw_only=True):
-    """What ``predict`` writes as JSON for segmentation."""
+    """What ``predict`` writes as JSON for segmentation; ``notes`` as in :class:`PredictReport`."""
 
     runtime: str
     precision: str
     predictions: tuple[SegmentedImage, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Predictor:
         self.batch = batch
         self.bundle = choice.bundle  # a packed one lasts as long as this
         self.manifest = choice.bundle.manifest
+        self.notes = (choice.caveat,) if choice.caveat else ()
         self.runtime = choice.runtime(threads)
         self._turn = threading.Lock()  # an engine's request or execution context is one thread's at a time
 
@@ -241,26 +244,27 @@ def load(
         CheckFailed: a file is not what the manifest says.
         UnavailableError: the runtime cannot run on this machine.
         UsageError: there is no such bundle, runtime or precision.
+
+    Warns:
+        UserWarning: the artifact's int8 sums may saturate on this machine.
     """
-    return Predictor(choose(open_bundle(Path(bundle)), runtime, precision), threads)
+    choice = choose(open_bundle(Path(bundle)), runtime, precision)
+    if choice.saturation is not None:
+        warnings.warn(f"{choice.title}: {choice.saturation}", stacklevel=2)
+    return Predictor(choice, threads)
 
 
 def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
-    """The runtime that was named, or the first artifact, in the manifest's order, that can run on this machine.
+    """The first artifact of the runtime that was named, or else of any that can run on this machine.
 
-    One whose int8 sums may saturate here comes last.
+    In the manifest's order; those whose int8 sums may saturate here come last.
     """
     precisions = [precision] if precision else []
     if runtime is not None and runtime.lower() == AUTO:
         runtime = None
     if runtime is None:
-        rows = [(registry.reader_of(artifact.format), artifact) for artifact in bundle.manifest.artifacts]
-        fit = [
-            Choice(artifact, row, bundle)
-            for row, artifact in rows
-            if row is not None and precision in (None, artifact.precision) and cannot_run(row, artifact) is None
-        ]
-        if fit:
-            return min(fit, key=lambda choice: choice.saturation is not None)
+        found = preferred([one for one in bundle.manifest.artifacts if precision in (None, one.precision)], cannot_run)
+        if found is not None:
+            return Choice(found[1], found[0], bundle)
     chosen, _ = select(bundle, [runtime] if runtime else [], precisions)
-    return chosen[0]
+    return min(chosen, key=lambda choice: choice.saturation is not None)

@@ -11,7 +11,7 @@ from dmformer.errors import UnavailableError, UsageError
 from dmformer.runtimes import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from dmformer.runtimes.base import Runtime
 
@@ -32,7 +32,7 @@ class Choice:
     @property
     def saturation(self) -> str | None:
         """Why the artifact's int8 sums may saturate on this machine (:func:`saturation`)."""
-        return saturation(self.entry, self.artifact)
+        return saturation(self.entry, self.artifact.full_range)
 
     @property
     def caveat(self) -> str | None:
@@ -58,6 +58,20 @@ class Choice:
         return adapter(path, threads=threads, precision=artifact.precision, target=artifact.target, taps=taps)
 
 
+def preferred(
+    artifacts: Sequence[Artifact], cannot: Callable[[registry.Entry, Artifact], str | None]
+) -> tuple[registry.Entry, Artifact] | None:
+    """The first artifact that runs here, in the manifest's order, those whose int8 sums may saturate last.
+
+    Args:
+        artifacts: to choose from.
+        cannot: why one cannot run; asked in turn until there is no reason.
+    """
+    known = [(row, one) for one in artifacts if (row := registry.reader_of(one.format)) is not None]
+    known.sort(key=lambda pair: saturation(pair[0], pair[1].full_range) is not None)
+    return next((pair for pair in known if cannot(*pair) is None), None)
+
+
 def cannot_run(row: registry.Entry, artifact: Artifact) -> str | None:
     """Why an artifact cannot run on this machine; ``None`` where it can, as far as is known without loading it."""
     adapter = registry.adapter(row)
@@ -65,18 +79,23 @@ def cannot_run(row: registry.Entry, artifact: Artifact) -> str | None:
     return adapter.cannot_load(artifact.target) if status.available else status.reason
 
 
-def saturation(row: registry.Entry, artifact: Artifact) -> str | None:
-    """Why an artifact's int8 sums may saturate on this machine, and what to do; ``None`` where they do not."""
-    reason = registry.adapter(row).saturates() if artifact.full_range else None
+def saturation(row: registry.Entry, full_range: bool) -> str | None:
+    """Why int8 sums may saturate on this machine, and what to do; ``None`` where they do not.
+
+    Args:
+        row: of the runtime.
+        full_range: whether the int8 weights use 8 bits (:attr:`dmformer.bundle.manifest.Artifact.full_range`).
+    """
+    reason = registry.adapter(row).saturates() if full_range else None
     return reason and (
-        f"its int8 weights use 8 bits, and their sums saturate in {row.name}, as {reason}: its answers may be wrong "
-        "here; export it again with weights of 7 bits, the default, or run it at another precision"
+        f"its int8 weights use 8 bits, and their sums may saturate in {row.name}: {reason}; export it again with "
+        "weights of 7 bits (the default), or run it at another precision"
     )
 
 
 def caveat(row: registry.Entry, artifact: Artifact) -> str | None:
     """What is to be known of an artifact that runs here: that its sums saturate, or that it is computed in float32."""
-    return saturation(row, artifact) or registry.adapter(row).cannot_compute(artifact.precision)
+    return saturation(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
 
 
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:

@@ -190,6 +190,9 @@ def _tied(artifact: Artifact) -> str:
     )
 
 
+_FULL_RANGE = "int8 weights of 8 bits, whose sums saturate in OpenVINO on x86 processors without VNNI"
+
+
 def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: tuple[str, ...]) -> str:
     start = {
         "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
@@ -213,6 +216,7 @@ def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_ou
         "",
         *(f"- `{name}`: SHA-256 {artifact.sha256}" for name, artifact in named.items()),
         *(f"- `{name}`: {_tied(artifact)}" for name, artifact in named.items() if artifact.target is not None),
+        *(f"- `{name}`: {_FULL_RANGE}" for name, artifact in named.items() if artifact.full_range),
         *(f"- not here: {reason}" for reason in left_out),
     ]
     if labels and manifest.class_count:

@@ -14,7 +14,7 @@ import typer
 from dmformer.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rich.console import Console, RenderableType
     from rich.progress import Task
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
-    from dmformer.machine import Processor
     from dmformer.progress import Advance
 
 BundleArgument = Annotated[
@@ -272,10 +271,10 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
     return listing
 
 
-def processor(found: Processor) -> str:
-    """A processor in words: its name, and the instruction sets that matter."""
-    held = f", oneDNN held to {found.max_isa}" if found.max_isa else ""
-    return f"{found.cpu} ({' '.join(found.instructions) or found.architecture}{held})"
+def processor(found: Mapping[str, Any]) -> str:
+    """A processor (or a machine, which has its fields) in words: its name, and the instruction sets that matter."""
+    held = f", oneDNN held to {found['max_isa']}" if found["max_isa"] else ""
+    return f"{found['cpu']} ({' '.join(found['instructions']) or found['architecture']}{held})"
 
 
 def tied_to(artifact: Artifact) -> str:

@@ -26,7 +26,6 @@ def doctor(
     from dmformer.bundle.diagnosis import diagnose
     from dmformer.bundle.reader import open_bundle
     from dmformer.export.build import cannot_build
-    from dmformer.machine import describe_processor
 
     opened = open_bundle(bundle) if bundle is not None else None
     found = diagnose(opened, partial(cannot_build, opened) if opened is not None else None)
@@ -36,7 +35,7 @@ def doctor(
     machine = found.machine
     memory = machine["available_memory_mb"]
     present.show(
-        f"{present.processor(describe_processor())}, {machine['cores']} cores, "
+        f"{present.processor(machine)}, {machine['cores']} cores, "
         f"{'' if memory is None else f'{memory} MB of memory available, '}{machine['os']}, "
         f"Python {machine['versions']['python']}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from dmformer.commands import _present as present
@@ -54,7 +55,7 @@ def _show(manifest: Manifest, root: str) -> None:
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
         ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),
         *(
-            ("checked on", present.processor(checked))
+            ("checked on", present.processor(msgspec.structs.asdict(checked)))
             for checked in [manifest.evidence.processor]
             if checked is not None
         ),

@@ -83,7 +83,10 @@ def _classify(predictor: Predictor, images: list[Path], top_k: int) -> tuple[Pre
             name = likely.name if likely.name is not None else str(likely.index)
             present.add_row(listing, _cells(prediction.image if rank == 0 else "", name, likely.probability, 2))
     ran = predictor.runtime
-    return PredictReport(runtime=ran.name, precision=ran.precision, predictions=tuple(predictions)), listing
+    found = PredictReport(
+        runtime=ran.name, precision=ran.precision, predictions=tuple(predictions), notes=predictor.notes
+    )
+    return found, listing
 
 
 def _segment(predictor: Predictor, images: list[Path], targets: list[Path], top_k: int) -> tuple[SegmentReport, Table]:
@@ -99,7 +102,10 @@ def _segment(predictor: Predictor, images: list[Path], targets: list[Path], top_
             present.add_row(listing, _cells(str(found.path) if rank == 0 else "", name, one.share, 1))
         present.say(f"wrote {target}")
     ran = predictor.runtime
-    return SegmentReport(runtime=ran.name, precision=ran.precision, predictions=tuple(predictions)), listing
+    made = SegmentReport(
+        runtime=ran.name, precision=ran.precision, predictions=tuple(predictions), notes=predictor.notes
+    )
+    return made, listing
 
 
 def _cells(image: str, name: str, share: float, digits: int) -> list[str]:

@@ -131,8 +131,8 @@ def make_request(
     """
     if not 0 <= max_accuracy_drop <= 100:
         raise UsageError(f"max_accuracy_drop is {max_accuracy_drop:g}; expected percentage points, 0 to 100")
-    if weight_bits not in WEIGHT_BITS:
-        raise UsageError(f"weight_bits is {weight_bits}; expected 7, right on every processor, or 8")
+    if type(weight_bits) is not int or weight_bits not in WEIGHT_BITS:
+        raise UsageError(f"weight_bits is {weight_bits!r}; expected 7, right on every processor, or 8")
     from dmformer.export.source import find_source
 
     source = find_source(

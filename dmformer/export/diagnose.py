@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from dmformer.bundle.manifest import file_entry
+from dmformer.bundle.manifest import FULL_WEIGHT_BITS, file_entry
 from dmformer.bundle.select import Choice, select
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError, first_line
 from dmformer.export import onnx_file
@@ -246,7 +246,7 @@ class _Search:
             precision=self.precision,
             layers=reduced,
             exact=kept,
-            weight_bits=self.choice.artifact.weight_bits or 8,
+            weight_bits=self.choice.artifact.weight_bits or FULL_WEIGHT_BITS,
         )
         return tensor_limits(self.truth, emulated, TENSOR_FACTORS[self.precision])
 
@@ -322,7 +322,8 @@ class _Search:
         except DMFormerError as error:
             return "engine", f"the ONNX file is right, and {name} cannot run this piece of it: {error}"
         if self._differs(answered, parting.made):
-            return "engine", f"the ONNX file is right, and {name} computes this piece of it wrongly"
+            cause = f"; {self.choice.saturation}" if self.choice.saturation else ""
+            return "engine", f"the ONNX file is right, and {name} computes this piece of it wrongly{cause}"
         return "artifact", (
             f"the ONNX file is right, and {name} computes this piece of it right: the artifact's own files are not "
             f"made from it; build them again (dmformer build --format {self.choice.artifact.format})"
@@ -358,5 +359,6 @@ class _Search:
             files=tuple(file_entry(folder, path) for path in files),
             node=parting.nodes[0].name,
             limits={name: self.limits[name] for name in parting.made},
+            full_range=self.choice.artifact.full_range,
         )
         save_case(folder, case, inputs, {name: self.truth[name] for name in parting.made})

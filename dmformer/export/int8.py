@@ -64,9 +64,23 @@ def to_int8(source: PrecisionSource) -> Made:
     kept = _fewest_kept(lost_with, len(order), source.max_points_lost)
     made = quantized(kept)
     model = onnx_file.read(made)
+    _check_range(model, source.weight_bits)
     onnx_file.write(model, made, quantizer.metadata)
     reason = f"among the {kept} most sensitive blocks: the accuracy budget holds with them in float32"
     return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity, source.weight_bits)
+
+
+def _check_range(model: ModelProto, weight_bits: int) -> None:
+    """Make sure that no weight is beyond its range: what the manifest says of it decides where the file is trusted."""
+    largest = 0
+    for name, array in onnx_file.weights(model).items():
+        if array.dtype == np.int8 and array.ndim == 4:
+            largest = max(largest, int(np.abs(array.astype(np.int16)).max()))
+            if largest > 1 << (weight_bits - 1):
+                raise CheckFailed(
+                    f"precision int8: onnxruntime's quantiser wrote weight {name!r} up to {largest}; expected "
+                    f"{1 << (weight_bits - 1)} at most, {weight_bits} bits"
+                )
 
 
 def _fewest_kept(lost_with: Callable[[int], float], blocks: int, most: float) -> int:

@@ -27,6 +27,12 @@ def metadata(model: ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def weights(model: ModelProto) -> dict[str, NDArray[Any]]:
+    """Every initializer by its name."""
+    onnx = require("onnx", extra="export", purpose="reading ONNX files")
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
 def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
     """Check the model against the ONNX specification and write it with this metadata, and no other.
 

@@ -241,7 +241,7 @@ class _Export:
                 made, completed, checks = prove(precision, made, graph.form, source, golden)
             return Reduced(made, completed, tuple(checks))
 
-        options = (self.request.max_points_lost, self.request.weight_bits)
+        options = (self.request.max_points_lost, self.request.weight_bits if precision == "int8" else None)
         inputs = (self.network, precision, verified.onnx, golden, calibration, *options)
         try:
             found = self._once(f"ONNX at {precision}", inputs, Reduced, reduce, self.scratch, _held)
@@ -346,7 +346,7 @@ class _Export:
             kept = measure.answers(runtime_of(row, artifact, self.folder), images, advance)
         accuracy, lost = calibration.points_lost(kept)
         check = check_accuracy(row.name, artifact.precision, accuracy, lost, self.request.max_points_lost)
-        (check,) = explained([check], saturation(row, artifact))
+        (check,) = explained([check], saturation(row, artifact.full_range))
         return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
     def _finish(

@@ -11,7 +11,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
-from dmformer.machine import instructions, without_vnni
+from dmformer.machine import instructions, max_isa, without_vnni
 from dmformer.runtimes import openvino_peak
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.layers import is_compute, precision_of
@@ -270,10 +270,11 @@ def _batch(inputs: Arrays) -> int:
 def _has_float16() -> bool:
     """As the CPU plugin decides it (``precision_support.cpp``); it is asked where it is loaded already.
 
-    Before that the instruction sets tell, but for processors with AVX-VNNI, of which Linux does not name the newest.
+    Before that the instruction sets tell, but for processors with AVX-VNNI, of which Linux does not name the newest,
+    and where oneDNN is held to fewer.
     """
     sets = instructions()
-    if "openvino" not in sys.modules and sets:
+    if "openvino" not in sys.modules and sets and max_isa() is None:
         if sets & {"avx512_fp16", "asimdhp"}:
             return True
         if "avx_vnni" not in sets:

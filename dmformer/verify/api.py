@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer.bundle.reader import Bundle, open_bundle
-from dmformer.bundle.select import saturation, select
+from dmformer.bundle.select import select
 from dmformer.data.annotated import label_maps
 from dmformer.data.images import list_images, load_pixels
 from dmformer.data.labelled import ImageSet
@@ -131,7 +131,7 @@ def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: Imag
     for check in tuple(decided):
         if asked.labelled and (check.decisions is not None or check.pixels is not None):
             decided.append(_check_labelled(choice, rest, others[OUTPUT_NAME], asked, check, golden))
-    return checks + explained(decided, saturation(choice.entry, choice.artifact))
+    return checks + explained(decided, choice.saturation)
 
 
 def _check_labelled(

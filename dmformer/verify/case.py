@@ -16,9 +16,10 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.bundle.manifest import FileEntry, hash_file, indented_json
+from dmformer.bundle.select import saturation
 from dmformer.errors import CheckFailed, UsageError, first_line
 from dmformer.runtimes import registry
-from dmformer.verify.check import Check, as_check
+from dmformer.verify.check import Check, as_check, explained
 from dmformer.verify.compare import Limit, compare
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Case(Struct, frozen=True, kw_only=True):
         files: the model's, the one to load first.
         node: where the two sides part.
         limits: the largest difference allowed in each expected tensor.
+        full_range: whether it has int8 weights of 8 bits.
     """
 
     runtime: str
@@ -46,6 +48,7 @@ class Case(Struct, frozen=True, kw_only=True):
     files: tuple[FileEntry, ...]
     node: str
     limits: dict[str, float]
+    full_range: bool = False
 
 
 @contextmanager
@@ -105,7 +108,7 @@ def run_case(folder: Path) -> list[Check]:
         limit = Limit(case.limits[name], "saved with the case")
         comparison = compare(shown[name].astype(np.float64), array.astype(np.float64), limit)
         checks.append(as_check(name, case.runtime, case.precision, len(array), comparison, limit, "expected"))
-    return checks
+    return explained(checks, saturation(registry.entry(case.runtime), case.full_range))
 
 
 def _run(

@@ -89,11 +89,18 @@ def failure(found: ParityReport) -> str:
 
 
 def explained(checks: Sequence[Check], cause: str | None) -> list[Check]:
-    """Checks of which each that failed names a cause, where one is known."""
-    if cause is None:
-        return list(checks)
+    """Checks of which each that found other answers names what may have caused it.
+
+    A runtime that did not answer, or one that ran another precision, has its own reason.
+    """
+
+    def differs(check: Check) -> bool:
+        compared = check.max_abs is not None or check.top1_agreement is not None or check.stage == "accuracy"
+        return compared and not check.passed
+
     return [
-        check if check.passed else msgspec.structs.replace(check, reason=f"{check.reason}; {cause}") for check in checks
+        msgspec.structs.replace(check, reason=f"{check.reason}; {cause}") if cause and differs(check) else check
+        for check in checks
     ]
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # Steps of a symmetric int8 scale on each side of zero, by the bits that it uses, as onnxruntime's quantiser has them.
-_STEPS = {8: 127, 7: 64}
+_STEPS: dict[int | None, int] = {8: 127, 7: 64}
 
 
 def round_layers_(
@@ -25,7 +25,7 @@ def round_layers_(
     layers: Collection[str],
     peaks: Mapping[str, float],
     exact: Collection[str] = (),
-    weight_bits: int = 8,
+    weight_bits: int | None = None,
 ) -> None:
     """Make a network answer as it does at ``fp16`` or ``int8``, in place.
 
@@ -82,7 +82,7 @@ def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module], exact: set
             module.register_forward_hook(lambda _module, _inputs, output: output.half().float())
 
 
-def _round_to_int8(layers: dict[str, nn.Module], peaks: Mapping[str, float], weight_bits: int) -> None:
+def _round_to_int8(layers: dict[str, nn.Module], peaks: Mapping[str, float], weight_bits: int | None) -> None:
     import torch
 
     for name, layer in layers.items():
@@ -93,7 +93,7 @@ def _round_to_int8(layers: dict[str, nn.Module], peaks: Mapping[str, float], wei
         layer.register_forward_pre_hook(lambda _module, given, peak=peak: (quantized(given[0], peak),))
 
 
-def quantized(values: Tensor, peak: Tensor, bits: int = 8) -> Tensor:
+def quantized(values: Tensor, peak: Tensor, bits: int | None = 8) -> Tensor:
     """Values rounded to the steps of a symmetric integer scale that reaches up to ``peak``, one or one for each row."""
     import torch
 

@@ -42,7 +42,7 @@ def interpret(
     layers: frozenset[str] = frozenset(),
     exact: frozenset[str] = frozenset(),
     peaks: Mapping[str, float] | None = None,
-    weight_bits: int = 8,
+    weight_bits: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Every tensor of a graph.
 
@@ -107,7 +107,7 @@ def _by_reference(node: NodeProto, given: list[Tensor], model: ModelProto) -> ND
     return np.asarray(result)
 
 
-def _reduced(given: list[Tensor], precision: str, peak: float | None, weight_bits: int) -> list[Tensor]:
+def _reduced(given: list[Tensor], precision: str, peak: float | None, weight_bits: int | None) -> list[Tensor]:
     """What a layer at a precision is given: input, weight (O, I, k, k) or (O, I), and perhaps a bias."""
     import torch
 

@@ -177,7 +177,7 @@ def check_artifact(
         *check_decisions(answers, answers.largest, compared_with[0]),
         check_layers(answers, artifact.promised_share, excuse),
     ]
-    return explained(checks, saturation(row, artifact))
+    return explained(checks, saturation(row, artifact.full_range))
 
 
 def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Check]:
