@@ -88,7 +88,7 @@ def main() -> None:
                 formats=["onnx", "openvino"],
                 precisions=precisions,
                 deploy_form=form == "deploy form",
-                calibration=photographs(made / "photographs", size),
+                calibration=photographs(made / "photographs", size) if "int8" in precisions else None,
                 max_accuracy_drop=100,  # random weights: nothing to lose
                 output=output,
             )

@@ -159,7 +159,7 @@ def test_every_stage_is_a_row_of_the_parity_report(exported: ExportResult) -> No
                 for check in exported.parity.checks
                 if (check.stage, check.runtime, check.against) == (stage, runtime, against)
             ]
-            assert batches == [1, 2, 5]
+            assert batches == ([1, 2] if stage == "training form" else [1, 2, 5])  # 5 is what golden answers come from
     assert exported.manifest.evidence.parity.checks == len(rows)
     assert exported.manifest.simplification.kept
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from dmformer.export.precision import Calibration, PrecisionSource
 
-_SENSITIVITY_IMAGES = 16
+_SENSITIVITY_IMAGES = 8
 _BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)|decoder\.\w+(?:\.\d+)?")
 
 

@@ -213,13 +213,22 @@ def tensor_limits(
     Raises:
         StageFailed: the truth itself is not finite.
     """
-    limits = {}
     peaks = {name: float(np.abs(exact).max()) for name, exact in truth.items()}
+    errors = {name: largest_difference(emulated[name], exact) for name, exact in truth.items()}
+    return error_limits(peaks, errors, factor)
+
+
+def error_limits(peaks: Mapping[str, float], errors: Mapping[str, float], factor: float) -> dict[str, float]:
+    """The same from the largest value of each tensor and the largest error in it.
+
+    Raises:
+        StageFailed: a tensor is not finite.
+    """
+    limits = {}
     least = _LEAST_PEAK * max((peak for peak in peaks.values() if np.isfinite(peak)), default=0.0)
-    for name, exact in truth.items():
-        if not np.isfinite(exact).all():
+    for name, peak in peaks.items():
+        if not np.isfinite(peak):
             raise StageFailed(f"tensor {name!r} is NaN or infinite in PyTorch itself; expected numbers")
-        floor = float(np.finfo(np.float32).eps) * max(peaks[name], least)
-        error = largest_difference(emulated[name], exact)
-        limits[name] = factor * max(error if np.isfinite(error) else 0.0, floor)
+        floor = float(np.finfo(np.float32).eps) * max(peak, least)
+        limits[name] = factor * max(errors[name] if np.isfinite(errors[name]) else 0.0, floor)
     return limits

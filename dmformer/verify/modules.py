@@ -14,7 +14,7 @@ import numpy as np
 
 from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.runtimes.layers import module_path
-from dmformer.verify.bisect import largest_share, tensor_limits
+from dmformer.verify.bisect import error_limits, largest_share
 from dmformer.verify.check import Check, as_check
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, largest_difference
 from dmformer.verify.reference import in_double
@@ -41,8 +41,19 @@ class ModuleTruth:
     def __init__(self, model: nn.Module, rows: NDArray[np.float32]) -> None:
         self.rows = rows
         single = _layer_outputs(model, rows)
-        self.truth = _layer_outputs(in_double(model), rows.astype(np.float64))
-        self.limits = tensor_limits(self.truth, single, TENSOR_FACTORS["fp32"])
+        self.truth: dict[str, NDArray[np.float32]] = {}
+        peaks: dict[str, float] = {}
+        errors: dict[str, float] = {}
+
+        def compare(name: str, exact: NDArray[np.float64]) -> None:
+            """What is kept is rounded to float32: all layers in float64 take gigabytes at 512 pixels."""
+            if name in single:
+                peaks[name] = float(np.abs(exact).max())
+                errors[name] = largest_difference(single.pop(name), exact)
+                self.truth[name] = exact.astype(np.float32)
+
+        _watch_layers(in_double(model), rows.astype(np.float64), compare)
+        self.limits = error_limits(peaks, errors, TENSOR_FACTORS["fp32"])
         modules = dict(model.named_modules())
         self._fused_after = {
             name: following
@@ -106,15 +117,27 @@ class ModuleTruth:
 
 def _layer_outputs(model: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """What each module without children gives, in the order in which they run; those that run twice are left out."""
+    found: dict[str, NDArray[Any]] = {}
+    repeated: set[str] = set()
+
+    def keep(name: str, output: NDArray[Any]) -> None:
+        if name in found:
+            repeated.add(name)
+        found[name] = output.copy()
+
+    _watch_layers(model, rows, keep)
+    return {name: output for name, output in found.items() if name not in repeated}
+
+
+def _watch_layers(model: nn.Module, rows: NDArray[Any], told: Callable[[str, NDArray[Any]], None]) -> None:
+    """Run a network, and tell the name and the output of each module without children."""
     import torch
 
-    found: dict[str, list[NDArray[Any]]] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, _given, output: found.setdefault(name, []).append(output.numpy().copy())
+    def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, _given, output: told(name, output.numpy())
 
     hooks = [
-        module.register_forward_hook(keep(name))
+        module.register_forward_hook(tell(name))
         for name, module in model.named_modules()
         if next(module.children(), None) is None
     ]
@@ -124,4 +147,3 @@ def _layer_outputs(model: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[An
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: outputs[0] for name, outputs in found.items() if len(outputs) == 1}
