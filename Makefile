@@ -36,7 +36,7 @@ test-fast: install
 	$(BIN)/pytest --numprocesses 2 -m 'not slow'
 
 # oneDNN obeys the variable, and with it OpenVINO.
-INT8_TESTS := -k 'not emulated' tests/test_processors.py tests/test_int8.py tests/test_precision_export.py tests/test_precision_parity.py
+INT8_TESTS := -k 'not emulated' tests/test_processors.py tests/test_saturation.py tests/test_int8.py tests/test_precision_export.py tests/test_precision_parity.py
 test-older: install
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest --numprocesses 2 --dist worksteal $(INT8_TESTS)
 

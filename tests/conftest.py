@@ -242,24 +242,48 @@ def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def exported_quickly(folder: Path, **options: Any) -> ExportResult:
+    """An export of the demonstration checkpoint without onnxsim and timing."""
+    import dmformer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
+        patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+        return dmformer.export(output=folder / "demo", **options)
+
+
 @pytest.fixture(scope="session")
 def reduced(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> ExportResult:
     """The demonstration checkpoint at every precision, without onnxsim and timing; shared, not to be spoilt."""
-    import dmformer
 
     def make(folder: Path) -> ExportResult:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
-            patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
-            return dmformer.export(
-                formats=["onnx", "openvino"],
-                precisions=["fp32", "fp16", "int8"],
-                calibration=few_images,
-                max_accuracy_drop=5,
-                output=folder / "demo",
-            )
+        return exported_quickly(
+            folder,
+            formats=["onnx", "openvino"],
+            precisions=["fp32", "fp16", "int8"],
+            calibration=few_images,
+            max_accuracy_drop=5,
+        )
 
     return made_once(tmp_path_factory, "reduced", make)
+
+
+@pytest.fixture(scope="session")
+def full_range(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> ExportResult:
+    """The same at int8 with weights of 8 bits, whatever its checks say on this processor; not to be spoilt."""
+
+    def make(folder: Path) -> ExportResult:
+        return exported_quickly(
+            folder,
+            formats=["openvino", "onnx"],
+            precisions=["int8", "fp32"],
+            weight_bits=8,
+            calibration=few_images,
+            max_accuracy_drop=100,
+            force=True,
+        )
+
+    return made_once(tmp_path_factory, "full-range", make)
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.verify.check import ParityReport
 
+# What is said of an artifact whose int8 sums may saturate on this machine.
+SATURATES = "its int8 weights use 8 bits, and their sums may saturate in openvino"
 ATTENTION = "stages.2.blocks.0.dma"
 
 
@@ -105,3 +107,9 @@ def simulated(losses: list[float]) -> Iterator[list[str]]:
         patch.setattr(int8._Quantizer, "points_lost", points_lost)
         patch.setattr(int8._Quantizer, "sensitivity", sensitivity)
         yield said
+
+
+def unheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN as without 'make test-older'."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
