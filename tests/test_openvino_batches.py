@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +87,24 @@ def test_what_is_profiled_is_what_runs(
         kernels = runtime.kernels([{name: rows[:batch]} for batch in batches])
         assert compiled == [1, expected]
         assert all(len(kernel.ns) == len(batches) for kernel in kernels)
+
+
+def test_a_kernel_that_is_too_quick_to_be_counted_took_no_time(
+    path: Path, rows: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO says of what took less than a microsecond that it was not run."""
+
+    def told(name: str, microseconds: int) -> Any:
+        status = SimpleNamespace(EXECUTED="executed")
+        executed = "executed" if microseconds else "not run"
+        taken = timedelta(microseconds=microseconds)
+        return SimpleNamespace(node_name=name, node_type="Relu", real_time=taken, status=executed, Status=status)
+
+    counted = iter([[told("slow", 5), told("quick", 0)], [told("slow", 4), told("quick", 1)]])
+    monkeypatch.setattr("dmformer.runtimes.openvino._Request.profiling_info", property(lambda _: next(counted)))
+    with OpenVinoRuntime(path) as runtime:
+        kernels = runtime.kernels([{runtime.inputs[0].name: rows[:1]}] * 2)
+    assert {kernel.name: kernel.ns for kernel in kernels} == {"slow": (5000, 4000), "quick": (0, 1000)}
 
 
 def test_layers_are_the_same_for_every_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
