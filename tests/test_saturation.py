@@ -62,6 +62,8 @@ def test_an_export_with_eight_bits_names_the_cause(
             "--calibration", few_images, "--max-accuracy-drop", "100", "--output", "b",
         )  # fmt: skip
     assert run.code == 1
+    assert f"note: openvino int8: {SATURATES}: this processor has no VNNI" in run.err  # before the work
+    assert "there: dmformer build --format openvino" in run.err
     assert SATURATES in run.error_line
     assert "this processor has no VNNI" in run.error_line
     assert not (tmp_path / "b").exists()

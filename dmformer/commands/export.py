@@ -156,11 +156,13 @@ def export(
         require("torch", extra="export", purpose="dmformer export")
         from dmformer.export.api import make_request
         from dmformer.export.pipeline import export as run_export
-        from dmformer.export.request import check_possible
+        from dmformer.export.request import check_possible, expected_saturation
 
         request = make_request(weights, **arguments)
         model = request.checkpoint
         _say_source(request.weights, model.arch, request.seed, model.notes, model.training)
+        for note in expected_saturation(request):
+            present.say(f"note: {note}")
         if dry_run:
             check_possible(request)
             _show_plan(request)

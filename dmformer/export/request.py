@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dmformer._optional import require
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SAFE_WEIGHT_BITS, Manifest
+from dmformer.bundle.select import saturation
 from dmformer.bundle.writer import check_destination
 from dmformer.data.labelled import ImageSet
 from dmformer.errors import UnavailableError, UsageError
@@ -107,6 +108,17 @@ def planned_artifacts(request: ExportRequest) -> list[str]:
     """Paths of what an export would write, relative to the bundle; nothing is run."""
     artifacts = [f"{row.format}/{precision}/" for row, precision in request.pairs()]
     return [MANIFEST, GOLDEN, *artifacts, PARITY_REPORT, *([BENCH_REPORT] if request.reduced else [])]
+
+
+def expected_saturation(request: ExportRequest) -> list[str]:
+    """A sentence for each artifact that this machine may answer wrongly, and what to do for other machines."""
+    found = []
+    for row, precision in request.pairs():
+        reason = saturation(row, precision == "int8" and request.weight_bits != SAFE_WEIGHT_BITS)
+        if reason is not None:
+            elsewhere = f"for devices with VNNI export --format onnx, and there: dmformer build --format {row.format}"
+            found.append(f"{row.name} {precision}: {reason}; {elsewhere}")
+    return found
 
 
 def check_possible(request: ExportRequest) -> None:
