@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer._optional import require
+from dmformer.export import onnx_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,10 +77,7 @@ class _Weights:
     """Weights of a graph, through the nodes that dequantise or cast them."""
 
     def __init__(self, model: ModelProto) -> None:
-        onnx = require("onnx", extra="export", purpose="reading ONNX files")
-        self.arrays: dict[str, NDArray[Any]] = {
-            tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-        }
+        self.arrays = onnx_file.weights(model)
         self.producers = {name: node for node in model.graph.node for name in node.output}
 
     def value(self, name: str) -> NDArray[Any] | None:

@@ -90,8 +90,5 @@ def _inputs(source: PrecisionSource) -> Iterable[NDArray[np.float32]]:
 
 
 def _weight_peaks(model: ModelProto) -> dict[str, float]:
-    from onnx import numpy_helper
-
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    floats = {name: array for name, array in arrays.items() if array.size and array.dtype.kind == "f"}
-    return {name: float(np.abs(array).max()) for name, array in floats.items()}
+    arrays = onnx_file.weights(model).items()
+    return {name: float(np.abs(array).max()) for name, array in arrays if array.size and array.dtype.kind == "f"}

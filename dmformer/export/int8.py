@@ -72,15 +72,16 @@ def to_int8(source: PrecisionSource) -> Made:
 
 def _check_range(model: ModelProto, weight_bits: int) -> None:
     """Make sure that no weight is beyond its range: what the manifest says of it decides where the file is trusted."""
-    largest = 0
+    most = 1 << (weight_bits - 1)
     for name, array in onnx_file.weights(model).items():
-        if array.dtype == np.int8 and array.ndim == 4:
-            largest = max(largest, int(np.abs(array.astype(np.int16)).max()))
-            if largest > 1 << (weight_bits - 1):
-                raise CheckFailed(
-                    f"precision int8: onnxruntime's quantiser wrote weight {name!r} up to {largest}; expected "
-                    f"{1 << (weight_bits - 1)} at most, {weight_bits} bits"
-                )
+        if array.dtype != np.int8 or array.ndim != 4:
+            continue
+        largest = int(np.abs(array.astype(np.int16)).max())
+        if largest > most:
+            raise CheckFailed(
+                f"precision int8: onnxruntime's quantiser wrote weight {name!r} up to {largest}; expected {most} at "
+                f"most, {weight_bits} bits"
+            )
 
 
 def _fewest_kept(lost_with: Callable[[int], float], blocks: int, most: float) -> int:
@@ -188,13 +189,10 @@ class _Quantizer:
                 answers.append(_coarse(known))
                 nothing = {_error_of(name): np.zeros([1] * known[name].ndim, np.float32) for name in made}
                 for block, border in borders.items():
-                    given = {name: known[name] for name in border.inputs}
                     if block not in alone:
-                        types = {name: known[name].dtype for name in (*border.inputs, *border.outputs)}
-                        part = onnx_file.cut(quantized, given, border.outputs, types)
-                        path = self.source.scratch / f"int8-block-{len(alone)}.onnx"
-                        path.write_bytes(part.SerializeToString())
-                        alone[block] = opened.enter_context(OnnxRuntime(path, precision="int8"))
+                        part = self._part(quantized, border, known, f"int8-block-{len(alone)}")
+                        alone[block] = opened.enter_context(OnnxRuntime(part, precision="int8"))
+                    given = {name: known[name] for name in border.inputs}
                     errors = {_error_of(name): array - known[name] for name, array in alone[block].run(given).items()}
                     wrong = _coarse(erring.run({INPUT_NAME: batch} | nothing | errors))
                     squares[block].append(float(np.sum((wrong - answers[-1]) ** 2)))
@@ -204,6 +202,14 @@ class _Quantizer:
         if not spread:
             raise CheckFailed("precision int8: the network answers all calibration images alike; expected others")
         return {block: float(np.sqrt(sum(found) / together.size)) / spread for block, found in squares.items()}
+
+    def _part(self, model: ModelProto, border: _Border, known: Mapping[str, NDArray[Any]], name: str) -> Path:
+        """Write what lies between a block's borders, whose tensors have the types of those that are known."""
+        given = {tensor: known[tensor] for tensor in border.inputs}
+        types = {tensor: known[tensor].dtype for tensor in (*border.inputs, *border.outputs)}
+        path = self.source.scratch / f"{name}.onnx"
+        path.write_bytes(onnx_file.cut(model, given, border.outputs, types).SerializeToString())
+        return path
 
     def points_lost(self, path: Path, said: str) -> float:
         """Of accuracy on the calibration images."""
