@@ -333,8 +333,8 @@ class Drifting(Spoilt):
         answers = super().infer(inputs)
         self.asked += 1
         (rows,) = inputs.values()
-        if len(rows) == 2 and self.asked > 8:
-            answers["logits"] += 1e-3 * (self.asked % 2)
+        if len(rows) == 2 and self.asked > 8:  # all rows were asked, one by one and in pairs
+            answers["logits"] += 1e-3
         return answers
 
 

@@ -85,29 +85,22 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
         UsageError: an image cannot be read.
     """
     traced, simplified = source.scratch / "traced.onnx", source.scratch / "simplified.onnx"
-    # What needs no other step's result runs beside it: a cold export keeps two cores busy.
+    # onnxsim needs one core, and PyTorch is asked meanwhile; PyTorch beside PyTorch would take longer than in turns.
     # The process is left first: an exception does not wait for it.
     with ThreadPoolExecutor(1) as pool, Simplifier() as simplifier:
-        with source.stage("PyTorch reference, trace to ONNX"):
-            referring = pool.submit(_reference, source)
+        with source.stage("PyTorch reference"):
+            golden = _reference(source)
+            (pytorch,) = references(golden, "fp32")
+        with source.stage("trace to ONNX"):
             trace(source.checkpoint, source.form(), traced)
-            golden = referring.result()
-        (pytorch,) = references(golden, "fp32")
         simplifying = pool.submit(simplifier.simplify, traced, simplified)
-        with source.stage("verify PyTorch's forms and the traced ONNX"):
+        with source.stage("verify PyTorch's forms"):
             form = source.form() if source.deploy_form else source.model
             checks, before = _check_forms(source, form, golden, pytorch)
-            answers = _ask_onnxruntime(traced, golden, whole=False)
-            checks += check_answers("traced", answers, [pytorch, *before])
-            checks += check_other_size("traced", answers, golden)
-        with source.stage("simplify and verify"):
+        with source.stage("simplify, verify the ONNX"):
             simplifying.result()
-            kept = _Graph(traced, answers, checks)
-            if all(check.passed for check in checks):
-                kept, simplification = _choose(source, kept, simplified, golden, pytorch)
-            else:
-                reason = "the traced graph failed its checks, so there is nothing to compare a simplified one with"
-                simplification = Simplification(kept=False, reason=reason, nodes_before=_nodes(traced))
+            kept, simplification = _verified(source, traced, simplified, golden, [pytorch, *before])
+            kept.checks[:0] = checks
         with source.stage("verify each layer"):
             adapter = registry.available_adapter(registry.entry("onnxruntime"))
             layers = ModuleTruth(form, golden.noise)
@@ -164,23 +157,36 @@ def _check_forms(
     return checks, before
 
 
-def _choose(
-    source: GraphSource, traced: _Graph, simplified: Path, golden: Golden, pytorch: Reference
+def _verified(
+    source: GraphSource, traced: Path, simplified: Path, golden: Golden, before: Sequence[Reference]
 ) -> tuple[_Graph, Simplification]:
-    """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one."""
-    nodes = _nodes(traced.file)
-    model = onnx_file.read(simplified)
+    """The simplified graph where it answers as the traced one and as PyTorch do, or else the traced one.
+
+    Where simplification changed nothing but names of weights, the answers of one are those of the other.
+    """
+    model, ours = onnx_file.read(simplified), onnx_file.read(traced)
     onnx_file.write(model, simplified, onnx_metadata(source.checkpoint) | _version("onnxsim"))
-    answers = _ask_onnxruntime(simplified, golden, whole=True)
-    checks = check_answers("simplified", answers, [pytorch, *_as_reference("traced", traced.answers, pytorch)])
-    checks += check_other_size("simplified", answers, golden)
-    after = len(model.graph.node)
+    unchanged = onnx_file.same_but_for_names(ours, model)
+    nodes, after = len(ours.graph.node), len(model.graph.node)
+    answers = _ask_onnxruntime(simplified if unchanged else traced, golden, whole=unchanged)
+    kept = _Graph(traced, answers, _checked("traced", answers, golden, before))
+    if not all(check.passed for check in kept.checks):
+        reason = "the traced graph failed its checks, so there is nothing to compare a simplified one with"
+        return kept, Simplification(kept=False, reason=reason, nodes_before=nodes)
+    if not unchanged:
+        answers = _ask_onnxruntime(simplified, golden, whole=True)
+    pytorch = before[0]
+    checks = _checked("simplified", answers, golden, [pytorch, *_as_reference("traced", kept.answers, pytorch)])
     if wrong := [check.reason for check in checks if not check.passed]:
         reason = f"the simplified graph is not equal to the traced one: {wrong[0]}"
-        return traced, Simplification(kept=False, reason=reason, nodes_before=nodes, nodes_after=after)
+        return kept, Simplification(kept=False, reason=reason, nodes_before=nodes, nodes_after=after)
     reason = f"{nodes} nodes became {after}, with equal outputs within the limit of float32"
-    kept = _Graph(simplified, answers, [*traced.checks, *checks])
-    return kept, Simplification(kept=True, reason=reason, nodes_before=nodes, nodes_after=after)
+    found = Simplification(kept=True, reason=reason, nodes_before=nodes, nodes_after=after)
+    return _Graph(simplified, answers, [*kept.checks, *checks]), found
+
+
+def _checked(stage: str, answers: Answers, golden: Golden, compared_with: Sequence[Reference]) -> list[Check]:
+    return [*check_answers(stage, answers, compared_with), *check_other_size(stage, answers, golden)]
 
 
 def _ask_onnxruntime(file: Path, golden: Golden, *, whole: bool) -> Answers:
@@ -192,10 +198,6 @@ def _as_reference(name: str, answers: Answers, pytorch: Reference) -> list[Refer
     """A stage as what the next one is compared with; nothing where it did not answer, which its own checks say."""
     largest = answers.largest
     return [] if isinstance(largest, DMFormerError) else [Reference(name, largest, pytorch.limits)]
-
-
-def _nodes(file: Path) -> int:
-    return len(onnx_file.read(file).graph.node)
 
 
 def _version(package: str) -> dict[str, str]:

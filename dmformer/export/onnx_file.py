@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from numpy.typing import NDArray
-    from onnx import ModelProto
+    from onnx import ModelProto, TensorProto
 
 
 def read(path: Path) -> ModelProto:
@@ -50,6 +50,36 @@ def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
     onnx.helper.set_model_props(model, dict(sorted(says.items())))
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def same_but_for_names(one: ModelProto, other: ModelProto) -> bool:
+    """Whether two graphs have the same nodes in the same order, and equal weights, whatever the weights are called."""
+    if len(one.graph.node) != len(other.graph.node):
+        return False
+    ours, theirs = ({tensor.name: tensor for tensor in model.graph.initializer} for model in (one, other))
+    equal = {("", "")}  # pairs of names of weights
+
+    def matches(name: str, counterpart: str) -> bool:
+        if (name in ours) is not (counterpart in theirs):
+            return False
+        if name not in ours:
+            return name == counterpart
+        if (name, counterpart) not in equal and _content(ours[name]) != _content(theirs[counterpart]):
+            return False
+        equal.add((name, counterpart))
+        return True
+
+    return [*one.graph.input, *one.graph.output] == [*other.graph.input, *other.graph.output] and all(
+        (node.op_type, node.domain, node.attribute, node.output, len(node.input))
+        == (twin.op_type, twin.domain, twin.attribute, twin.output, len(twin.input))
+        and all(map(matches, node.input, twin.input))
+        for node, twin in zip(one.graph.node, other.graph.node, strict=True)
+    )
+
+
+def _content(tensor: TensorProto) -> tuple[int, tuple[int, ...], bytes]:
+    onnx = require("onnx", extra="export", purpose="reading ONNX files")
+    return tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor).tobytes()
 
 
 def _constants_to_initializers(model: ModelProto) -> None:

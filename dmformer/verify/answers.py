@@ -12,7 +12,7 @@ from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.verify.compare import largest_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dmformer.bundle.golden import Golden
     from dmformer.runtimes.base import Runtime
@@ -95,7 +95,7 @@ def ask(
             for batch in sizes:
                 by_batch[batch] = runtime.run_rows({name: inputs}, batch, keep)
             if consistency:
-                apart = _apart(runtime, name, inputs, by_batch[sizes[-1]], sizes, keep)
+                apart = _apart(runtime, name, inputs, by_batch, keep)
             if others is not None:
                 more = runtime.run_rows({name: others}, sizes[-1], keep)
             if elsewhere is not None:
@@ -130,18 +130,21 @@ def _apart(
     runtime: Runtime,
     name: str,
     inputs: NDArray[np.float32],
-    answers: Any,
-    sizes: Sequence[int],
+    by_batch: Mapping[int, Any],
     keep: Callable[[Outputs], Outputs],
 ) -> dict[str, float]:
+    """Distances between what must be equal; every batch size was asked for all inputs before."""
+    sizes = list(by_batch)
     largest, middle = sizes[-1], sizes[len(sizes) // 2]
     order = np.roll(np.arange(len(inputs))[::-1], 1)
     shuffled = runtime.run_rows({name: inputs[order]}, largest, keep)
     equal = keep(runtime.run({name: np.repeat(inputs[:1], largest, axis=0)}))
     first = inputs[np.arange(middle) % len(inputs)]
-    once, again = keep(runtime.run({name: first})), keep(runtime.run({name: first}))
+    again = keep(runtime.run({name: first}))
     return {
         "rows": max(largest_difference(answer, np.broadcast_to(answer[:1], answer.shape)) for answer in equal.values()),
-        "shuffled": max(largest_difference(answer, answers[key][order]) for key, answer in shuffled.items()),
-        "repeated": max(largest_difference(answer, once[key]) for key, answer in again.items()),
+        "shuffled": max(largest_difference(answer, by_batch[largest][key][order]) for key, answer in shuffled.items()),
+        "repeated": max(
+            largest_difference(answer[: len(inputs)], by_batch[middle][key][:middle]) for key, answer in again.items()
+        ),
     }
