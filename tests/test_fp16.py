@@ -14,9 +14,9 @@ import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export import fp16
-from dmformer.export.fp16 import LARGEST, tensor_peaks, to_fp16
+from dmformer.export.fp16 import LARGEST, to_fp16
 from dmformer.export.literal import literal_answers
-from dmformer.export.precision import typed_share
+from dmformer.export.precision import tensor_peaks, typed_share
 from dmformer.export.reduced import prove
 from dmformer.models.checkpoint import Checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
@@ -183,7 +183,7 @@ def relu_of_reciprocal(path: Path) -> Path:
 def test_ranges_are_the_largest_over_all_batches(tmp_path: Path) -> None:
     path = relu_of_reciprocal(tmp_path / "m.onnx")
     batches = [np.full((1, 3, 2, 2), value, np.float32) for value in (0.5, -0.25, 1.0)]
-    assert tensor_peaks(path, batches, tmp_path)["middle"] == 4.0
+    assert tensor_peaks(path, ["middle"], batches)["middle"] == 4.0
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
@@ -193,7 +193,7 @@ def test_an_activation_that_is_no_number_is_refused(tmp_path: Path, bad: float, 
     path = relu_of_reciprocal(tmp_path / "m.onnx")
     batches = [np.ones((1, 3, 2, 2), np.float32), np.full((1, 3, 2, 2), bad, np.float32)][1 - before :]
     with pytest.raises(CheckFailed, match="is NaN or infinite in float32"):
-        tensor_peaks(path, batches, tmp_path)
+        tensor_peaks(path, ["middle"], batches)
 
 
 def test_fp16_of_the_same_graph_has_the_same_bytes(checkpoint: Checkpoint, golden: Golden, tmp_path: Path) -> None:

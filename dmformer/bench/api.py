@@ -49,6 +49,7 @@ def bench(
     limit_s: float = DEFAULT_LIMIT_S,
     images: str | Path | None = None,
     profile: bool = False,
+    brief: bool = False,
     stage: Stage = silent,
 ) -> BenchReport:
     """Time the runtimes of a bundle.
@@ -70,6 +71,7 @@ def bench(
         limit_s: seconds after which a process is ended.
         images: folder of images to ask about; otherwise the bundle's golden images.
         profile: whether to find out where the time goes, too.
+        brief: take a short warm-up and few calls, enough for a median, and leave out the machine's limits.
         stage: told about the run; it advances with each process.
 
     Returns:
@@ -93,6 +95,7 @@ def bench(
         limit_s=limit_s,
         images=images,
         profile=profile,
+        brief=brief,
     )
     return run(plan_bench(bundle, request), stage)
 
@@ -129,12 +132,13 @@ def _fill(found: _Found, work: _Work, advance: Advance) -> None:
     for number in range(plan.rounds):
         if all(answers and answers[-1].error for answers in found.answers[:-1]):
             break
-        told = work.limits()
-        found.limits.append(told.limits)
-        note = f"the machine's limits were not measured: {told.error}"
-        if told.error and note not in found.notes:
-            found.notes.append(note)
-        advance()
+        if not plan.brief:
+            told = work.limits()
+            found.limits.append(told.limits)
+            note = f"the machine's limits were not measured: {told.error}"
+            if told.error and note not in found.notes:
+                found.notes.append(note)
+            advance()
         again = False
         for place in plan.order(number):
             answers = found.answers[-1 if place == plan.twin and again else place]
@@ -187,6 +191,7 @@ class _Work:
             least_calls=plan.least_calls,
             limit_s=plan.limit_s / _KILL_AFTER,
             prove_precision=prove_precision,
+            brief=plan.brief,
             profile=profile,
             answer=str(self.answer),
         )

@@ -40,9 +40,13 @@ SAMPLES_FOR = {"p50": 7, "p90": 64, "p99": 662}
 WARM_UP_S = 1.0
 WARM_UP_CALLS = 20
 WARM_UP_LIMIT = 6  # gives up on stability after so many times the least warm-up
+# The same where medians alone are wanted.
+BRIEF_WARM_UP_S = 0.5
+BRIEF_WARM_UP_CALLS = 9
 STABLE_WINDOWS = 3
 STABLE_WITHIN = 0.03
 _WINDOW_CALLS = 5
+_BRIEF_WINDOW_CALLS = 3
 
 
 class Measurement(Struct, frozen=True, kw_only=True):
@@ -87,11 +91,13 @@ class Extent:
         duration_s: least time of the steady state, in seconds.
         least_calls: least number of timed calls.
         deadline_s: when to stop in any case, on the clock of ``time.perf_counter``.
+        brief: a short warm-up, which is enough for a median.
     """
 
     duration_s: float
     least_calls: int
     deadline_s: float = float("inf")
+    brief: bool = False
 
     @property
     def over(self) -> bool:
@@ -244,24 +250,32 @@ def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
 
 def _warm_up(call: Callable[[], int], extent: Extent) -> bool:
     """Call until time, calls and stability are reached; False if the last never was."""
+    least_s, least_calls, window = WARM_UP_S, WARM_UP_CALLS, _WINDOW_CALLS
+    if extent.brief:
+        least_s, least_calls, window = BRIEF_WARM_UP_S, BRIEF_WARM_UP_CALLS, _BRIEF_WINDOW_CALLS
     latencies: list[int] = []
     begun = time.perf_counter()
     latest = begun + (extent.deadline_s - begun) / 2  # the rest is for what is measured
     while time.perf_counter() < latest:
         latencies.append(call())
         elapsed = time.perf_counter() - begun
-        if elapsed < WARM_UP_S or len(latencies) < WARM_UP_CALLS:
+        if elapsed < least_s or len(latencies) < least_calls:
             continue
-        if settled(latencies):
+        if settled(latencies, window):
             return True
-        if elapsed > WARM_UP_LIMIT * WARM_UP_S:
+        if elapsed > WARM_UP_LIMIT * least_s:
             return False
     return False
 
 
-def settled(latencies: list[int]) -> bool:
-    """Whether the medians of the last three windows agree within 3 %; a window is a tenth of the calls, or five."""
-    size = max(_WINDOW_CALLS, len(latencies) // 10)
+def settled(latencies: list[int], least_window: int = _WINDOW_CALLS) -> bool:
+    """Whether the medians of the last three windows agree within 3 %.
+
+    Args:
+        latencies: of all calls so far.
+        least_window: least number of calls in a window, which is a tenth of all.
+    """
+    size = max(least_window, len(latencies) // 10)
     if len(latencies) < STABLE_WINDOWS * size:
         return False
     medians = [float(np.median(latencies[-(i + 1) * size : len(latencies) - i * size])) for i in range(STABLE_WINDOWS)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
 from dmformer.bench.configuration import MODES, Configuration, Mode
-from dmformer.bench.measure import SAMPLES_FOR, WARM_UP_CALLS, WARM_UP_S
+from dmformer.bench.measure import BRIEF_WARM_UP_CALLS, BRIEF_WARM_UP_S, SAMPLES_FOR, WARM_UP_CALLS, WARM_UP_S
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import list_images, load_pixels
@@ -39,6 +39,7 @@ class Plan:
         limit_s: after so many seconds a process is ended; half of it is for its calls.
         images: files that are the input; empty for the golden images.
         profile: whether each row of mode ``compute`` is profiled after the rounds.
+        brief: whether medians are enough: a short warm-up, few calls, and no limits of the machine.
         skipped: a sentence for each artifact that no runtime here can run.
         notes: a sentence for each artifact that runs here, and may answer wrongly.
     """
@@ -50,6 +51,7 @@ class Plan:
     limit_s: float
     images: tuple[Path, ...]
     profile: bool
+    brief: bool
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -71,8 +73,8 @@ class Plan:
 
     @property
     def least_calls(self) -> int:
-        """Of each process, so that the 90th percentile is known."""
-        return -(-SAMPLES_FOR["p90"] // self.rounds)
+        """Of each process, so that the 90th percentile is known, or the median where that is enough."""
+        return -(-SAMPLES_FOR["p50" if self.brief else "p90"] // self.rounds)
 
     @property
     def profiled(self) -> tuple[int, ...]:
@@ -82,14 +84,15 @@ class Plan:
 
     @property
     def processes(self) -> int:
-        """How many are started; in each round one more, for the machine's limits."""
-        return self.rounds * (len(self.configurations) + 2) + len(self.profiled)
+        """How many are started; each round times one twice, and has one more for the machine's limits."""
+        return self.rounds * (len(self.configurations) + (1 if self.brief else 2)) + len(self.profiled)
 
     @property
     def expected_s(self) -> float:
         """About how long the run takes; networks that are slow for their size take longer."""
         rows = self.rounds * sum(self._process_s(self.configurations[place]) for place in self.order(0))
-        return rows + self.rounds * _LIMITS_S + sum(self._process_s(self.configurations[row]) for row in self.profiled)
+        limits = 0.0 if self.brief else self.rounds * _LIMITS_S
+        return rows + limits + sum(self._process_s(self.configurations[row]) for row in self.profiled)
 
     @property
     def longest_s(self) -> float:
@@ -98,7 +101,8 @@ class Plan:
 
     def _process_s(self, row: Configuration) -> float:
         call_s = 2 * self.bundle.manifest.model.macs * row.batch / (_USUAL_RATE * row.threads)
-        warm_up = max(WARM_UP_S, WARM_UP_CALLS * call_s)
+        least_s, calls = (BRIEF_WARM_UP_S, BRIEF_WARM_UP_CALLS) if self.brief else (WARM_UP_S, WARM_UP_CALLS)
+        warm_up = max(least_s, calls * call_s)
         steady = max(self.duration_s / self.rounds, self.least_calls * call_s)
         return _START_S.get(row.runtime, _USUAL_START_S) + min(warm_up + steady, self.limit_s / 2)
 
@@ -118,6 +122,7 @@ class Request:
     limit_s: float = DEFAULT_LIMIT_S
     images: str | Path | None = None
     profile: bool = False
+    brief: bool = False
 
 
 def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
@@ -151,6 +156,7 @@ def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
         limit_s=request.limit_s,
         images=found,
         profile=request.profile,
+        brief=request.brief,
         skipped=tuple(skipped),
         notes=tuple(f"{choice.title}: {choice.saturation}" for choice in chosen if choice.saturation),
     )

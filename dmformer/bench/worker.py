@@ -44,6 +44,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     least_calls: int
     limit_s: float
     prove_precision: bool
+    brief: bool
     profile: bool
     answer: str
 
@@ -70,7 +71,7 @@ def run(job: Job) -> Answer:
         made = batches(_inputs(bundle, job.images), wanted.batch)
         return Answer(profile=profile(choice.runtime(wanted.threads), made))
     promised = choice.artifact.promised_share if job.prove_precision else None
-    extent = Extent(job.duration_s, job.least_calls, deadline_s)
+    extent = Extent(job.duration_s, job.least_calls, deadline_s, job.brief)
     return Answer(measurement=measure(_streams(choice, job), extent, promised))
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _MOST_EXPANDED = 50
 _MOST_SMALL = 16 << 20
 _OTHER = "other/"
+FIRST_AND_LAST = (0, -1)  # rows: a real image where there are some, and noise, in which no two channels are alike
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Golden:
 
     @property
     def first_and_last(self) -> NDArray[np.float32]:
-        """Inputs (2, C, H, W): a real image where there are some, and noise, in which no two channels are alike."""
-        return self.inputs[[0, -1]]
+        """Inputs (2, C, H, W) at :data:`FIRST_AND_LAST`."""
+        return self.inputs[list(FIRST_AND_LAST)]
 
     @property
     def noise(self) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ from dmformer.verify.case import Case, run_case, save_case, staged_case
 from dmformer.verify.checkpoint import form_in, reference_checkpoint
 from dmformer.verify.compare import TENSOR_FACTORS, float32_limit, largest_difference
 from dmformer.verify.findings import Finding
-from dmformer.verify.interpret import interpret
+from dmformer.verify.interpret import Emulation, interpret
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -239,15 +239,9 @@ class _Search:
             layers = compute_layers(onnx_file.read(self.file) if self.file else model)
             reduced = frozenset(name for name, typed in layers.items() if typed == self.precision or not self.file)
         kept = frozenset(self.choice.artifact.kept_in_fp32)
-        emulated = inputs | interpret(
-            model,
-            inputs,
-            double=False,
-            precision=self.precision,
-            layers=reduced,
-            exact=kept,
-            weight_bits=self.choice.artifact.weight_bits or FULL_WEIGHT_BITS,
-        )
+        bits = self.choice.artifact.weight_bits or FULL_WEIGHT_BITS
+        emulation = Emulation(self.precision, reduced, kept, weight_bits=bits)
+        emulated = inputs | interpret(model, inputs, double=False, emulation=emulation)
         return tensor_limits(self.truth, emulated, TENSOR_FACTORS[self.precision])
 
     def _show(self, names: list[str] | tuple[str, ...], rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dmformer.bundle.golden import Golden
+from dmformer.bundle.golden import FIRST_AND_LAST, Golden
 from dmformer.bundle.manifest import Simplification
 from dmformer.errors import DMFormerError, StageFailed
 from dmformer.export import onnx_file
@@ -145,7 +145,7 @@ def _check_forms(
         ask_it = functools.partial(ask, runtime, keep=golden.thinned, layers=False, consistency=False)
         few = ask_it(golden.first_and_last, sizes=BATCH_SIZES[:-1])
         for reference in (pytorch, *before):
-            ends = {output: array[[0, -1]] for output, array in reference.outputs.items()}
+            ends = {output: array[list(FIRST_AND_LAST)] for output, array in reference.outputs.items()}
             checks += check_answers(name, few, [replace(reference, outputs=ends)])
         if model is source.model:  # of which the golden answers are those at the largest batch
             before = [replace(pytorch, name=name)]

@@ -13,6 +13,7 @@ in 16 bits that saturate: 2 x 255 x 127 does not fit, 2 x 255 x 64 does.
 
 from __future__ import annotations
 
+import functools
 import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,12 +25,12 @@ from dmformer.bundle.golden import thinned
 from dmformer.bundle.manifest import SAFE_WEIGHT_BITS
 from dmformer.errors import CheckFailed
 from dmformer.export import onnx_file
-from dmformer.export.precision import RANGE_IMAGES, Made, check_calibrated, metadata_at, typed_share
+from dmformer.export.precision import Made, check_calibrated, metadata_at, tensor_peaks, typed_share
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import INPUT_NAME, OUTPUT_NAME, STRIDES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 
     from dmformer.export.precision import Calibration, PrecisionSource
 
-_SENSITIVITY_IMAGES = 8
+# Sensitivity takes as many images as it needs for so many logits, within these bounds.
+_SENSITIVITY_LOGITS = 4000
+_SENSITIVITY_IMAGES = (4, 16)
 _BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)|decoder\.\w+(?:\.\d+)?")
 
 
@@ -67,7 +70,15 @@ def to_int8(source: PrecisionSource) -> Made:
     _check_range(model, source.weight_bits)
     onnx_file.write(model, made, quantizer.metadata)
     reason = f"among the {kept} most sensitive blocks: the accuracy budget holds with them in float32"
-    return Made(made, typed_share(model, "int8"), dict.fromkeys(order[:kept], reason), sensitivity, source.weight_bits)
+    return Made(
+        onnx=made,
+        promised=typed_share(model, "int8"),
+        kept_in_fp32=dict.fromkeys(order[:kept], reason),
+        sensitivity=sensitivity,
+        weight_bits=source.weight_bits,
+        peaks=quantizer.module_peaks,
+        answers=quantizer.answers.get(made),
+    )
 
 
 def _check_range(model: ModelProto, weight_bits: int) -> None:
@@ -103,18 +114,6 @@ def _fewest_kept(lost_with: Callable[[int], float], blocks: int, most: float) ->
     return kept
 
 
-class Reader:
-    """Batches as onnxruntime's calibration wants them (its ``CalibrationDataReader``)."""
-
-    def __init__(self, batches: Iterable[NDArray[np.float32]]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next batch by input name; ``None`` after the last."""
-        batch = next(self._batches, None)
-        return None if batch is None else {INPUT_NAME: batch}
-
-
 class _Quantizer:
     """Quantises chosen convolutions of one graph; ranges are measured once."""
 
@@ -125,11 +124,36 @@ class _Quantizer:
         self.blocks = quantizable(model)
         self.metadata = metadata_at("int8", model)
         self.graph = source.scratch / "int8-source.onnx"
-        self.ranges = source.scratch / "int8-ranges.json"
+        self.answers: dict[Path, NDArray[Any]] = {}  # to the calibration images, of files that were asked
+        self._inputs = {node.name: str(node.input[0]) for node in model.graph.node if node.op_type == "Conv"}
         self._written: dict[frozenset[str], Path] = {}
         # What the quantiser's own preprocessing would do (fold, infer shapes) is done; without this mark it warns.
         marked = {**self.metadata, "onnx.quant.pre_process": "onnxruntime.quant"}
         onnx_file.write(model, self.graph, marked)
+
+    @functools.cached_property
+    def peaks(self) -> dict[str, float]:
+        """How far each tensor that may be quantised reaches on the calibration images."""
+        names = dict.fromkeys(self._inputs[name] for names in self.blocks.values() for name in names)
+        with self.source.stage("ranges for int8", self.source.range_count) as advance:
+            return tensor_peaks(self.source.onnx, list(names), self.source.range_batches(), advance)
+
+    @property
+    def module_peaks(self) -> dict[str, float]:
+        """The same by the module whose input it is."""
+        names = [name for names in self.blocks.values() for name in names]
+        return {name.rpartition("/")[0]: self.peaks[self._inputs[name]] for name in names}
+
+    @functools.cached_property
+    def _ranges(self) -> Path:
+        """The file that the quantiser reads ranges from, in place of measuring them with its own, slower graph."""
+        calibrate = require("onnxruntime.quantization.calibrate", extra="onnxruntime", purpose="precision int8")
+        reach = {name: np.float32(peak) for name, peak in self.peaks.items()}
+        method = calibrate.CalibrationMethod.MinMax
+        data = {name: calibrate.TensorData(lowest=-peak, highest=peak) for name, peak in reach.items()}
+        path = self.source.scratch / "int8-ranges.json"
+        calibrate.save_tensors_data(calibrate.TensorsData(method, data), path)
+        return path
 
     def quantize(self, nodes: Sequence[str]) -> Path:
         """The graph with these nodes quantised, written when it is first asked for."""
@@ -141,7 +165,7 @@ class _Quantizer:
         quantization.quantize_static(
             self.graph,
             destination,
-            Reader(self.calibration.images.spread(RANGE_IMAGES).batches(1)),
+            None,
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
             nodes_to_quantize=list(nodes),
@@ -156,7 +180,7 @@ class _Quantizer:
                 "QuantizeBias": False,
                 "OpTypesToExcludeOutputQuantization": ["Conv"],
             },
-            calibration_cache_path=self.ranges,
+            calibration_cache_path=self._ranges,
         )
         self._written[frozenset(nodes)] = destination
         return destination
@@ -168,8 +192,9 @@ class _Quantizer:
         the float32 graph with that error added behind the block. So nothing is quantised or loaded for each block alone
         but the block.
         """
-        images, measure = self.calibration.images.spread(_SENSITIVITY_IMAGES), self.calibration.measure
+        measure = self.calibration.measure
         model = onnx_file.read(self.graph)
+        images = self.calibration.images.spread(_images_for(model, measure.classes))
         borders = {block: _border(model, block) for block in self.blocks}
         made = dict.fromkeys(name for border in borders.values() for name in border.outputs)
         read = dict.fromkeys(name for border in borders.values() for name in border.inputs)
@@ -215,8 +240,8 @@ class _Quantizer:
         """Of accuracy on the calibration images."""
         images, measure = self.calibration.images, self.calibration.measure
         with self.source.stage(said, measure.parts(images)) as advance:
-            kept = measure.answers(OnnxRuntime(path, precision="int8"), images, advance)
-        return self.calibration.points_lost(kept)[1]
+            self.answers[path] = measure.answers(OnnxRuntime(path, precision="int8"), images, advance)
+        return self.calibration.points_lost(self.answers[path])[1]
 
 
 class _Border(NamedTuple):
@@ -235,6 +260,13 @@ def _border(model: ModelProto, block: str) -> _Border:
     elsewhere |= {value.name for value in model.graph.output}
     read = dict.fromkeys(name for node in inside for name in node.input if name and name not in weights)
     return _Border([name for name in read if name not in made], [name for name in made if name in elsewhere])
+
+
+def _images_for(model: ModelProto, classes: int) -> int:
+    least, most = _SENSITIVITY_IMAGES
+    if len(model.graph.output[0].type.tensor_type.shape.dim) > 2:  # logits of pixels: any image has enough
+        return least
+    return min(most, max(least, -(-_SENSITIVITY_LOGITS // classes)))
 
 
 def _error_of(tensor: str) -> str:

@@ -17,7 +17,7 @@ from dmformer.export.precision import compute_layers, metadata_at
 from dmformer.verify.bisect import Node, cuts, find_parting, graph_nodes, tensor_limits
 from dmformer.verify.compare import TENSOR_FACTORS
 from dmformer.verify.findings import Island
-from dmformer.verify.interpret import interpret
+from dmformer.verify.interpret import Emulation, interpret
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -71,7 +71,8 @@ def find_island(model: ModelProto, inputs: NDArray[np.float32], known: Collectio
         shown = {name for node in made.graph.node for name in node.output} & set(truth)
         values = literal_answers(path, inputs, shown)
         layers = frozenset(name for name, typed in compute_layers(made).items() if typed == "fp16")
-        emulated = interpret(model, given, double=False, precision="fp16", layers=layers, exact=frozenset(kept))
+        emulation = Emulation("fp16", layers, exact=frozenset(kept))
+        emulated = interpret(model, given, double=False, emulation=emulation)
         limits = tensor_limits(truth, given | emulated, TENSOR_FACTORS["fp16"])
         show = functools.partial(_given, values)
         parting = find_parting(nodes, cuts(nodes, [start], outputs, shown), truth, limits, show)

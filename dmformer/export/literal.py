@@ -15,7 +15,7 @@ from dmformer.errors import StageFailed, first_line
 from dmformer.export import onnx_file
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -26,7 +26,7 @@ _ERRORS_ONLY = 3
 
 
 def literal_answers(
-    path: Path, inputs: NDArray[np.float32], keep: Collection[str] = ()
+    path: Path, inputs: NDArray[np.float32], keep: Collection[str] = (), rows: Sequence[int] | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """The graph's outputs for all rows at once, and inner tensors; the graph has one input, and no subgraphs.
 
@@ -34,22 +34,30 @@ def literal_answers(
         path: an ONNX file.
         inputs: (N, C, H, W).
         keep: inner tensors to give as well.
+        rows: which rows of the inner tensors to give, those without rows left out; otherwise all of all.
 
     Raises:
         UnavailableError: onnx or onnxruntime is not installed.
     """
     model = onnx_file.read(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    outputs = list(dict.fromkeys((*(value.name for value in model.graph.output), *keep)))
+    outputs = [value.name for value in model.graph.output]
     uses = Counter(name for node in model.graph.node for name in node.input) + Counter(outputs)
     values: dict[str, NDArray[Any]] = {model.graph.input[0].name: inputs}
+    kept: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:
-        values.update(_run(node, {name: values[name] for name in node.input if name in values}, weights, model))
+        made = _run(node, {name: values[name] for name in node.input if name in values}, weights, model)
+        for name in made.keys() & set(keep):
+            if rows is None:
+                kept[name] = made[name]
+            elif made[name].shape[:1] == inputs.shape[:1]:
+                kept[name] = made[name][list(rows)]
+        values.update(made)
         for name in node.input:
             uses[name] -= 1
             if not uses[name]:
                 values.pop(name, None)
-    return {name: values[name] for name in outputs}
+    return kept | {name: values[name] for name in outputs}
 
 
 def _run(

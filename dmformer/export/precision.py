@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from dmformer._optional import require
 from dmformer.bundle.manifest import Accuracy
 from dmformer.data.labelled import ImageSet
-from dmformer.errors import UsageError
+from dmformer.errors import CheckFailed, UsageError
 from dmformer.export import onnx_file
 from dmformer.progress import Stage
+from dmformer.runtimes.onnxruntime import OnnxRuntime
+from dmformer.task import INPUT_NAME
 from dmformer.verify.measures import Measure, measure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable
 
     from onnx import ModelProto
 
@@ -99,6 +101,17 @@ class PrecisionSource:
     scratch: Path
     stage: Stage
 
+    @property
+    def range_count(self) -> int:
+        """How many batches ranges are measured on."""
+        return 1 if self.calibration is None else min(RANGE_IMAGES, len(self.calibration.images))
+
+    def range_batches(self) -> Iterable[NDArray[np.float32]]:
+        """Batches (N, C, H, W) that ranges are measured on: calibration images one by one, or the golden ones."""
+        if self.calibration is None:
+            return [self.inputs]
+        return self.calibration.images.spread(RANGE_IMAGES).batches(1)
+
 
 @dataclass(frozen=True)
 class Made:
@@ -111,6 +124,9 @@ class Made:
         sensitivity: for each block, the error that the precision causes in it alone, relative to the outputs' spread
             over images; empty where it was not measured.
         weight_bits: bits that quantised weights use; ``None`` where none are.
+        peaks: for int8, how far the input of each quantised layer reaches on the calibration images, by its module.
+        answers: what the measure of the calibration images keeps of onnxruntime's answers with the file; ``None`` where
+            it was not asked.
     """
 
     onnx: Path
@@ -118,6 +134,8 @@ class Made:
     kept_in_fp32: dict[str, str] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
     weight_bits: int | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
+    answers: NDArray[Any] | None = None
 
 
 def make(precision: str, source: PrecisionSource) -> Made:
@@ -147,6 +165,40 @@ def check_calibrated(precisions: tuple[str, ...], images: ImageSet | None) -> No
             "precision int8 without calibration images; expected --calibration DIR with images like those that the "
             "device will see: ranges measured on anything else would be wrong"
         )
+
+
+def tensor_peaks(
+    path: Path,
+    names: Collection[str],
+    batches: Iterable[NDArray[np.float32]],
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Largest absolute value of tensors of a float32 graph, in onnxruntime, over batches (N, C, H, W).
+
+    Args:
+        path: an ONNX file.
+        names: of its input and of what its nodes give; those that are no floating point have 0.
+        batches: at least one.
+        advance: told after each batch.
+
+    Raises:
+        CheckFailed: one of them is NaN or infinite.
+    """
+    peaks = dict.fromkeys(names, 0.0)
+    with OnnxRuntime(path, taps=[name for name in names if name != INPUT_NAME]) as runtime:
+        (start,) = (spec.name for spec in runtime.inputs)
+        for batch in batches:
+            for name, array in ({start: batch} | runtime.run({start: batch})).items():
+                if name not in peaks or array.dtype.kind != "f":  # a shape, or a position
+                    continue
+                peak = float(np.abs(array).max())
+                if not np.isfinite(peak):
+                    raise CheckFailed(
+                        f"tensor {name!r} is NaN or infinite in float32 on these images; expected numbers"
+                    )
+                peaks[name] = max(peaks[name], peak)
+            advance()
+    return peaks
 
 
 def metadata_at(precision: str, model: ModelProto) -> dict[str, str]:

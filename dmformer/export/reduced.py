@@ -7,24 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmformer.bundle.golden import Golden
+from dmformer.bundle.golden import FIRST_AND_LAST, Golden
 from dmformer.errors import StageFailed
 from dmformer.export import onnx_file
 from dmformer.export.island import find_island
 from dmformer.export.literal import literal_answers
-from dmformer.export.precision import RANGE_IMAGES, Made, compute_layers, modules_at, typed_share
+from dmformer.export.precision import Made, compute_layers, modules_at, typed_share
 from dmformer.verify.answers import Answers
-from dmformer.verify.bisect import first_beyond, graph_nodes, largest_share, tensor_limits
+from dmformer.verify.bisect import error_limits, graph_nodes
 from dmformer.verify.check import Check, as_check
-from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference
-from dmformer.verify.emulate import input_peaks, round_layers_
-from dmformer.verify.interpret import interpret
+from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference, largest_difference
+from dmformer.verify.emulate import round_layers_
+from dmformer.verify.interpret import Emulation, walk
 from dmformer.verify.parity import check_answers, references
 from dmformer.verify.reference import torch_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import nn
@@ -66,7 +65,8 @@ def prove(
         if precision != "fp16" or (broken is None and all(check.passed for check in checks)):
             break
         model = onnx_file.read(source.onnx)
-        island = find_island(model, golden.worst_row(_literal(made.onnx, golden)), made.kept_in_fp32, source.scratch)
+        worst = golden.worst_row(golden.thinned(literal_answers(made.onnx, golden.inputs)))
+        island = find_island(model, worst, made.kept_in_fp32, source.scratch)
         if not island.nodes:
             break
         reason = "beyond the error of float16 there"
@@ -93,19 +93,20 @@ def reduced_golden(
     Raises:
         StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
     """
-    model = onnx_file.read(made.onnx)
-    layers = modules_at(model, precision)
-    peaks: dict[str, float] = {}
-    if precision == "int8":
-        assert source.calibration is not None
-        peaks = input_peaks(form, layers, source.calibration.images.spread(RANGE_IMAGES).batches(1))
-    tensors = check_tensors(precision, made, source, golden.first_and_last, peaks)
+    reduced = onnx_file.read(made.onnx)
+    layers = modules_at(reduced, precision)
+    inner = {name for node in reduced.graph.node for name in node.output}
+    literal = literal_answers(made.onnx, golden.inputs, inner, FIRST_AND_LAST)
+    outputs = {name: literal.pop(name) for name in golden.outputs}
+    shown = literal | {name: array[list(FIRST_AND_LAST)] for name, array in outputs.items()}
+    tensors = check_tensors(precision, made, source, golden.first_and_last, shown)
     modules = dict(form.named_modules())
     exact = [module for name in made.kept_in_fp32 if (module := name.rpartition("/")[0]) in modules and "/" in name]
-    round_layers_(form, precision, layers, peaks, exact, source.weight_bits)
-    completed = _completed(golden, precision, made, form)
+    round_layers_(form, precision, layers, made.peaks, exact, source.weight_bits)
+    completed = _completed(golden, precision, outputs, form)
     if golden.other is not None:
-        completed = replace(completed, other=_completed(golden.other, precision, made, form))
+        outputs = literal_answers(made.onnx, golden.other.inputs)
+        completed = replace(completed, other=_completed(golden.other, precision, outputs, form))
     checks = []
     for size, part in completed.sizes.items():
         try:
@@ -118,22 +119,22 @@ def reduced_golden(
     return completed, [*checks, tensors]
 
 
-def _completed(golden: Golden, precision: str, made: Made, rounded: nn.Module) -> Golden:
+def _completed(golden: Golden, precision: str, literal: Mapping[str, NDArray[Any]], rounded: nn.Module) -> Golden:
     """With what the file at a precision answers, and what the network answers whose layers were rounded."""
     emulated = golden.thinned(torch_outputs(rounded, golden.inputs))
     return replace(
         golden,
-        files=golden.files | {precision: _literal(made.onnx, golden)},
+        files=golden.files | {precision: golden.thinned(literal)},
         emulated=golden.emulated | {precision: emulated},
     )
 
 
-def _literal(path: Path, golden: Golden) -> dict[str, NDArray[Any]]:
-    return golden.thinned(literal_answers(path, golden.inputs))
-
-
 def check_tensors(
-    precision: str, made: Made, source: PrecisionSource, rows: NDArray[np.float32], peaks: Mapping[str, float]
+    precision: str,
+    made: Made,
+    source: PrecisionSource,
+    rows: NDArray[np.float32],
+    shown: Mapping[str, NDArray[Any]],
 ) -> Check:
     """Whether every tensor of a file at a reduced precision is what the float32 file has, within the precision's error.
 
@@ -144,32 +145,31 @@ def check_tensors(
         made: the file, and the nodes that stay in float32.
         source: what it was made from.
         rows: images, (N, C, H, W).
-        peaks: for int8, how far the input of each module reaches on the calibration images.
+        shown: every tensor that the file makes of them, taken by its word.
     """
     model, reduced = onnx_file.read(source.onnx), onnx_file.read(made.onnx)
     inputs = {model.graph.input[0].name: rows}
-    truth = interpret(model, inputs, double=True)
     layers = frozenset(name for name, typed in compute_layers(reduced).items() if typed == precision)
-    kept = frozenset(made.kept_in_fp32)
-    by_node = {name: peaks[module] for name in layers if (module := name.rpartition("/")[0]) in peaks}
-    emulated = interpret(
-        model,
-        inputs,
-        double=False,
-        precision=precision,
-        layers=layers,
-        exact=kept,
-        peaks=by_node,
-        weight_bits=source.weight_bits,
-    )
-    limits = tensor_limits(truth, emulated, TENSOR_FACTORS[precision])
-    shown = literal_answers(made.onnx, rows, {name for node in reduced.graph.node for name in node.output} & set(truth))
-    name, distance = largest_share(shown, truth, limits)
-    beyond, reason = first_beyond(graph_nodes(model), shown, truth, limits), None
+    by_node = {name: made.peaks[module] for name in layers if (module := name.rpartition("/")[0]) in made.peaks}
+    emulation = Emulation(precision, layers, frozenset(made.kept_in_fp32), by_node, source.weight_bits)
+    peaks: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    apart: dict[str, float] = {}
+    # Side by side, so that no more is held than the next nodes read.
+    both = zip(walk(model, inputs, double=True), walk(model, inputs, double=False, emulation=emulation), strict=True)
+    for (name, exact), (_, emulated) in both:
+        peaks[name], errors[name] = float(np.abs(exact).max()), largest_difference(emulated, exact)
+        if name in shown:
+            apart[name] = largest_difference(shown[name], exact)
+    limits = error_limits(peaks, errors, TENSOR_FACTORS[precision])
+    name = max(apart, key=lambda name: apart[name] / limits[name] if np.isfinite(apart[name]) else np.inf)
+    reason = None
+    made_by = ((node.name, tensor) for node in graph_nodes(model) for tensor in node.outputs if tensor in apart)
+    beyond = next((found for found in made_by if not apart[found[1]] <= limits[found[1]]), None)
     if beyond is not None:
-        node, name, distance = beyond
-        reason = f"{node.name}: tensor {name} differs by {distance:.3g}, limit {limits[name]:.3g}"
+        node, name = beyond
+        reason = f"{node}: tensor {name} differs by {apart[name]:.3g}, limit {limits[name]:.3g}"
     derived = f"{TENSOR_FACTORS[precision]:g} x the error of tensor {name} at {precision}, emulated in PyTorch"
-    limit = Limit(limits[name], derived)
+    limit, distance = Limit(limits[name], derived), apart[name]
     comparison = Comparison(beyond is None, max_abs=distance if np.isfinite(distance) else None, reason=reason)
     return as_check("tensors", "onnxruntime", precision, len(rows), comparison, limit, "onnx fp32")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Stage
 
-DURATION_S = 3.0
+DURATION_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Timed:
 
 
 def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
-    """Time all artifacts, rounds interleaved, each in processes of its own.
+    """Time all artifacts, rounds interleaved, each in processes of its own, for their medians alone.
 
     The batch is 1, or the least that every engine takes.
 
@@ -41,7 +41,7 @@ def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
     """
     targets = [artifact.target for artifact in bundle.manifest.artifacts if artifact.target is not None]
     batch = max([1, *(target.min_batch for target in targets)])
-    report = bench(bundle, batches=[batch], duration_s=DURATION_S, stage=stage)
+    report = bench(bundle, batches=[batch], duration_s=DURATION_S, brief=True, stage=stage)
     for result in report.results:
         if not result.timed:
             raise StageFailed(f"timing {result.runtime} {result.precision}: {result.reason}")

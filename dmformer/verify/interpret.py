@@ -6,6 +6,9 @@ shapes and positions, where height and width are open, is left to ONNX's referen
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from dmformer.verify.emulate import quantized
 from dmformer.verify.reference import depthwise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
 
     import torch
     from numpy.typing import NDArray
@@ -33,29 +36,43 @@ _ON_SHAPES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Emulation:
+    """A precision to emulate.
+
+    Attributes:
+        precision: at ``fp16`` every result and the weights of ``layers`` are rounded, at ``int8`` the weights and the
+            first input of ``layers``.
+        layers: names of the nodes that compute in it.
+        exact: names of nodes whose results are not rounded.
+        peaks: for int8, how far the input of a node was found to reach; for others, as far as it does here.
+        weight_bits: for int8, how many bits the weights use.
+    """
+
+    precision: str
+    layers: frozenset[str]
+    exact: frozenset[str] = frozenset()
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    weight_bits: int | None = None
+
+
 def interpret(
-    model: ModelProto,
-    inputs: Mapping[str, NDArray[Any]],
-    *,
-    double: bool,
-    precision: str = "fp32",
-    layers: frozenset[str] = frozenset(),
-    exact: frozenset[str] = frozenset(),
-    peaks: Mapping[str, float] | None = None,
-    weight_bits: int | None = None,
+    model: ModelProto, inputs: Mapping[str, NDArray[Any]], *, double: bool, emulation: Emulation | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Every tensor of a graph.
+    """Every tensor of a graph by its name; as :func:`walk`, and all of them kept."""
+    return dict(walk(model, inputs, double=double, emulation=emulation))
+
+
+def walk(
+    model: ModelProto, inputs: Mapping[str, NDArray[Any]], *, double: bool, emulation: Emulation | None = None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Every tensor of a graph with its name, in the order of its nodes, and held no longer than nodes need it.
 
     Args:
         model: a graph in float32.
         inputs: an array for each input.
         double: compute in float64, or else in float32.
-        precision: what to emulate: at ``fp16`` every result and the weights of ``layers`` are rounded, at ``int8`` the
-            weights and the first input of ``layers``.
-        layers: names of the nodes that compute in it.
-        exact: names of nodes whose results are not rounded.
-        peaks: for int8, how far the input of a node was found to reach; for others, as far as it does here.
-        weight_bits: for int8, how many bits the weights use.
+        emulation: of a reduced precision.
 
     Raises:
         StageFailed: the graph has an operator that no DMFormer has.
@@ -67,27 +84,31 @@ def interpret(
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values = {name: _as(dtype, array.copy()) for name, array in {**weights, **inputs}.items()}
     operators = _operators()
-    found: dict[str, NDArray[Any]] = {}
-    with torch.inference_mode():
-        for node in model.graph.node:
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    for node in model.graph.node:
+        with torch.inference_mode():
             if node.op_type not in operators and node.op_type not in _ON_SHAPES:
                 raise StageFailed(
                     f"node {node.name!r} is {node.op_type}; expected one of {', '.join((*operators, *_ON_SHAPES))}"
                 )
             given = [values[name] for name in node.input if name]
-            if node.name in layers:
-                given = _reduced(given, precision, (peaks or {}).get(node.name), weight_bits)
+            if emulation is not None and node.name in emulation.layers:
+                given = _reduced(given, emulation, node.name)
             if node.op_type in operators and all(tensor.is_floating_point() for tensor in given):
                 attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
                 result = operators[node.op_type](given, attributes)
             else:
                 result = _as(dtype, _by_reference(node, given, model))
-            if precision == "fp16" and node.name not in exact and result.is_floating_point():
+            rounded = emulation is not None and emulation.precision == "fp16" and node.name not in emulation.exact
+            if rounded and result.is_floating_point():
                 result = result.half().to(dtype)
-            (name,) = node.output
-            values[name] = result
-            found[name] = result.numpy()
-    return found
+        (made,) = node.output
+        values[made] = result
+        yield made, result.numpy()
+        for name in node.input:
+            uses[name] -= 1
+            if not uses[name]:
+                values.pop(name, None)
 
 
 def _as(dtype: torch.dtype, array: NDArray[Any]) -> Tensor:
@@ -107,16 +128,16 @@ def _by_reference(node: NodeProto, given: list[Tensor], model: ModelProto) -> ND
     return np.asarray(result)
 
 
-def _reduced(given: list[Tensor], precision: str, peak: float | None, weight_bits: int | None) -> list[Tensor]:
+def _reduced(given: list[Tensor], emulation: Emulation, node: str) -> list[Tensor]:
     """What a layer at a precision is given: input, weight (O, I, k, k) or (O, I), and perhaps a bias."""
     import torch
 
-    if precision == "fp16":
+    if emulation.precision == "fp16":
         return [given[0], *(tensor.half().to(tensor.dtype) for tensor in given[1:])]
-    weight = given[1]
+    weight, peak = given[1], emulation.peaks.get(node)
     peaks = weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (weight.ndim - 1))
     reach = given[0].abs().max() if peak is None else torch.tensor(peak, dtype=weight.dtype)
-    return [quantized(given[0], reach), quantized(weight, peaks, weight_bits), *given[2:]]
+    return [quantized(given[0], reach), quantized(weight, peaks, emulation.weight_bits), *given[2:]]
 
 
 def _operators() -> dict[str, Operator]:
