@@ -43,6 +43,7 @@ WARM_UP_LIMIT = 6  # gives up on stability after so many times the least warm-up
 # The same where medians alone are wanted.
 BRIEF_WARM_UP_S = 0.5
 BRIEF_WARM_UP_CALLS = 9
+BRIEF_WARM_UP_LIMIT = 2
 STABLE_WINDOWS = 3
 STABLE_WITHIN = 0.03
 _WINDOW_CALLS = 5
@@ -250,9 +251,10 @@ def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
 
 def _warm_up(call: Callable[[], int], extent: Extent) -> bool:
     """Call until time, calls and stability are reached; False if the last never was."""
-    least_s, least_calls, window = WARM_UP_S, WARM_UP_CALLS, _WINDOW_CALLS
+    least_s, least_calls, window, limit = WARM_UP_S, WARM_UP_CALLS, _WINDOW_CALLS, WARM_UP_LIMIT
     if extent.brief:
         least_s, least_calls, window = BRIEF_WARM_UP_S, BRIEF_WARM_UP_CALLS, _BRIEF_WINDOW_CALLS
+        limit = BRIEF_WARM_UP_LIMIT
     latencies: list[int] = []
     begun = time.perf_counter()
     latest = begun + (extent.deadline_s - begun) / 2  # the rest is for what is measured
@@ -263,7 +265,7 @@ def _warm_up(call: Callable[[], int], extent: Extent) -> bool:
             continue
         if settled(latencies, window):
             return True
-        if elapsed > WARM_UP_LIMIT * least_s:
+        if elapsed > limit * least_s:
             return False
     return False
 

@@ -16,13 +16,14 @@ from dmformer.export import onnx_file
 from dmformer.export.formats import versions
 from dmformer.export.simplify import Simplifier
 from dmformer.export.torch_onnx import onnx_metadata, trace
+from dmformer.machine import give_memory_back
 from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.models.dmformer import DMFormerBackbone
 from dmformer.progress import Stage
 from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
-from dmformer.verify.answers import BATCH_SIZES, Answers, ask
+from dmformer.verify.answers import Answers, ask, batch_sizes
 from dmformer.verify.check import Check
 from dmformer.verify.compare import Reference
 from dmformer.verify.modules import ModuleTruth
@@ -94,9 +95,11 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
         with source.stage("trace to ONNX"):
             trace(source.checkpoint, source.form(), traced)
         simplifying = pool.submit(simplifier.simplify, traced, simplified)
+        give_memory_back()  # what PyTorch freed and an engine cannot use
         with source.stage("verify PyTorch's forms"):
             form = source.form() if source.deploy_form else source.model
             checks, before = _check_forms(source, form, golden, pytorch)
+        give_memory_back()
         with source.stage("simplify, verify the ONNX"):
             simplifying.result()
             kept, simplification = _verified(source, traced, simplified, golden, [pytorch, *before])
@@ -139,18 +142,20 @@ def _check_forms(
         forms["deploy form"] = form
     checks: list[Check] = []
     before: list[Reference] = []
+    sizes = batch_sizes(golden.inputs)
     for name, model in forms.items():
         runtime = ModuleRuntime(model, source.checkpoint)
-        # PyTorch is slow: all images are asked at the largest batch alone.
+        # PyTorch is slow: all images are asked at the largest batch alone, and one batch at each of the others.
         ask_it = functools.partial(ask, runtime, keep=golden.thinned, layers=False, consistency=False)
-        few = ask_it(golden.first_and_last, sizes=BATCH_SIZES[:-1])
-        for reference in (pytorch, *before):
-            ends = {output: array[list(FIRST_AND_LAST)] for output, array in reference.outputs.items()}
-            checks += check_answers(name, few, [replace(reference, outputs=ends)])
+        for size in sizes[:-1]:
+            few = ask_it(golden.first_and_last[-size:], sizes=[size])
+            for reference in (pytorch, *before):
+                ends = {key: array[list(FIRST_AND_LAST)][-size:] for key, array in reference.outputs.items()}
+                checks += check_answers(name, few, [replace(reference, outputs=ends)])
         if model is source.model:  # of which the golden answers are those at the largest batch
             before = [replace(pytorch, name=name)]
             continue
-        whole = ask_it(golden.inputs, sizes=BATCH_SIZES[-1:], elsewhere=golden.other)
+        whole = ask_it(golden.inputs, sizes=sizes[-1:], elsewhere=golden.other)
         checks += check_answers(name, whole, [pytorch, *before])
         checks += check_other_size(name, whole, golden)
         before = _as_reference(name, whole, pytorch)

@@ -14,9 +14,9 @@ from dmformer.export.island import find_island
 from dmformer.export.literal import literal_answers
 from dmformer.export.precision import Made, compute_layers, modules_at, typed_share
 from dmformer.verify.answers import Answers
-from dmformer.verify.bisect import error_limits, graph_nodes
+from dmformer.verify.bisect import error_limits, graph_nodes, nearest_to_limit
 from dmformer.verify.check import Check, as_check
-from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference, largest_difference
+from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference, largest_difference, largest_value
 from dmformer.verify.emulate import round_layers_
 from dmformer.verify.interpret import Emulation, walk
 from dmformer.verify.parity import check_answers, references
@@ -158,11 +158,11 @@ def check_tensors(
     # Side by side, so that no more is held than the next nodes read.
     both = zip(walk(model, inputs, double=True), walk(model, inputs, double=False, emulation=emulation), strict=True)
     for (name, exact), (_, emulated) in both:
-        peaks[name], errors[name] = float(np.abs(exact).max()), largest_difference(emulated, exact)
+        peaks[name], errors[name] = largest_value(exact), largest_difference(emulated, exact)
         if name in shown:
             apart[name] = largest_difference(shown[name], exact)
     limits = error_limits(peaks, errors, TENSOR_FACTORS[precision])
-    name = max(apart, key=lambda name: apart[name] / limits[name] if np.isfinite(apart[name]) else np.inf)
+    name = nearest_to_limit(apart, limits)
     reason = None
     made_by = ((node.name, tensor) for node in graph_nodes(model) for tensor in node.outputs if tensor in apart)
     beyond = next((found for found in made_by if not apart[found[1]] <= limits[found[1]]), None)

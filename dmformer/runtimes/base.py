@@ -295,10 +295,14 @@ class Runtime(ABC):
         parts: dict[str, list[NDArray[Any]]] = {}
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count
-            outputs = self.run({name: array[rows] for name, array in inputs.items()})
-            for name, array in (keep(outputs) if keep else outputs).items():
+            given = {name: array[rows] for name, array in inputs.items()}
+            # What is not kept is gone before the next batch runs.
+            for name, array in keep(self.run(given)).items() if keep else self.run(given).items():
                 parts.setdefault(name, []).append(array)
-        return {name: np.concatenate(arrays)[:count] for name, arrays in parts.items()}
+        # One batch is not copied: all inner tensors of a large image take a gigabyte.
+        return {
+            name: (np.concatenate(arrays) if len(arrays) > 1 else arrays[0])[:count] for name, arrays in parts.items()
+        }
 
     def __enter__(self) -> Self:
         if self.precision not in self.precisions:

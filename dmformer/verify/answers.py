@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from dmformer.bundle.golden import Golden
     from dmformer.runtimes.base import Runtime
 
-# One row alone, an even batch, and one that no power of two divides.
-BATCH_SIZES = (1, 2, 5)
+# One row alone, an even batch, and one that no power of two divides; for large images the least of those.
+_BATCH_SIZES = (1, 2, 5)
+_BATCH_SIZES_LARGE = (1, 2, 3)
+_MOST_PIXELS = 5 * 384 * 384  # in a batch: five maps of 512 pixels and 150 classes take 3 GB in onnxruntime
 Outputs = dict[str, NDArray[Any]]
 
 
@@ -83,16 +85,19 @@ def ask(
     Raises:
         UnavailableError: the runtime cannot run on this machine.
     """
-    sizes = sizes or _batch_sizes(runtime)
+    sizes = sizes or _sizes_for(runtime, inputs)
     by_batch: dict[int, Outputs | DMFormerError] = {}
     found: dict[str, int] = {}
     apart: dict[str, float] = {}
-    unread, more = None, None
+    unread: DMFormerError | None = None
+    more: Outputs | None = None
     at_other: Outputs | DMFormerError | None = None
     try:
         with runtime:
             (name,) = (spec.name for spec in runtime.inputs)
-            for batch in sizes:
+            if layers:  # some engines load the model once more for it, and have room before the rest
+                found, unread = _layers(runtime)
+            for batch in reversed(sizes):  # what engines set aside for the largest does for the others
                 by_batch[batch] = runtime.run_rows({name: inputs}, batch, keep)
             if consistency:
                 apart = _apart(runtime, name, inputs, by_batch, keep)
@@ -100,15 +105,23 @@ def ask(
                 more = runtime.run_rows({name: others}, sizes[-1], keep)
             if elsewhere is not None:
                 at_other = _at_other(runtime, name, elsewhere)
-            if layers:
-                found = runtime.layers()
     except UnavailableError:
         raise
     except DMFormerError as error:
         unread = error
         by_batch.update({batch: error for batch in sizes if batch not in by_batch})
         at_other = at_other or (None if elsewhere is None else error)
-    return Answers(runtime.name, runtime.precision, by_batch, found, unread, apart, more, at_other)
+    in_order = {batch: by_batch[batch] for batch in sizes}
+    return Answers(runtime.name, runtime.precision, in_order, found, unread, apart, more, at_other)
+
+
+def _layers(runtime: Runtime) -> tuple[dict[str, int], DMFormerError | None]:
+    try:
+        return runtime.layers(), None
+    except UnavailableError:
+        raise
+    except DMFormerError as error:
+        return {}, error
 
 
 def _at_other(runtime: Runtime, name: str, golden: Golden) -> Outputs | DMFormerError:
@@ -118,11 +131,17 @@ def _at_other(runtime: Runtime, name: str, golden: Golden) -> Outputs | DMFormer
         return error
 
 
-def _batch_sizes(runtime: Runtime) -> Sequence[int]:
-    """Smallest, a middle and the largest; an artifact without bounds gets :data:`BATCH_SIZES`."""
+def batch_sizes(inputs: NDArray[np.float32]) -> tuple[int, ...]:
+    """Sizes of batches, ascending, that a network is asked with for inputs (N, C, H, W)."""
+    pixels = _BATCH_SIZES[-1] * inputs.shape[2] * inputs.shape[3]
+    return _BATCH_SIZES if pixels <= _MOST_PIXELS else _BATCH_SIZES_LARGE
+
+
+def _sizes_for(runtime: Runtime, inputs: NDArray[np.float32]) -> Sequence[int]:
+    """Smallest, a middle and the largest; an artifact without bounds gets those of :func:`batch_sizes`."""
     least, most = runtime.batches
     if most is None:
-        return sorted({max(least, batch) for batch in BATCH_SIZES})
+        return sorted({max(least, batch) for batch in batch_sizes(inputs)})
     return sorted({least, (least + most) // 2, most})
 
 
@@ -134,9 +153,9 @@ def _apart(
     keep: Callable[[Outputs], Outputs],
 ) -> dict[str, float]:
     """Distances between what must be equal; every batch size was asked for all inputs before."""
-    sizes = list(by_batch)
+    sizes = sorted(by_batch)
     largest, middle = sizes[-1], sizes[len(sizes) // 2]
-    order = np.roll(np.arange(len(inputs))[::-1], 1)
+    order = np.roll(np.arange(len(inputs))[::-1], 1)[:largest]
     shuffled = runtime.run_rows({name: inputs[order]}, largest, keep)
     equal = keep(runtime.run({name: np.repeat(inputs[:1], largest, axis=0)}))
     first = inputs[np.arange(middle) % len(inputs)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dmformer.errors import StageFailed
-from dmformer.verify.compare import largest_difference
+from dmformer.verify.compare import largest_difference, largest_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -191,13 +191,9 @@ def first_beyond(
     return None
 
 
-def largest_share(
-    shown: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], limits: Mapping[str, float]
-) -> tuple[str, float]:
-    """The tensor nearest to its limit, or furthest beyond it, and its largest difference."""
-    apart = {name: largest_difference(array, expected[name]) for name, array in shown.items() if name in limits}
-    name = max(apart, key=lambda name: apart[name] / limits[name] if np.isfinite(apart[name]) else np.inf)
-    return name, apart[name]
+def nearest_to_limit(apart: Mapping[str, float], limits: Mapping[str, float]) -> str:
+    """The tensor whose difference is nearest to its limit, or furthest beyond it."""
+    return max(apart, key=lambda name: apart[name] / limits[name] if np.isfinite(apart[name]) else np.inf)
 
 
 def tensor_limits(
@@ -213,7 +209,7 @@ def tensor_limits(
     Raises:
         StageFailed: the truth itself is not finite.
     """
-    peaks = {name: float(np.abs(exact).max()) for name, exact in truth.items()}
+    peaks = {name: largest_value(exact) for name, exact in truth.items()}
     errors = {name: largest_difference(emulated[name], exact) for name, exact in truth.items()}
     return error_limits(peaks, errors, factor)
 

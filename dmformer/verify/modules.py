@@ -14,9 +14,9 @@ import numpy as np
 
 from dmformer.errors import DMFormerError, UnavailableError
 from dmformer.runtimes.layers import module_path
-from dmformer.verify.bisect import error_limits, largest_share
+from dmformer.verify.bisect import error_limits, nearest_to_limit
 from dmformer.verify.check import Check, as_check
-from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, largest_difference
+from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, largest_difference, largest_value
 from dmformer.verify.reference import in_double
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ModuleTruth:
         def compare(name: str, exact: NDArray[np.float64]) -> None:
             """What is kept is rounded to float32: all layers in float64 take gigabytes at 512 pixels."""
             if name in single:
-                peaks[name] = float(np.abs(exact).max())
+                peaks[name] = largest_value(exact)
                 errors[name] = largest_difference(single.pop(name), exact)
                 self.truth[name] = exact.astype(np.float32)
 
@@ -94,23 +94,20 @@ class ModuleTruth:
         return {name: fused.get(module, module) for name, module in found.items()}
 
     def _compare(self, runtime: str, shown: dict[str, NDArray[Any]]) -> Check:
-        module, distance = largest_share(shown, self.truth, self.limits)
-        beyond = [
-            name
-            for name in self.truth
-            if name in shown and not largest_difference(shown[name], self.truth[name]) <= self.limits[name]
-        ]
+        apart = {name: largest_difference(shown[name], truth) for name, truth in self.truth.items() if name in shown}
+        module = nearest_to_limit(apart, self.limits)
+        beyond = [name for name, distance in apart.items() if not distance <= self.limits[name]]
         reason = None
         if beyond:
             module = beyond[0]
-            distance = largest_difference(shown[module], self.truth[module])
             reason = (
-                f"{len(beyond)} of {len(shown)} layers differ, the first is module {module}: by {distance:.3g}, "
+                f"{len(beyond)} of {len(shown)} layers differ, the first is module {module}: by {apart[module]:.3g}, "
                 f"limit {self.limits[module]:.3g}"
             )
         factor, count = TENSOR_FACTORS["fp32"], len(self.rows)
         source = f"{factor:g} x float32 noise of module {module} in PyTorch, {count} images"
         limit = Limit(self.limits[module], source)
+        distance = apart[module]
         comparison = Comparison(not beyond, max_abs=distance if np.isfinite(distance) else None, reason=reason)
         return as_check("layers", runtime, "fp32", count, comparison, limit)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from dmformer.bundle.golden import Golden, thinned
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
-from dmformer.machine import usable_cores
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ _MOST_REAL = 3  # of the golden images; the others are noise, which reaches what
 _OTHER_IMAGES = 2  # where height and width are open
 _SEED = 20230604
 _MOST_KEPT = 1 << 18  # values of one output for one image; 21 MB for all golden images in float32 and float64
-T = TypeVar("T")
 
 
 def golden_pixels(preprocessing: Preprocessing, images: Sequence[Path]) -> NDArray[np.uint8]:
@@ -63,8 +60,7 @@ def source_images(preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], ...]
 def make_golden(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     """Run the network on preprocessed images, in float32 as one batch and in float64 image by image.
 
-    PyTorch's dilated depth-wise convolutions in float64 use one thread, so the images share the cores. More images
-    than golden ones run in several batches.
+    More images than golden ones run in several batches.
     """
     sources = source_images(preprocessing)
     return replace(
@@ -89,11 +85,12 @@ def _answered(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDA
         return thinned(torch_outputs(network, rows), strides)
 
     batches = range(0, len(inputs), GOLDEN_IMAGES)
+    double = in_double(model)
     return Golden(
         images=pixels,
         inputs=inputs,
         outputs=_joined([run(model, inputs[start : start + GOLDEN_IMAGES]) for start in batches]),
-        outputs_float64=_joined(_in_float64(model, inputs, run)),
+        outputs_float64=_joined([run(double, row[None].astype(np.float64)) for row in inputs]),
         strides=strides,
     )
 
@@ -144,21 +141,6 @@ def in_double(model: nn.Module) -> nn.Module:
         if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels == module.out_channels:
             module.forward = functools.partial(_depthwise, module)  # type: ignore[method-assign]
     return double
-
-
-def _in_float64(
-    model: DMFormerBackbone, inputs: NDArray[np.float32], run: Callable[[nn.Module, NDArray[Any]], T]
-) -> list[T]:
-    import torch
-
-    double = in_double(model)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            return list(pool.map(lambda row: run(double, row[None].astype(np.float64)), inputs))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, dilation: int) -> Tensor:
