@@ -290,6 +290,34 @@ def test_eval_is_what_the_measures_say_by_hand(segmentation: ExportResult, few_s
     Draft202012Validator(schema).validate(json.loads(msgspec.json.encode(report)))
 
 
+def test_images_and_annotations_are_read_once_for_all_runtimes(
+    segmentation: ExportResult, few_scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmformer.data import annotated
+
+    opened: list[str] = []
+
+    def note(path: Path, *others: Any) -> Any:
+        opened.append(path.name)
+        return load_labels(path, *others)
+
+    monkeypatch.setattr(annotated, "load_labels", note)
+    report = evaluate(segmentation.output, few_scenes)
+    assert len(report.results) == 3
+    assert sorted(opened) == sorted(path.name for path in (few_scenes / "annotations/validation").iterdir())
+
+
+def test_a_tally_keeps_no_more_than_a_confusion_matrix() -> None:
+    tally = Segmentation(3).tally()
+    for value in range(3):
+        kept = np.full((1, 50, 50), value, np.uint8)
+        tally.add(kept, kept, kept)
+    arrays = [value for value in vars(tally).values() if isinstance(value, np.ndarray)]
+    assert [array.tolist() for array in arrays] == [(2500 * np.eye(3)).tolist()]
+    assert all(isinstance(value, (int, np.ndarray)) for value in vars(tally).values())
+    assert tally.accuracy().agreement_with_torch == 1
+
+
 def test_loose_images_are_measured_by_agreement(
     segmentation: ExportResult, few_scenes: Path, inline: Callable[..., Run]
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
@@ -15,14 +17,17 @@ from dmformer.progress import Stage, silent
 from dmformer.task import Task
 from dmformer.verify.accuracy import Paired  # noqa: TC001 - the type of a field
 from dmformer.verify.checkpoint import reference_checkpoint
-from dmformer.verify.measures import Measure, measure_of
+from dmformer.verify.measures import Tally, finite, measure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from dmformer.data.labelled import ImageSet
+    from dmformer.models.checkpoint import Checkpoint
+    from dmformer.runtimes.base import Runtime
 
 
 class EvalResult(Accuracy, frozen=True, kw_only=True):
@@ -85,23 +90,38 @@ def evaluate(
     chosen, skipped = select(opened, runtimes, precisions)
     measure = measure_of(manifest.model.task, manifest.class_count)
     images = measure.images(Path(data), manifest.preprocessing, manifest.model.classes)
-    torch, reason = _torch(opened, images, measure, Path(weights) if weights is not None else None, stage)
+    checkpoint, reason = _reference(opened, images, Path(weights) if weights is not None else None)
+    counted = [_Counted(choice.runtime(), measure.tally()) for choice in chosen]
+    torch = measure.tally() if checkpoint is not None else None
+    names = [*(["PyTorch"] if checkpoint else []), *(choice.title for choice in chosen)]
+    with ExitStack() as open_, stage(", ".join(names), measure.parts(images)) as advance:
+        ask_torch = _asking(checkpoint) if checkpoint is not None else None
+        for one in counted:
+            open_.enter_context(one.runtime)
+        # Side by side, so that images and annotations are read once, and no answers are kept.
+        for batch, truth in zip(images.batches(measure.batch), measure.truths(images), strict=True):
+            expected = None
+            if torch is not None and ask_torch is not None:
+                expected = measure.kept(finite(ask_torch(batch), "PyTorch itself"))
+                torch.add(expected, truth, expected)
+            for runtime, tally in counted:
+                (name,) = (spec.name for spec in runtime.inputs)
+                kept = measure.kept(finite(runtime.run_rows({name: batch}), runtime.name))
+                tally.add(kept, truth, expected)
+            advance()
     results = []
-    for choice in chosen:
-        name, precision = choice.entry.name, choice.artifact.precision
-        with stage(f"{name} {precision}", measure.parts(images)) as advance:
-            kept = measure.answers(choice.runtime(), images, advance)
-        accuracy = measure.score(kept, images, torch)
+    for choice, (_, tally) in zip(chosen, counted, strict=True):
+        accuracy = tally.accuracy()
         results.append(
             EvalResult(
-                runtime=name,
-                precision=precision,
+                runtime=choice.entry.name,
+                precision=choice.artifact.precision,
                 artifact_sha256=choice.artifact.sha256,
-                paired=None if torch is None else measure.paired(kept, torch, images),
+                paired=tally.paired(),
                 **{field: getattr(accuracy, field) for field in accuracy.__struct_fields__},
             )
         )
-    doubt = measure.doubt(kept if torch is None else torch, images)
+    doubt = (torch or counted[-1].tally).doubt()
     return EvalReport(
         data=str(data),
         images=len(images),
@@ -109,7 +129,7 @@ def evaluate(
         task=manifest.model.task,
         classes=manifest.model.classes,
         results=tuple(results),
-        torch=None if torch is None else measure.score(torch, images, torch),
+        torch=None if torch is None else torch.accuracy(),
         notes=(
             *([doubt] if doubt else []),
             *(f"{one.title}: {one.caveat}" for one in chosen if one.caveat),
@@ -118,24 +138,28 @@ def evaluate(
     )
 
 
-def _torch(
-    bundle: Bundle, images: ImageSet, measure: Measure, weights: Path | None, stage: Stage
-) -> tuple[NDArray[Any] | None, str | None]:
-    """What is kept of PyTorch's outputs, or why there are none; without either nothing could be measured."""
+class _Counted(NamedTuple):
+    runtime: Runtime
+    tally: Tally
+
+
+def _asking(checkpoint: Checkpoint) -> Callable[[NDArray[np.float32]], dict[str, NDArray[Any]]]:
+    from dmformer.verify.reference import torch_outputs
+
+    return functools.partial(torch_outputs, checkpoint.model())
+
+
+def _reference(bundle: Bundle, images: ImageSet, weights: Path | None) -> tuple[Checkpoint | None, str | None]:
+    """What agreement is measured with, or why there is nothing; without either nothing could be measured."""
     if weights is None and not bundle.artifacts("torch"):
         reason = "the bundle has no torch format; give --weights FILE, or export with --format torch as well"
     else:
         try:
-            checkpoint = reference_checkpoint(bundle, weights)
+            return reference_checkpoint(bundle, weights), None
         except UnavailableError as error:
             if not images.labelled or weights is not None:
                 raise
             reason = str(error)
-        else:
-            from dmformer.verify.reference import torch_answers
-
-            with stage("PyTorch", measure.parts(images)) as advance:
-                return torch_answers(checkpoint.model(), images, measure, advance), None
     if not images.labelled:
         raise UsageError(f"images without labels, and agreement with PyTorch cannot be measured: {reason}")
     return None, reason

@@ -18,7 +18,7 @@ from dmformer.verify.accuracy import paired, points_lost, score
 from dmformer.verify.segmentation import confusion_matrix, pixel_accuracy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from typing import Any
 
@@ -68,30 +68,32 @@ class Measure(ABC):
         """What of a batch's outputs the scores need, rows first."""
 
     @abstractmethod
+    def tally(self) -> Tally:
+        """Nothing counted yet."""
+
+    @abstractmethod
+    def truths(self, images: ImageSet) -> Iterator[NDArray[Any] | None]:
+        """The right answers to each batch of images, rows first; ``None`` where they are not known.
+
+        Raises:
+            UsageError: an annotation cannot be read.
+        """
+
     def score(self, kept: NDArray[Any], images: ImageSet, torch: NDArray[Any] | None) -> Accuracy:
         """Compare what was kept with the right answers, and with PyTorch's, where there are such.
 
         Raises:
             UsageError: an annotation cannot be read.
         """
+        tally = self.tally()
+        for number, truth in enumerate(self.truths(images)):
+            rows = slice(number * self.batch, (number + 1) * self.batch)
+            tally.add(kept[rows], truth, None if torch is None else torch[rows])
+        return tally.accuracy()
 
     @abstractmethod
     def points_lost(self, accuracy: Accuracy, reference: Accuracy) -> float:
         """Percentage points lost against PyTorch's accuracy; of agreement where there is no accuracy to lose."""
-
-    def paired(self, kept: NDArray[Any], torch: NDArray[Any], images: ImageSet) -> Paired | None:
-        """A test of whether one is better than PyTorch; ``None`` where there is none for the task, or no labels."""
-        del kept, torch, images
-        return None
-
-    def doubt(self, kept: NDArray[Any], images: ImageSet) -> str | None:
-        """Why the right answers may be no such, in a sentence; ``None`` where nothing speaks against them.
-
-        Raises:
-            UsageError: an annotation cannot be read.
-        """
-        del kept, images
-        return None
 
     def parts(self, images: ImageSet) -> int:
         """How often asking about images advances."""
@@ -133,12 +135,46 @@ class Measure(ABC):
         """
         found = []
         for batch in images.batches(self.batch):
-            outputs = answer(batch)
-            if not all(np.isfinite(array).all() for array in outputs.values()):
-                raise StageFailed(f"{who} answers with NaN or infinity; expected finite logits")
-            found.append((keep or self.kept)(outputs))
+            found.append((keep or self.kept)(finite(answer(batch), who)))
             advance()
         return np.concatenate(found)
+
+
+def finite(outputs: Outputs, who: str) -> Outputs:
+    """The same outputs.
+
+    Raises:
+        StageFailed: one is NaN or infinite; the message says whose.
+    """
+    if not all(np.isfinite(array).all() for array in outputs.values()):
+        raise StageFailed(f"{who} answers with NaN or infinity; expected finite logits")
+    return outputs
+
+
+class Tally(ABC):
+    """How good answers are, counted batch by batch."""
+
+    @abstractmethod
+    def add(self, kept: NDArray[Any], truth: NDArray[Any] | None, torch: NDArray[Any] | None) -> None:
+        """Count what was kept of the answers to a batch, beside the right answers and PyTorch's, where there are such.
+
+        Args:
+            kept: of a batch's outputs, rows first.
+            truth: for the same rows.
+            torch: what is kept of PyTorch's outputs for the same rows.
+        """
+
+    @abstractmethod
+    def accuracy(self) -> Accuracy:
+        """Of all that was counted."""
+
+    def paired(self) -> Paired | None:
+        """A test of whether PyTorch is better; ``None`` where there is none for the task, no labels, or no PyTorch."""
+        return None
+
+    def doubt(self) -> str | None:
+        """Why the right answers may be no such, in a sentence; ``None`` where nothing speaks against them."""
+        return None
 
 
 class Classification(Measure):
@@ -157,17 +193,41 @@ class Classification(Measure):
         """Logits (n, classes)."""
         return outputs[OUTPUT_NAME]
 
-    def score(self, kept: NDArray[Any], images: ImageSet, torch: NDArray[Any] | None) -> Accuracy:
-        """Top-1 and top-5."""
-        return score(kept, images.labels, torch)
+    def tally(self) -> Tally:
+        """Logits are few, and kept."""
+        return _Logits()
+
+    def truths(self, images: ImageSet) -> Iterator[NDArray[Any] | None]:
+        """Indices of classes (n,)."""
+        for start in range(0, len(images), self.batch):
+            yield None if images.labels is None else images.labels[start : start + self.batch]
 
     def points_lost(self, accuracy: Accuracy, reference: Accuracy) -> float:
         """Of top-1."""
         return points_lost(accuracy, reference, self.classes)
 
-    def paired(self, kept: NDArray[Any], torch: NDArray[Any], images: ImageSet) -> Paired | None:
-        """McNemar's exact test."""
-        return None if images.labels is None else paired(kept, torch, images.labels)
+
+class _Logits(Tally):
+    """Top-1 and top-5, and McNemar's exact test."""
+
+    def __init__(self) -> None:
+        self._found: tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]] = ([], [], [])
+
+    def add(self, kept: NDArray[Any], truth: NDArray[Any] | None, torch: NDArray[Any] | None) -> None:
+        for found, arrays in zip(self._found, (kept, truth, torch), strict=True):
+            if arrays is not None:
+                found.append(arrays)
+
+    def _joined(self) -> list[Any]:
+        """Logits, labels and PyTorch's logits, the latter two where there are such."""
+        return [np.concatenate(found) if found else None for found in self._found]
+
+    def accuracy(self) -> Accuracy:
+        return score(*self._joined())
+
+    def paired(self) -> Paired | None:
+        logits, labels, torch = self._joined()
+        return None if labels is None or torch is None else paired(logits, torch, labels)
 
 
 class Segmentation(Measure):
@@ -189,37 +249,17 @@ class Segmentation(Measure):
         classes: NDArray[Any] = outputs[OUTPUT_NAME].argmax(1).astype(np.min_scalar_type(self.classes))
         return classes
 
-    def score(self, kept: NDArray[Any], images: ImageSet, torch: NDArray[Any] | None) -> Accuracy:
-        """Of all pixels of all images together."""
-        found = Accuracy(
-            images=len(kept), agreement_with_torch=None if torch is None else float((kept == torch).mean())
-        )
-        if not images.labelled:
-            return found
-        pixels = pixel_accuracy(self._matrix(kept, images))
-        return msgspec.structs.replace(found, miou=pixels.miou, pixel_accuracy=pixels.pixel_accuracy, iou=pixels.iou)
+    def tally(self) -> Tally:
+        """Nothing is kept but a confusion matrix."""
+        return _Pixels(self.classes)
 
-    def doubt(self, kept: NDArray[Any], images: ImageSet) -> str | None:
-        """Annotations that are numbered from another start fit best beside the diagonal of the confusion matrix."""
-        if not images.labelled:
-            return None
-        matrix = self._matrix(kept, images)
-        total, right = int(matrix.sum()), int(np.trace(matrix))
-        for offset, start in ((1, "0"), (-1, "2")):
-            beside = int(np.trace(matrix, offset=offset))
-            if 2 * beside > total and beside > 2 * right:
-                return (
-                    f"the classes fit {beside / total:.0%} of the pixels if the annotations number them from {start} "
-                    f"on, and {right / total:.0%} as they are read; expected 0 for what is ignored and 1 for the first"
-                )
-        return None
-
-    def _matrix(self, kept: NDArray[Any], images: ImageSet) -> NDArray[np.int64]:
-        """Of all images together, (classes, classes), labels in its rows."""
-        matrix = np.zeros((self.classes, self.classes), np.int64)
-        for classes, labels in zip(kept, label_maps(images, self.classes), strict=True):
-            matrix += confusion_matrix(classes, labels, self.classes)
-        return matrix
+    def truths(self, images: ImageSet) -> Iterator[NDArray[Any] | None]:
+        """Labels of pixels (1, H, W), read one after the other."""
+        if not images.annotations:
+            yield from [None] * len(images)
+            return
+        for labels in label_maps(images, self.classes):
+            yield labels[None]
 
     def points_lost(self, accuracy: Accuracy, reference: Accuracy) -> float:
         """Of mean intersection over union."""
@@ -227,6 +267,45 @@ class Segmentation(Measure):
             return 100 * (reference.miou - accuracy.miou)
         assert accuracy.agreement_with_torch is not None
         return 100 * (1 - accuracy.agreement_with_torch)
+
+
+class _Pixels(Tally):
+    """Intersection over union, from a confusion matrix (classes, classes) with labels in its rows."""
+
+    def __init__(self, classes: int) -> None:
+        self._matrix = np.zeros((classes, classes), np.int64)
+        self._images = self._pixels = self._alike = 0
+        self._labelled = self._compared = False
+
+    def add(self, kept: NDArray[Any], truth: NDArray[Any] | None, torch: NDArray[Any] | None) -> None:
+        self._images += len(kept)
+        self._pixels += kept.size
+        if torch is not None:
+            self._compared = True
+            self._alike += int((kept == torch).sum())
+        if truth is not None:
+            self._labelled = True
+            self._matrix += confusion_matrix(kept, truth, len(self._matrix))
+
+    def accuracy(self) -> Accuracy:
+        agreement = self._alike / self._pixels if self._compared else None
+        found = Accuracy(images=self._images, agreement_with_torch=agreement)
+        if not self._labelled:
+            return found
+        pixels = pixel_accuracy(self._matrix)
+        return msgspec.structs.replace(found, miou=pixels.miou, pixel_accuracy=pixels.pixel_accuracy, iou=pixels.iou)
+
+    def doubt(self) -> str | None:
+        """Annotations that are numbered from another start fit best beside the diagonal of the confusion matrix."""
+        total, right = int(self._matrix.sum()), int(np.trace(self._matrix))
+        for offset, start in ((1, "0"), (-1, "2")):
+            beside = int(np.trace(self._matrix, offset=offset))
+            if 2 * beside > total and beside > 2 * right:
+                return (
+                    f"the classes fit {beside / total:.0%} of the pixels if the annotations number them from {start} "
+                    f"on, and {right / total:.0%} as they are read; expected 0 for what is ignored and 1 for the first"
+                )
+        return None
 
 
 _MEASURES: dict[str, type[Measure]] = {"classification": Classification, "segmentation": Segmentation}
