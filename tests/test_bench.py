@@ -226,6 +226,24 @@ def test_a_plan_announces_what_it_takes(exported: ExportResult) -> None:
     assert plan_bench(exported.output, Request(batches=[1 << 16])).expected_s > 2 * plan.expected_s
 
 
+def test_medians_alone_take_few_calls_and_no_limits(exported: ExportResult, worker: Worker) -> None:
+    usual, brief = (plan_bench(exported.output, Request(brief=brief)) for brief in (False, True))
+    assert (usual.least_calls, brief.least_calls) == (22, 3)
+    assert usual.processes - brief.processes == usual.rounds
+    assert brief.expected_s < usual.expected_s
+    orders = worker()
+    stages: list[Any] = []
+
+    def stage(name: str, parts: int | None = None) -> Any:
+        stages.append((name, parts))
+        return silent(name, parts)
+
+    found = dmformer.bench(exported.output, runtimes=["ov", "ort"], brief=True, stage=stage)
+    assert all(order["brief"] for order in orders)
+    assert stages == [("timing, 9 processes", 9)]  # three rounds of two rows, and of one of them once more
+    assert (found.limits, found.results[0].share_of_limit, found.notes) == (None, None, ())
+
+
 def test_the_demonstration_is_expected_to_take_less_than_a_minute(exported: ExportResult) -> None:
     assert plan_bench(exported.output, Request()).expected_s < 60
 

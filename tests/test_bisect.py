@@ -17,7 +17,7 @@ from dmformer.verify.bisect import (
     cuts,
     find_parting,
     first_beyond,
-    largest_share,
+    nearest_to_limit,
     parting_at_once,
     tensor_limits,
 )
@@ -128,7 +128,6 @@ def test_limits_are_the_emulations_error_times_a_factor() -> None:
 
 
 def test_the_tensor_nearest_to_its_limit() -> None:
-    truth = {"a": np.zeros(1), "b": np.zeros(1), "c": np.zeros(1)}
-    shown = {"a": np.full(1, 3.0), "b": np.full(1, 1.0), "c": np.full(1, 9.0)}
-    assert largest_share(shown, truth, {"a": 10.0, "b": 2.0}) == ("b", 1.0)
-    assert largest_share(shown | {"a": np.full(1, np.nan)}, truth, {"a": 10.0, "b": 2.0})[0] == "a"
+    limits = {"a": 10.0, "b": 2.0}
+    assert nearest_to_limit({"a": 3.0, "b": 1.0}, limits) == "b"
+    assert nearest_to_limit({"a": float("nan"), "b": 1.0}, limits) == "a"

@@ -21,15 +21,19 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.manifest import decode_manifest, hash_file
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import graph as making
+from dmformer.export import onnx_file
 from dmformer.export.request import planned_artifacts
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
+from dmformer.verify.answers import batch_sizes
 from dmformer.verify.compare import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dmformer.bundle.golden import Golden
     from dmformer.export.pipeline import ExportResult
+    from dmformer.verify.answers import Answers
     from tests.conftest import Made
 
 FAKE_ONNXSIM = """
@@ -243,6 +247,67 @@ def test_a_simplifier_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("dmformer.export.simplify.TIMEOUT_S", 3)
     with pytest.raises(StageFailed, match="did not end within 3 s"):
         dmformer.export(output=tmp_path / "b")
+
+
+def test_a_graph_that_onnxsim_left_alone_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    ask = making._ask_onnxruntime
+
+    def note(file: Path, golden: Golden, *, whole: bool) -> Answers:
+        asked.append(file.name)
+        return ask(file, golden, whole=whole)
+
+    monkeypatch.setattr(making, "_ask_onnxruntime", note)
+    dmformer.export(output=tmp_path / "a")
+    assert asked == ["simplified.onnx"]
+    fake_onnxsim(tmp_path, monkeypatch, "next(n for n in model.graph.node if n.op_type == 'Gelu').name = 'x/y'")
+    assert dmformer.export(output=tmp_path / "b").manifest.simplification.kept
+    assert asked == ["simplified.onnx"] * 2  # names of nodes change nothing either
+    (tmp_path / "fake/onnxsim.py").write_text(FAKE_ONNXSIM.format(body=DOUBLED))
+    assert not dmformer.export(output=tmp_path / "c").manifest.simplification.kept
+    assert asked == ["simplified.onnx"] * 2 + ["traced.onnx", "simplified.onnx"]
+
+
+# One weight, a copy with the least of changes: the graph reads it under the same name.
+DOUBLED = """
+    weight = next(w for w in model.graph.initializer if w.name.endswith('head.weight'))
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[0, 0] += 1
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))"""
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("", True),
+        ("one.graph.initializer[0].name = one.graph.node[0].input[1] = 'another'", True),
+        ("del one.graph.node[-1]", False),
+        ("one.graph.node[0].op_type = 'Another'", False),
+        ("one.graph.node[0].attribute[0].ints[0] = 7", False),
+        ("one.graph.node[1].input[0] = 'elsewhere'", False),
+        ("one.graph.node[0].input[1], one.graph.node[1].input[1] = 'w1', 'w0'", False),
+        ("one.graph.initializer[0].raw_data = bytes(16)", False),
+        ("one.graph.initializer[0].dims[0] = 2; one.graph.initializer[0].dims[1] = 2", False),
+        ("one.graph.output[0].name = 'z'", False),
+    ],
+)
+def test_graphs_that_differ_are_told_apart(change: str, same: bool) -> None:
+    helper = onnx.helper
+    value = [helper.make_tensor_value_info(name, 1, ["n", 4]) for name in ("x", "z0")]
+    weights = [onnx.numpy_helper.from_array(np.full((1, 4), i + 1, np.float32), f"w{i}") for i in range(2)]
+    nodes = [
+        helper.make_node("Add", ["x", "w0"], ["y"], axes=[1]),
+        helper.make_node("Mul", ["y", "w1"], ["z0"]),
+    ]
+    one, other = (helper.make_model(helper.make_graph(nodes, "g", value[:1], value[1:], weights)) for _ in range(2))
+    exec(change, {"one": one})
+    assert onnx_file.same_but_for_names(one, other) is same
+    assert onnx_file.same_but_for_names(other, one) is same
+
+
+def test_large_images_are_asked_in_smaller_batches() -> None:
+    sizes = {side: batch_sizes(np.empty((1, 1, side, side), np.float32)) for side in (32, 224, 384, 416, 1024)}
+    assert sizes == {32: (1, 2, 5), 224: (1, 2, 5), 384: (1, 2, 5), 416: (1, 2, 3), 1024: (1, 2, 3)}
 
 
 def test_a_simplified_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,18 @@ def test_a_warm_up_that_never_settles_gives_up(monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == measure.WARM_UP_CALLS
 
 
+def test_a_brief_warm_up_takes_fewer_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BRIEF_WARM_UP_S", 0.0)
+    calls: list[int] = []
+
+    def call() -> int:
+        calls.append(1000)
+        return calls[-1]
+
+    assert measure._warm_up(call, Extent(0, 0, brief=True)) is True
+    assert len(calls) == measure.BRIEF_WARM_UP_CALLS < measure.WARM_UP_CALLS
+
+
 # --- timing one runtime -----------------------------------------------------------------------------------------------
 
 
@@ -101,7 +113,7 @@ def timed(
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No least time of warm-up, and one that settles at once."""
     monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    monkeypatch.setattr(measure, "settled", lambda latencies: len(latencies) >= 1)
+    monkeypatch.setattr(measure, "settled", lambda latencies, _window: len(latencies) >= 1)
 
 
 @pytest.mark.usefixtures("quick")

@@ -28,7 +28,7 @@ from dmformer.runtimes import registry
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.answers import ask
 from dmformer.verify.check import Check, report
-from dmformer.verify.compare import Limit, compare, float32_limit
+from dmformer.verify.compare import Limit, compare, float32_limit, largest_difference, largest_value
 from dmformer.verify.parity import check_answers, check_consistency, check_preprocessing, references
 from dmformer.verify.reference import golden_pixels, make_golden
 
@@ -358,3 +358,19 @@ def test_a_batch_that_differs_from_its_rows_is_caught(exported: ExportResult) ->
     moved = replace(answers, by_batch={**answers.by_batch, 5: largest})
     failed = [check.stage for check in check_consistency(moved, references(golden, "fp32")) if not check.passed]
     assert failed == ["batches"]
+
+
+def test_a_difference_is_found_in_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmformer.verify.compare._PIECE", 8)
+    expected = np.zeros((3, 7), np.float32)
+    for place in range(expected.size):
+        shown = expected.copy()
+        shown.flat[place] = -2
+        assert largest_difference(shown, expected) == 2
+        assert largest_difference(shown.T, expected.T) == 2
+        for bad in (np.nan, np.inf):
+            shown.flat[place] = bad
+            assert not np.isfinite(largest_difference(shown, expected))
+            assert not np.isfinite(largest_value(shown))
+    assert largest_value(np.array([-3.0, 2.0])) == 3
+    assert largest_difference(expected, expected[:, :1]) == np.inf

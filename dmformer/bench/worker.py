@@ -44,9 +44,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     least_calls: int
     limit_s: float
     prove_precision: bool
-    brief: bool
     profile: bool
     answer: str
+    brief: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

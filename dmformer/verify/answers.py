@@ -98,13 +98,16 @@ def ask(
             if layers:  # some engines load the model once more for it, and have room before the rest
                 found, unread = _layers(runtime)
             for batch in reversed(sizes):  # what engines set aside for the largest does for the others
-                by_batch[batch] = runtime.run_rows({name: inputs}, batch, keep)
+                by_batch[batch] = _rows(runtime, {name: inputs}, batch, keep)
+            for answer in by_batch.values():
+                if isinstance(answer, DMFormerError):
+                    raise answer
             if consistency:
                 apart = _apart(runtime, name, inputs, by_batch, keep)
             if others is not None:
                 more = runtime.run_rows({name: others}, sizes[-1], keep)
             if elsewhere is not None:
-                at_other = _at_other(runtime, name, elsewhere)
+                at_other = _rows(runtime, {name: elsewhere.inputs}, None, elsewhere.thinned)
     except UnavailableError:
         raise
     except DMFormerError as error:
@@ -124,9 +127,13 @@ def _layers(runtime: Runtime) -> tuple[dict[str, int], DMFormerError | None]:
         return {}, error
 
 
-def _at_other(runtime: Runtime, name: str, golden: Golden) -> Outputs | DMFormerError:
+def _rows(
+    runtime: Runtime, inputs: Outputs, batch: int | None, keep: Callable[[Outputs], Outputs]
+) -> Outputs | DMFormerError:
     try:
-        return runtime.run_rows({name: golden.inputs}, keep=golden.thinned)
+        return runtime.run_rows(inputs, batch, keep)
+    except UnavailableError:
+        raise
     except DMFormerError as error:
         return error
 
