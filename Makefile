@@ -1,6 +1,8 @@
 # make install   .venv with everything, pinned by constraints.txt
 # make demo      export, verify, time and try the demonstration checkpoint
-# make test      linters, types and all tests
+# make test      linters, types and tests: minutes
+# make test-fast   what needs no export and no process of its own: for each save of a file
+# make test-slow   recipes, whole exports and benches of faults, the README's commands, another environment
 # make test-older  what computes in int8, as a processor with AVX2 and without VNNI does
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test test-fast test-older lint digits scenes picture clean
+.PHONY: install demo test test-fast test-slow test-older lint digits scenes picture clean
 
 install: $(VENV)/installed
 
@@ -30,10 +32,13 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not slow'
 
 test-fast: install
-	$(BIN)/pytest --numprocesses 2 -m 'not slow'
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not slow and not medium'
+
+test-slow: install
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 # oneDNN obeys the variable, and with it OpenVINO.
 INT8_TESTS := -k 'not emulated' tests/test_processors.py tests/test_saturation.py tests/test_int8.py tests/test_precision_export.py tests/test_precision_parity.py

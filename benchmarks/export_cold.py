@@ -82,7 +82,8 @@ def _export(root: Path, arguments: list[str], cache: str = "") -> Cost:
     environment = {**os.environ, "DMFORMER_CACHE": cache, "PYTHONPATH": str(root)}
     begun = time.perf_counter()
     command = [sys.executable, "-m", "dmformer", "export", *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # In its folder: that of the process comes before PYTHONPATH.
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)

@@ -43,8 +43,25 @@ ROOT = Path(__file__).parents[1]
 Result = TypeVar("Result")
 
 
+# Fixtures that export, run commands in processes of their own, or install.
+WAITED_FOR = {
+    *("made", "exported", "bundle", "cli", "inline", "device", "reduced", "reduced_bundle", "full_range"),
+    *("segmentation", "segmentation_bundle", "segmentation_open", "features_open", "segmentation_reduced", "quick"),
+}
+
+
+# Modules whose tests export, train or ask a whole network again and again.
+WAITING = {
+    *("bundle_writer", "cache", "cli", "deploy", "export", "fp16", "int8", "parity", "readme", "robustness"),
+    *("scenes_checkpoint", "task_export", "train"),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow tests come first, so that at the end no worker sits alone with one of them."""
+    for item in items:
+        if WAITED_FOR & set(getattr(item, "fixturenames", ())) or item.path.stem.removeprefix("test_") in WAITING:
+            item.add_marker("medium")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

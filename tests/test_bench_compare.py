@@ -158,6 +158,7 @@ def test_the_verdict_in_words() -> None:
     assert told[1].startswith("The network alone, batch 8: fake fp32 takes 3")
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_1_after_a_regression(inline: Cli, made: Made, tmp_path: Path, worker: Worker) -> None:
     worker()
     options = ["bench", str(made.bundle), "--runtime", "ort"]

@@ -15,7 +15,7 @@ from dmformer.export.torch_onnx import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes.layers import module_path
 from dmformer.verify.check import Check
-from dmformer.verify.emulate import quantized, round_layers_
+from dmformer.verify.emulate import input_peaks, quantized, round_layers_
 from dmformer.verify.interpret import interpret
 from dmformer.verify.modules import ModuleTruth
 from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
@@ -80,14 +80,7 @@ def test_an_emulation_is_near_the_network_and_not_equal(checkpoint: Checkpoint, 
     layers = [name for name, module in form.named_modules() if isinstance(module, torch.nn.Conv2d)]
     exact = golden.outputs_float64["logits"]
 
-    peaks: dict[str, float] = {}
-    for name in layers:
-
-        def watch(_module: object, given: tuple[torch.Tensor], name: str = name) -> None:
-            peaks[name] = float(given[0].abs().max())
-
-        form.get_submodule(name).register_forward_pre_hook(watch)
-    torch_outputs(form, golden.inputs)
+    peaks = input_peaks(form, layers, [golden.inputs])
 
     def error(some: list[str]) -> float:
         rounded = deploy(model, 32)

@@ -41,7 +41,8 @@ TRUSTED = diagnosing._trusted
 BY_NAME = {fault.name: fault for fault in (*IN_BUNDLES, *PRECISION)}
 
 
-pytestmark = pytest.mark.usefixtures("trusted_once")
+# Whole benches of faults.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_once")]
 
 
 @pytest.fixture(scope="module")

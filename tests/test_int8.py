@@ -16,9 +16,10 @@ from onnx import TensorProto
 
 import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
-from dmformer.errors import CheckFailed
+from dmformer.errors import CheckFailed, StageFailed
+from dmformer.export import int8
 from dmformer.export.int8 import quantizable, to_int8
-from dmformer.export.precision import typed_share
+from dmformer.export.precision import tensor_peaks, typed_share
 from dmformer.runtimes.openvino import OpenVinoRuntime
 from dmformer.verify.measures import Classification
 from tests.bundles import one_line
@@ -173,6 +174,19 @@ def test_int8_does_not_depend_on_the_process(few_images: Path, reduced: ExportRe
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("factor", [0.5, 0.7])
+def test_ranges_that_fall_short_are_caught(
+    few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """The quantiser is given them, and its proof: PyTorch's own look at the images parts the two."""
+    monkeypatch.setattr(
+        int8, "tensor_peaks", lambda *given: {name: factor * peak for name, peak in tensor_peaks(*given).items()}
+    )
+    with pytest.raises((CheckFailed, StageFailed), match="int8"):
+        dmformer.export(precisions=["int8"], calibration=few_images, max_accuracy_drop=100, output=tmp_path / "b")
+
+
 def test_a_budget_that_never_holds_writes_nothing(few_images: Path, tmp_path: Path) -> None:
     with simulated([40]), pytest.raises(CheckFailed, match="precision int8 loses 40") as error:
         dmformer.export(precisions=["int8"], calibration=few_images, output=tmp_path / "b")

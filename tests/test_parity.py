@@ -334,7 +334,7 @@ class Drifting(Spoilt):
         self.asked += 1
         (rows,) = inputs.values()
         if len(rows) == 2 and self.asked > 8:  # all rows were asked, one by one and in pairs
-            answers["logits"] += 1e-3
+            answers["logits"] += 1e-3 * (self.asked % 2)
         return answers
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from dmformer.export.pipeline import ExportResult
 
 
-pytestmark = pytest.mark.usefixtures("trusted_once")
+# Whole benches of faults.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_once")]
 
 
 @pytest.fixture(scope="module")

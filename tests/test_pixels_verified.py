@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 import dmformer
 from dmformer.assets import SEGMENTATION_CHECKPOINT
 from dmformer.bundle.reader import open_bundle
@@ -14,8 +16,6 @@ from dmformer.verify import api as verifying
 from tests.bundles import rewrite
 
 if TYPE_CHECKING:
-    import pytest
-
     from dmformer.export.pipeline import ExportResult
     from dmformer.verify.check import Check, ParityReport
 
@@ -51,6 +51,7 @@ def test_verify_sees_a_runtime_that_labels_pixels_worse(
     assert "points lost" in (found["accuracy"].reason or "")
 
 
+@pytest.mark.slow
 def test_verify_at_a_reduced_precision_holds_the_budget_of_the_bundle(
     segmentation_reduced: ExportResult, few_scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

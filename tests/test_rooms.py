@@ -121,6 +121,7 @@ print(failed)
     assert python(code, *modules, blocked=ENGINES).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_device_needs_one_runtime_only(exported: ExportResult, tmp_path: Path) -> None:
     code = """
 import json
@@ -152,6 +153,7 @@ print(json.dumps({
     assert answer["engines"] == []
 
 
+@pytest.mark.slow
 def test_a_device_that_labels_pixels_needs_one_runtime_only(
     segmentation_open: ExportResult, few_scenes: Path, tmp_path: Path
 ) -> None:

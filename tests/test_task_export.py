@@ -130,6 +130,22 @@ def test_upernet_at_an_open_size(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, network(torch.from_numpy(image)).numpy(), atol=1e-4)
 
 
+@pytest.mark.usefixtures("quick")
+def test_upernet_at_an_open_size_in_float16(tmp_path: Path) -> None:
+    """Its graph compares and counts as well: truths and positions are tensors too, and one is as long as the batch."""
+    options = {"num_classes": 5, "decoder_widths": [16], "depths": [1, 1, 1, 1]}
+    result = dmformer.export(
+        arch="dmformer_nano_upernet",
+        options=options,
+        image_size=160,
+        open_size=True,
+        precisions=["fp16"],
+        output=tmp_path / "b",
+    )
+    assert result.parity.passed
+    assert "tensors" in {check.stage for check in result.parity.checks}
+
+
 # --- golden files -----------------------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,7 @@ train(Path(data), Path(output), recipe, resume=how == "resumed", stage=stage)
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_a_resumed_run_ends_in_the_same_bytes(colours: Path, tmp_path: Path) -> None:
     """Killed in the second of two epochs, two steps after the snapshot."""
 

@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def processes(self) -> int:
-        """How many are started; each round times one twice, and has one more for the machine's limits."""
+        """How many are started: a round times one row twice, and measures the machine's limits unless brief."""
         return self.rounds * (len(self.configurations) + (1 if self.brief else 2)) + len(self.profiled)
 
     @property

@@ -34,7 +34,7 @@ def literal_answers(
         path: an ONNX file.
         inputs: (N, C, H, W).
         keep: inner tensors to give as well.
-        rows: which rows of the inner tensors to give, those without rows left out; otherwise all of all.
+        rows: which rows of inner maps (N, C, H, W) to give; of other tensors, and otherwise, all.
 
     Raises:
         UnavailableError: onnx or onnxruntime is not installed.
@@ -47,11 +47,10 @@ def literal_answers(
     kept: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:
         made = _run(node, {name: values[name] for name in node.input if name in values}, weights, model)
-        for name in made.keys() & set(keep):
-            if rows is None:
-                kept[name] = made[name]
-            elif made[name].shape[:1] == inputs.shape[:1]:
-                kept[name] = made[name][list(rows)]
+        for name, array in made.items():
+            if name in keep:
+                maps = rows is not None and array.ndim == 4 and len(array) == len(inputs)
+                kept[name] = array[list(rows)] if maps and rows is not None else array
         values.update(made)
         for name in node.input:
             uses[name] -= 1

@@ -53,11 +53,11 @@ def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
 
 
 def same_but_for_names(one: ModelProto, other: ModelProto) -> bool:
-    """Whether two graphs have the same nodes in the same order, and equal weights, whatever the weights are called."""
+    """Whether two graphs compute the same in the same order, whatever nodes and weights are called."""
     if len(one.graph.node) != len(other.graph.node):
         return False
     ours, theirs = ({tensor.name: tensor for tensor in model.graph.initializer} for model in (one, other))
-    equal = {("", "")}  # pairs of names of weights
+    equal: set[tuple[str, str]] = set()  # names of weights that were found equal
 
     def matches(name: str, counterpart: str) -> bool:
         if (name in ours) is not (counterpart in theirs):
@@ -69,7 +69,8 @@ def same_but_for_names(one: ModelProto, other: ModelProto) -> bool:
         equal.add((name, counterpart))
         return True
 
-    return [*one.graph.input, *one.graph.output] == [*other.graph.input, *other.graph.output] and all(
+    ends = [[*model.opset_import, *model.graph.input, *model.graph.output] for model in (one, other)]
+    return ends[0] == ends[1] and all(
         (node.op_type, node.domain, node.attribute, node.output, len(node.input))
         == (twin.op_type, twin.domain, twin.attribute, twin.output, len(twin.input))
         and all(map(matches, node.input, twin.input))

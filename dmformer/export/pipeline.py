@@ -311,7 +311,7 @@ class _Export:
 
         if row.buildable and not self.request.engine.targets:  # tuned on the GPU of this machine, as it is just now
             return build().artifact
-        inputs = (self.network, row.format, precision, made, self.request.engine)
+        inputs = (self.network, row.format, precision, replace(made, answers=None), self.request.engine)
         what = f"convert to {row.format} {precision}"
         return self._once(what, inputs, Built, build, self.folder).artifact
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 # Steps of a symmetric int8 scale on each side of zero, by the bits that it uses, as onnxruntime's quantiser has them.
@@ -44,6 +46,29 @@ def round_layers_(
             _round_to_float16(model, {name: modules[name] for name in layers}, {modules[name] for name in exact})
         else:
             _round_to_int8({name: modules[name] for name in layers}, peaks, weight_bits)
+
+
+def input_peaks(model: nn.Module, layers: Collection[str], batches: Iterable[NDArray[np.float32]]) -> dict[str, float]:
+    """The largest absolute value in the input of each layer named, over batches of images (n, C, H, W)."""
+    import torch
+
+    peaks = dict.fromkeys(layers, 0.0)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def look(_module: nn.Module, given: tuple[Tensor]) -> None:
+            peaks[name] = max(peaks[name], float(given[0].abs().max()))
+
+        return look
+
+    watching = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in layers]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                model(torch.from_numpy(batch))
+    finally:
+        for hook in watching:
+            hook.remove()
+    return peaks
 
 
 def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module], exact: set[nn.Module]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from dmformer.bundle.golden import Golden, thinned
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
 from dmformer.task import STRIDES
+from dmformer.verify.answers import batch_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,10 +59,7 @@ def source_images(preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], ...]
 
 
 def make_golden(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
-    """Run the network on preprocessed images, in float32 as one batch and in float64 image by image.
-
-    More images than golden ones run in several batches.
-    """
+    """Run the network on preprocessed images, in float32 in the largest batches and in float64 image by image."""
     sources = source_images(preprocessing)
     return replace(
         _answered(model, preprocessing, pixels),
@@ -84,12 +82,12 @@ def _answered(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDA
     def run(network: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return thinned(torch_outputs(network, rows), strides)
 
-    batches = range(0, len(inputs), GOLDEN_IMAGES)
+    size = batch_sizes(inputs)[-1]
     double = in_double(model)
     return Golden(
         images=pixels,
         inputs=inputs,
-        outputs=_joined([run(model, inputs[start : start + GOLDEN_IMAGES]) for start in batches]),
+        outputs=_joined([run(model, inputs[start : start + size]) for start in range(0, len(inputs), size)]),
         outputs_float64=_joined([run(double, row[None].astype(np.float64)) for row in inputs]),
         strides=strides,
     )
