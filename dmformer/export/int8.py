@@ -145,44 +145,38 @@ class _Quantizer:
         names = [name for names in self.blocks.values() for name in names]
         return {name.rpartition("/")[0]: self.peaks[self._inputs[name]] for name in names}
 
-    @functools.cached_property
-    def _ranges(self) -> Path:
-        """The file that the quantiser reads ranges from, in place of measuring them with its own, slower graph."""
-        calibrate = require("onnxruntime.quantization.calibrate", extra="onnxruntime", purpose="precision int8")
-        reach = {name: np.float32(peak) for name, peak in self.peaks.items()}
-        method = calibrate.CalibrationMethod.MinMax
-        data = {name: calibrate.TensorData(lowest=-peak, highest=peak) for name, peak in reach.items()}
-        path = self.source.scratch / "int8-ranges.json"
-        calibrate.save_tensors_data(calibrate.TensorsData(method, data), path)
-        return path
-
     def quantize(self, nodes: Sequence[str]) -> Path:
         """The graph with these nodes quantised, written when it is first asked for."""
         destination = self._written.get(frozenset(nodes))
         if destination is not None:
             return destination
-        quantization = require("onnxruntime.quantization", extra="onnxruntime", purpose="precision int8")
+        extra, purpose = "onnxruntime", "precision int8"
+        quantization = require("onnxruntime.quantization", extra=extra, purpose=purpose)
+        calibrate = require("onnxruntime.quantization.calibrate", extra=extra, purpose=purpose)
+        utils = require("onnxruntime.quantization.quant_utils", extra=extra, purpose=purpose)
         destination = self.source.scratch / f"int8-{len(self._written)}.onnx"
-        quantization.quantize_static(
-            self.graph,
-            destination,
-            None,
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            nodes_to_quantize=list(nodes),
+        reach = {name: np.float32(peak) for name, peak in self.peaks.items()}
+        ranges = {name: calibrate.TensorData(lowest=-peak, highest=peak) for name, peak in reach.items()}
+        # As quantize_static does, which would measure the ranges first, with a slower graph.
+        quantizer = quantization.QDQQuantizer(
+            utils.load_model_with_shape_infer(self.graph),
             per_channel=True,
-            activation_type=quantization.QuantType.QInt8,
-            weight_type=quantization.QuantType.QInt8,
             reduce_range=self.source.weight_bits == SAFE_WEIGHT_BITS,
-            calibrate_method=quantization.CalibrationMethod.MinMax,
+            weight_qType=quantization.QuantType.QInt8,
+            activation_qType=quantization.QuantType.QInt8,
+            tensors_range=calibrate.TensorsData(calibrate.CalibrationMethod.MinMax, ranges),
+            nodes_to_quantize=list(nodes),
+            nodes_to_exclude=[],
+            op_types_to_quantize=["Conv"],
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
                 "OpTypesToExcludeOutputQuantization": ["Conv"],
             },
-            calibration_cache_path=self._ranges,
         )
+        quantizer.quantize_model()
+        quantizer.model.save_model_to_file(str(destination), False)
         self._written[frozenset(nodes)] = destination
         return destination
 
