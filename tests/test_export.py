@@ -289,6 +289,8 @@ DOUBLED = """
         ("one.graph.initializer[0].raw_data = bytes(16)", False),
         ("one.graph.initializer[0].dims[0] = 2; one.graph.initializer[0].dims[1] = 2", False),
         ("one.graph.output[0].name = 'z'", False),
+        ("one.opset_import[0].version = 7", False),
+        ("one.opset_import.add(domain='of.nobody', version=1)", True),
     ],
 )
 def test_graphs_that_differ_are_told_apart(change: str, same: bool) -> None:

@@ -69,13 +69,23 @@ def same_but_for_names(one: ModelProto, other: ModelProto) -> bool:
         equal.add((name, counterpart))
         return True
 
-    ends = [[*model.opset_import, *model.graph.input, *model.graph.output] for model in (one, other)]
-    return ends[0] == ends[1] and all(
-        (node.op_type, node.domain, node.attribute, node.output, len(node.input))
-        == (twin.op_type, twin.domain, twin.attribute, twin.output, len(twin.input))
-        and all(map(matches, node.input, twin.input))
-        for node, twin in zip(one.graph.node, other.graph.node, strict=True)
+    ends = [[*model.graph.input, *model.graph.output] for model in (one, other)]
+    return (
+        ends[0] == ends[1]
+        and _opsets(one) == _opsets(other)
+        and all(
+            (node.op_type, node.domain, node.attribute, node.output, len(node.input))
+            == (twin.op_type, twin.domain, twin.attribute, twin.output, len(twin.input))
+            and all(map(matches, node.input, twin.input))
+            for node, twin in zip(one.graph.node, other.graph.node, strict=True)
+        )
     )
+
+
+def _opsets(model: ModelProto) -> set[tuple[str, int]]:
+    """Of the domains that nodes are of."""
+    used = {node.domain for node in model.graph.node}
+    return {(opset.domain, opset.version) for opset in model.opset_import if opset.domain in used}
 
 
 def _content(tensor: TensorProto) -> tuple[int, tuple[int, ...], bytes]:
