@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+from dmformer.bench.limits import measure_limits
+from dmformer.machine import usable_cores
 
 HERE = Path(__file__).parents[1]
 EXPORTS = {
@@ -36,7 +37,6 @@ EXPORTS = {
 CROPS = 16
 SIDE = 224
 WARM = 5
-MATRIX = 2048
 
 
 class Cost(NamedTuple):
@@ -107,13 +107,7 @@ def _write_crops(folder: Path) -> None:
 
 def _gflops() -> float:
     """What this machine attains just now in a large product of matrices."""
-    left = np.ones((MATRIX, MATRIX), np.float32)
-    taken = []
-    for _ in range(6):
-        begun = time.perf_counter()
-        np.matmul(left, left)
-        taken.append(time.perf_counter() - begun)
-    return 2 * MATRIX**3 / min(taken) / 1e9
+    return measure_limits(usable_cores()).gflops
 
 
 if __name__ == "__main__":

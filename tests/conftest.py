@@ -49,7 +49,6 @@ WAITED_FOR = {
     *("segmentation", "segmentation_bundle", "segmentation_open", "features_open", "segmentation_reduced", "quick"),
 }
 
-
 # Modules whose tests export, train or ask a whole network again and again.
 WAITING = {
     *("bundle_writer", "cache", "cli", "deploy", "export", "fp16", "int8", "parity", "readme", "robustness"),
@@ -58,7 +57,7 @@ WAITING = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests come first, so that at the end no worker sits alone with one of them."""
+    """Mark what waits; the slow tests come first, so that at the end no worker sits alone with one of them."""
     for item in items:
         if WAITED_FOR & set(getattr(item, "fixturenames", ())) or item.path.stem.removeprefix("test_") in WAITING:
             item.add_marker("medium")

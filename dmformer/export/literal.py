@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.export import onnx_file
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
     from onnx import ModelProto, NodeProto
 
@@ -49,8 +50,8 @@ def literal_answers(
         made = _run(node, {name: values[name] for name in node.input if name in values}, weights, model)
         for name, array in made.items():
             if name in keep:
-                maps = rows is not None and array.ndim == 4 and len(array) == len(inputs)
-                kept[name] = array[list(rows)] if maps and rows is not None else array
+                cut = rows is not None and array.ndim == 4 and len(array) == len(inputs)
+                kept[name] = array[np.asarray(rows)] if cut else array
         values.update(made)
         for name in node.input:
             uses[name] -= 1

@@ -22,8 +22,6 @@ from dmformer.verify.interpret import Emulation, walk
 from dmformer.verify.parity import check_answers, references
 from dmformer.verify.reference import torch_outputs
 
-_SEEN_IMAGES = 4  # on which PyTorch checks how far the inputs of int8 layers reach
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dmformer.export.precision import PrecisionSource
+
+_SEEN_IMAGES = 4  # on which PyTorch checks how far the inputs of int8 layers reach
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ _BATCH_SIZES = (1, 2, 5)
 _BATCH_SIZES_LARGE = (1, 2, 3)
 _MOST_PIXELS = 5 * 384 * 384  # in a batch: five maps of 512 pixels and 150 classes take 3 GB in onnxruntime
 Outputs = dict[str, NDArray[Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ def ask(
         with runtime:
             (name,) = (spec.name for spec in runtime.inputs)
             if layers:  # some engines load the model once more for it, and have room before the rest
-                found, unread = _layers(runtime)
+                shown = _tried(runtime.layers)
+                found, unread = ({}, shown) if isinstance(shown, DMFormerError) else (shown, None)
             for batch in reversed(sizes):  # what engines set aside for the largest does for the others
-                by_batch[batch] = _rows(runtime, {name: inputs}, batch, keep)
+                by_batch[batch] = _tried(functools.partial(runtime.run_rows, {name: inputs}, batch, keep))
             for answer in by_batch.values():
                 if isinstance(answer, DMFormerError):
                     raise answer
@@ -107,7 +110,8 @@ def ask(
             if others is not None:
                 more = runtime.run_rows({name: others}, sizes[-1], keep)
             if elsewhere is not None:
-                at_other = _rows(runtime, {name: elsewhere.inputs}, None, elsewhere.thinned)
+                ask_it = functools.partial(runtime.run_rows, {name: elsewhere.inputs}, keep=elsewhere.thinned)
+                at_other = _tried(ask_it)
     except UnavailableError:
         raise
     except DMFormerError as error:
@@ -118,20 +122,10 @@ def ask(
     return Answers(runtime.name, runtime.precision, in_order, found, unread, apart, more, at_other)
 
 
-def _layers(runtime: Runtime) -> tuple[dict[str, int], DMFormerError | None]:
+def _tried(ask_it: Callable[[], T]) -> T | DMFormerError:
+    """What a call gives, or how it failed; that the runtime cannot run on this machine at all is raised."""
     try:
-        return runtime.layers(), None
-    except UnavailableError:
-        raise
-    except DMFormerError as error:
-        return {}, error
-
-
-def _rows(
-    runtime: Runtime, inputs: Outputs, batch: int | None, keep: Callable[[Outputs], Outputs]
-) -> Outputs | DMFormerError:
-    try:
-        return runtime.run_rows(inputs, batch, keep)
+        return ask_it()
     except UnavailableError:
         raise
     except DMFormerError as error:
