@@ -18,8 +18,8 @@ from pathlib import Path
 import onnx
 import torch
 
-from dmformer.export.source import random_checkpoint
-from dmformer.export.torch_onnx import OPSET
+from dmformer.export.networks import random_checkpoint
+from dmformer.graph.trace import OPSET
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from dmformer.bundle.manifest import MANIFEST, hash_file
+from dmformer.bundle.manifest import MANIFEST
+from dmformer.files import hash_file
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:

@@ -27,20 +27,20 @@ from benchmarks.fault_kinds_pixels import ANNOTATIONS, IN_DECODER
 from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SCENES, SEGMENTATION_CHECKPOINT
 from dmformer.bundle.manifest import SAFE_WEIGHT_BITS
 from dmformer.bundle.reader import open_bundle
-from dmformer.data.labelled import image_set
+from dmformer.data.images import image_set
 from dmformer.errors import StageFailed, UsageError
 from dmformer.export.artifact import make_artifact, proven
-from dmformer.export.diagnose import diagnose
 from dmformer.export.formats import ConversionSource
-from dmformer.export.precision import Calibration, Made, PrecisionSource, make
+from dmformer.export.networks import random_checkpoint
+from dmformer.export.precisions import Calibration, Made, PrecisionSource, make
 from dmformer.export.reduced import prove, reduced_golden
-from dmformer.export.source import random_checkpoint
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
 from dmformer.runtimes import registry
-from dmformer.verify.check import ParityReport, report
 from dmformer.verify.evaluate import evaluate
+from dmformer.verify.localize.diagnose import diagnose
+from dmformer.verify.report import ParityReport, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,8 @@ import torch
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.data.images import list_images
 from dmformer.export.formats import ConversionSource, converter
-from dmformer.export.source import random_checkpoint
-from dmformer.export.torch_onnx import trace
+from dmformer.export.networks import random_checkpoint
+from dmformer.graph.trace import trace
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.runtimes import registry
 from dmformer.verify.answers import ask

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dmformer
 from dmformer.bundle.reader import open_bundle
-from dmformer.export.source import random_checkpoint
+from dmformer.export.networks import random_checkpoint
 from dmformer.machine import cpu_model, usable_cores
 from dmformer.models.deploy import deploy
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dmformer.bench.api import bench
-    from dmformer.bundle.predictor import load
     from dmformer.export.api import export
     from dmformer.models.checkpoint import load_checkpoint
     from dmformer.models.dmformer import create_model, list_models
+    from dmformer.serve.predictor import load
     from dmformer.verify.api import verify
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "create_model": "dmformer.models.dmformer",
     "list_models": "dmformer.models.dmformer",
-    "load": "dmformer.bundle.predictor",
+    "load": "dmformer.serve.predictor",
     "load_checkpoint": "dmformer.models.checkpoint",
 }
 _CALLABLE_PACKAGES = ("bench", "export", "verify")

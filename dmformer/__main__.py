@@ -3,7 +3,7 @@
 import sys
 import warnings
 
-from dmformer.supervise import supervise
+from dmformer.process import supervise
 
 
 def main() -> None:

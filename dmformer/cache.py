@@ -28,8 +28,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dmformer.bundle.manifest import Cached, Sha256, hash_file
 from dmformer.errors import UsageError
+from dmformer.files import Sha256, hash_file
 from dmformer.machine import describe_processor, usable_cores
 
 if TYPE_CHECKING:
@@ -85,6 +85,18 @@ class CacheReport(Struct, frozen=True, kw_only=True):
     bytes: int
     limit_bytes: int
     entries: tuple[Listed, ...]
+
+
+class Cached(Struct, frozen=True, kw_only=True):
+    """Work that was done earlier, on this machine, with the same inputs and versions; its result was taken then.
+
+    Attributes:
+        what: the work.
+        made: when it was done, in UTC, as in RFC 3339.
+    """
+
+    what: str
+    made: str
 
 
 class NoCache:

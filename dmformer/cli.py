@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dmformer import __version__
-from dmformer.commands._trust import under_policy
+from dmformer.commands._options import under_policy
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
 from dmformer.commands.cache import cache

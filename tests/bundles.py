@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dmformer.bundle.manifest import MANIFEST, hash_file
+from dmformer.bundle.manifest import MANIFEST
+from dmformer.files import hash_file
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.reader import Bundle
     from dmformer.export.pipeline import ExportResult
-    from dmformer.export.precision import Calibration
+    from dmformer.export.precisions import Calibration
     from dmformer.export.speed import Timed
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Stage
@@ -328,7 +328,7 @@ def golden(checkpoint: Checkpoint) -> Golden:
 
 @pytest.fixture(scope="session")
 def calibration(checkpoint: Checkpoint, few_images: Path) -> Calibration:
-    from dmformer.data.labelled import image_set
+    from dmformer.data.images import image_set
     from tests.precisions import calibration_of
 
     return calibration_of(checkpoint, image_set(few_images, checkpoint.preprocessing, checkpoint.classes, 10))
@@ -337,8 +337,8 @@ def calibration(checkpoint: Checkpoint, few_images: Path) -> Calibration:
 @pytest.fixture(scope="module")
 def trusted_once() -> Iterator[None]:
     """What is trusted, graph, layers and PyTorch's answers, is the same for every fault of one checkpoint."""
-    from dmformer.export import diagnose
     from dmformer.verify import api
+    from dmformer.verify.localize import diagnose
 
     known: dict[tuple[object, str], Any] = {}
 

@@ -453,7 +453,7 @@ def install_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan_of(onnx: Path, folder: Path, **fields: Any) -> tuple[Path, Target]:
     """A plan of the double, and the target that a manifest would have."""
-    from dmformer.bundle.manifest import hash_file
+    from dmformer.files import hash_file
 
     path = folder / "model.plan"
     path.write_bytes(MAGIC + onnx.read_bytes())

@@ -12,9 +12,8 @@ from onnx import numpy_helper
 
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.data.images import list_images
-from dmformer.export import int8
-from dmformer.export.precision import Calibration, PrecisionSource
-from dmformer.export.torch_onnx import trace
+from dmformer.export.precisions import Calibration, PrecisionSource, int8
+from dmformer.graph.trace import trace
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
 from dmformer.verify.reference import golden_pixels, make_golden
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dmformer.bundle.golden import Golden
-    from dmformer.data.labelled import ImageSet
+    from dmformer.data.images import ImageSet
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.verify.check import ParityReport
+    from dmformer.verify.report import ParityReport
 
 # What is said of an artifact whose int8 sums may saturate on this machine.
 SATURATES = "its int8 weights use 8 bits, and their sums may saturate in openvino"

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from dmformer.bundle.manifest import Accuracy
-from dmformer.data.labelled import ImageSet, image_set
+from dmformer.data.images import ImageSet, image_set
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
 from dmformer.models.dmformer import create_model
 from dmformer.runtimes.base import TensorSpec
-from dmformer.verify.accuracy import points_lost, score, wilson_interval
-from dmformer.verify.measures import Classification
 from dmformer.verify.reference import torch_answers
+from dmformer.verify.tasks.classification import points_lost, score, wilson_interval
+from dmformer.verify.tasks.measures import Classification
 from tests.fakes import FakeRuntime
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from dmformer.export.networks import lively_
 from dmformer.models.dmformer import DMFormerConfig, DynamicMultilevelAttention
-from dmformer.models.lively import lively_
 from tests.networks import answers, one_thread, tiny
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from jsonschema import Draft202012Validator
 import dmformer
 from dmformer.bench import api, measure
 from dmformer.bench import limits as machine_limits
-from dmformer.bench.configuration import Configuration
-from dmformer.bench.plan import Request, plan_bench
+from dmformer.bench.plan import Configuration, Request, plan_bench
 from dmformer.bench.worker import Answer, Job
 from dmformer.bench.worker import run as run_job
 from dmformer.bundle.manifest import MANIFEST

@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from dmformer.bench.configuration import Configuration
 from dmformer.bench.limits import Limits, Peak, attainable_ms, environment_for, least_work, measure_limits
 from dmformer.bench.measure import Measurement
+from dmformer.bench.plan import Configuration
 from dmformer.bench.report import Result, median_limits, standings, summarise
 from dmformer.bench.statistics import latency, noise_floor, paired_ratio, round_ratios, unpaired_ratio
 from dmformer.bundle.reader import open_bundle

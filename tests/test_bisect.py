@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmformer.errors import StageFailed
-from dmformer.verify.bisect import (
+from dmformer.verify.localize.search import (
     Cut,
     Node,
     cuts,

@@ -13,12 +13,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, DMFormerError, UnavailableError, UsageError
-from dmformer.export import tensorrt
 from dmformer.export.build import build, cannot_build
-from dmformer.export.formats import Converted, EngineOptions
+from dmformer.export.formats import Converted, EngineOptions, tensorrt
+from dmformer.files import hash_file
 from dmformer.runtimes import registry
 from tests import gpu_double
 from tests.bundles import one_line

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from dmformer.bundle import locate, writer
+from dmformer.bundle import writer
 from dmformer.bundle.manifest import MANIFEST, decode_manifest, file_entry
+from dmformer.commands import _options as locate
 from dmformer.errors import StageFailed, UsageError
 from tests.bundles import one_line
 from tests.conftest import ROOT

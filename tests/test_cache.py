@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 import dmformer
 from dmformer import cache as caching
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
-from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.reader import open_bundle
 from dmformer.cache import Cache, NoCache, digest, open_cache
 from dmformer.errors import StageFailed, UsageError
 from dmformer.export.formats import EngineOptions
 from dmformer.export.known import KnownExport
+from dmformer.files import hash_file
 from tests import networks
 from tests.conftest import NoSimplifier
 from tests.test_rooms import ENGINES, python

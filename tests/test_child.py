@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dmformer.child import Child
 from dmformer.errors import StageFailed
+from dmformer.process import Child
 from tests.bundles import one_line
 
 if TYPE_CHECKING:

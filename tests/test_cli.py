@@ -17,8 +17,9 @@ from jsonschema import Draft202012Validator
 
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
-from dmformer.bundle.manifest import MANIFEST, hash_file
+from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
+from dmformer.files import hash_file
 from dmformer.runtimes.cuda import driver_missing
 from tests.bundles import rewrite
 from tests.test_rooms import imported
@@ -235,7 +236,7 @@ def test_doctor_says_what_each_artifact_can_do_here(inline: Cli, spoilt: Path) -
 
 
 def test_doctor_weighs_memory_and_instructions(inline: Cli, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.bundle.diagnosis.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("dmformer.device.doctor.available_memory", lambda: 1_000_000)
     monkeypatch.setattr("dmformer.runtimes.base.instructions", lambda: frozenset(("sse2",)))
     monkeypatch.setattr("dmformer.runtimes.base.platform.machine", lambda: "x86_64")
     found = valid(inline("doctor", made.bundle, "--json").out, "doctor")

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from dmformer.errors import StageFailed
-from dmformer.verify.accuracy import mcnemar, paired, wilson_interval
 from dmformer.verify.answers import Answers
 from dmformer.verify.compare import Limit, Reference
-from dmformer.verify.decision_checks import check_decisions, check_paired
-from dmformer.verify.decisions import decide
+from dmformer.verify.parity import check_decisions, check_paired
+from dmformer.verify.tasks.classification import decide, mcnemar, paired, wilson_interval
 
 if TYPE_CHECKING:
-    from dmformer.verify.check import Check
+    from dmformer.verify.report import Check
 
 EXPECTED = np.array(
     [[3.0, 1, 0, 0, 0, 0, 0], [0, 2, 1.9, 0, 0, 0, 0], [0, 0, 0, 5, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7]], np.float32

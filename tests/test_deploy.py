@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmformer.export import onnx_file
-from dmformer.export.source import random_checkpoint
-from dmformer.export.torch_onnx import trace
+from dmformer.export.networks import random_checkpoint
+from dmformer.graph import onnx_file
+from dmformer.graph.trace import trace
 from dmformer.models import deploy as folding
 from dmformer.models.deploy import Affine, DeployAttention, DeployGate, Filter, deploy
 from dmformer.models.dmformer import DMFormer, DynamicMultilevelAttention, LayerScale

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
-from dmformer.data.images import load_pixels
-from dmformer.data.labelled import image_set
+from dmformer.data.images import image_set, load_pixels
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.train.api import train as run_training
 from dmformer.train.digits import (

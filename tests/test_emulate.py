@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from dmformer.errors import StageFailed
-from dmformer.export.source import random_checkpoint
-from dmformer.export.torch_onnx import trace
+from dmformer.export.networks import random_checkpoint
+from dmformer.graph.trace import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes.layers import module_path
-from dmformer.verify.check import Check
-from dmformer.verify.emulate import input_peaks, quantized, round_layers_
-from dmformer.verify.interpret import interpret
-from dmformer.verify.modules import ModuleTruth
+from dmformer.verify.executors import input_peaks, interpret, quantized, round_layers_
+from dmformer.verify.localize.modules import ModuleTruth
 from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
+from dmformer.verify.report import Check
 from tests.fakes import FakeRuntime
 
 if TYPE_CHECKING:

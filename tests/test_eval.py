@@ -20,17 +20,17 @@ from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE
 from dmformer.bundle.manifest import Accuracy
 from dmformer.bundle.reader import open_bundle
 from dmformer.commands.eval import _show as show_eval
-from dmformer.data.labelled import image_set
+from dmformer.data.images import image_set
 from dmformer.errors import CheckFailed, UsageError
+from dmformer.export.networks import lively_
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmformer.models.dmformer import create_model
-from dmformer.models.lively import lively_
 from dmformer.progress import silent
 from dmformer.runtimes import base, registry
 from dmformer.train.digits import CLASSES, PREPROCESSING, load_digits, write_images
-from dmformer.verify.accuracy import Paired, wilson_interval
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
-from dmformer.verify.measures import Classification
+from dmformer.verify.tasks.classification import Paired, wilson_interval
+from dmformer.verify.tasks.measures import Classification
 from tests.bundles import copied, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:

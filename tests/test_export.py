@@ -18,11 +18,12 @@ import torch
 
 import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
-from dmformer.bundle.manifest import decode_manifest, hash_file
+from dmformer.bundle.manifest import decode_manifest
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import graph as making
-from dmformer.export import onnx_file
 from dmformer.export.request import planned_artifacts
+from dmformer.files import hash_file
+from dmformer.graph import onnx_file
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.verify.answers import batch_sizes
@@ -244,7 +245,7 @@ def test_an_error_in_the_simplifier_is_shown(tmp_path: Path, monkeypatch: pytest
 
 def test_a_simplifier_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_onnxsim(tmp_path, monkeypatch, "import time; time.sleep(600)")
-    monkeypatch.setattr("dmformer.export.simplify.TIMEOUT_S", 3)
+    monkeypatch.setattr("dmformer.graph.simplify.TIMEOUT_S", 3)
     with pytest.raises(StageFailed, match="did not end within 3 s"):
         dmformer.export(output=tmp_path / "b")
 

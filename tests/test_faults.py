@@ -20,12 +20,12 @@ from benchmarks.faults import Bench
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, UsageError
-from dmformer.export import diagnose as diagnosing
-from dmformer.export.diagnose import diagnose
-from dmformer.export.source import random_checkpoint
+from dmformer.export.networks import random_checkpoint
 from dmformer.models.checkpoint import save_checkpoint
 from dmformer.progress import silent
-from dmformer.verify.case import run_case
+from dmformer.verify.localize import diagnose as diagnosing
+from dmformer.verify.localize.case import run_case
+from dmformer.verify.localize.diagnose import diagnose
 from tests.bundles import adopt, one_line, rewrite
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from dmformer.export.pipeline import ExportResult
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.verify.findings import Finding
+    from dmformer.verify.report import Finding
     from tests.conftest import Run
 
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"

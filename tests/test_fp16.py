@@ -13,14 +13,14 @@ from onnx import TensorProto, numpy_helper
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.errors import CheckFailed, StageFailed
-from dmformer.export import fp16
-from dmformer.export.fp16 import LARGEST, to_fp16
-from dmformer.export.literal import literal_answers
-from dmformer.export.precision import tensor_peaks, typed_share
+from dmformer.export.precisions import fp16, tensor_peaks
+from dmformer.export.precisions.fp16 import LARGEST, to_fp16
 from dmformer.export.reduced import prove
+from dmformer.graph.onnx_file import typed_share
 from dmformer.models.checkpoint import Checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.verify.compare import reduced_limit
+from dmformer.verify.executors import literal_answers
 from tests.precisions import ATTENTION, rescaled, source_of, types
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.golden import load_golden
 from dmformer.errors import UnavailableError
 from dmformer.export.formats import EngineOptions
-from dmformer.export.torch_onnx import trace
+from dmformer.graph.trace import trace
 from dmformer.machine import gpu_state
 from dmformer.models.checkpoint import load_checkpoint
 from dmformer.runtimes import cuda

@@ -17,11 +17,11 @@ from onnx import TensorProto
 import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.errors import CheckFailed, StageFailed
-from dmformer.export import int8
-from dmformer.export.int8 import quantizable, to_int8
-from dmformer.export.precision import tensor_peaks, typed_share
+from dmformer.export.precisions import int8, tensor_peaks
+from dmformer.export.precisions.int8 import quantizable, to_int8
+from dmformer.graph.onnx_file import typed_share
 from dmformer.runtimes.openvino import OpenVinoRuntime
-from dmformer.verify.measures import Classification
+from dmformer.verify.tasks.measures import Classification
 from tests.bundles import one_line
 from tests.precisions import arrays, simulated, source_of, types
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.export.pipeline import ExportResult
-    from dmformer.export.precision import Calibration, PrecisionSource
+    from dmformer.export.precisions import Calibration, PrecisionSource
     from dmformer.models.checkpoint import Checkpoint
     from tests.conftest import Run
 

@@ -14,11 +14,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import dmformer
-from dmformer.bundle.external import FIELDS, external_files
 from dmformer.bundle.integrity import check_integrity
-from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
-from dmformer.bundle.names import check_distinct, check_name
-from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, check_distinct, check_name
+from dmformer.bundle.reader import FIELDS, external_files, open_bundle
 from dmformer.errors import CheckFailed, UsageError
 from tests.bundles import adopt, one_line, rewrite
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dmformer.errors import StageFailed
-from dmformer.verify.interpret import interpret
+from dmformer.verify.executors import interpret
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmformer.data.labelled import ImageSet, image_set
+from dmformer.data.images import ImageSet, image_set
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from tests.bundles import one_line

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from dmformer.export.formats import is_compiled
 from dmformer.runtimes import registry
 from dmformer.runtimes.layers import describe, is_compute, precision_of, shortfall
 from tests.precisions import calibration_of, source_of
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dmformer.export.precision import Made, PrecisionSource
+    from dmformer.export.precisions import Made, PrecisionSource
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.runtimes.base import Runtime
 
 PAIRS = [
     pytest.param(row, precision, id=f"{row.name}-{precision}")
     for row in registry.ENTRIES
-    if row.buildable is None  # an engine for a GPU has tests of its own
+    if not is_compiled(row)  # an engine for a GPU has tests of its own
     for precision in registry.adapter(row).precisions
 ]
 every_precision = pytest.mark.parametrize(("row", "precision"), PAIRS)
@@ -41,19 +42,19 @@ class Artifacts:
         self._made: dict[str, Made] = {}
 
     def made(self, precision: str) -> Made:
-        from dmformer.export.precision import make
+        from dmformer.export.precisions import make
 
         if precision not in self._made:
             self._made[precision] = make(precision, self.source)
         return self._made[precision]
 
     def path(self, row: registry.Entry, precision: str) -> Path:
-        from dmformer.export.formats import ConversionSource, converter
+        from dmformer.export.formats import ConversionSource, convert
 
         folder = self.source.scratch / row.format / precision
         if not folder.exists():
             folder.mkdir(parents=True)
-            converter(row)(ConversionSource(self.made(precision).onnx, precision, self.checkpoint), folder)
+            convert(row, ConversionSource(self.made(precision).onnx, precision, self.checkpoint), folder)
         return min(folder.iterdir(), key=lambda path: path.suffix == ".bin")  # weights beside a graph come after it
 
     def runtime(self, row: registry.Entry, precision: str) -> Runtime:
@@ -72,7 +73,7 @@ class Artifacts:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    from dmformer.export.source import find_source
+    from dmformer.export.networks import find_source
 
     found = find_source(None, None, None, {}, False, None, None, None, 0)
     assert found.calibration is not None

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmformer.errors import UsageError
+from dmformer.export.describe import count_macs
+from dmformer.export.networks import lively_
 from dmformer.models.dmformer import (
     DMFormerConfig,
     DropPath,
@@ -23,8 +25,6 @@ from dmformer.models.dmformer import (
     list_models,
     variant_config,
 )
-from dmformer.models.flops import count_macs
-from dmformer.models.lively import lively_
 from tests.networks import TINY, answers, image, one_thread, tiny
 
 if TYPE_CHECKING:

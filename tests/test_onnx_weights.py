@@ -15,9 +15,8 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from dmformer.bundle.reader import open_bundle
 from dmformer.machine import give_memory_back
-from dmformer.runtimes.onnx_weights import LEAST_BYTES, without_weights
+from dmformer.runtimes.onnx_weights import LEAST_BYTES, fields, of_bytes, of_number, without_weights
 from dmformer.runtimes.onnxruntime import OnnxRuntime
-from dmformer.runtimes.protobuf import fields, of_bytes, of_number
 
 if TYPE_CHECKING:
     from pathlib import Path

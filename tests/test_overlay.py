@@ -16,11 +16,11 @@ from PIL import Image
 
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES, SCENES
-from dmformer.bundle.predictor import Segments
 from dmformer.data.overlay import Entry, class_colours, overlay
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
-from dmformer.whole import whole_file
+from dmformer.files import whole_file
+from dmformer.serve.predictor import Segments
 from tests.bundles import one_line, rewrite
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def test_at_an_open_size_all_of_the_image_is_in_colour(tmp_path: Path) -> None:
 
 
 def shares(count: int) -> tuple[Any, ...]:
-    from dmformer.bundle.predictor import ClassShare
+    from dmformer.serve.predictor import ClassShare
 
     return tuple(ClassShare(index=index, name=None, share=1 / count) for index in range(count))
 

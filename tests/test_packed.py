@@ -18,10 +18,11 @@ import pytest
 
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
-from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, hash_file
+from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
 from dmformer.bundle.packing import pack, unpack
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError
+from dmformer.files import hash_file
 from tests.bundles import lengthen, one_line, rewrite
 
 if TYPE_CHECKING:

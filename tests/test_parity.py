@@ -19,18 +19,18 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.bundle.golden import Golden, load_golden
 from dmformer.data.images import list_images
 from dmformer.errors import StageFailed
-from dmformer.export.formats import ConversionSource, converter
-from dmformer.export.source import random_checkpoint
-from dmformer.export.torch_onnx import trace
+from dmformer.export.formats import ConversionSource, convert
+from dmformer.export.networks import random_checkpoint
+from dmformer.graph.trace import trace
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.dmformer import DMFormer, Gate
 from dmformer.runtimes import registry
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.answers import ask
-from dmformer.verify.check import Check, report
 from dmformer.verify.compare import Limit, compare, float32_limit, largest_difference, largest_value
 from dmformer.verify.parity import check_answers, check_consistency, check_preprocessing, references
 from dmformer.verify.reference import golden_pixels, make_golden
+from dmformer.verify.report import Check, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def checks_of(subject: Subject, model: DMFormer, folder: Path, engines: Sequence
     for row in map(registry.entry, engines):
         target = folder / row.name
         target.mkdir()
-        files = converter(row)(ConversionSource(traced, "fp32", subject.checkpoint), target).files
+        files = convert(row, ConversionSource(traced, "fp32", subject.checkpoint), target).files
         checks.extend(
             check_answers(
                 "runtime",

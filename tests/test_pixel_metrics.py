@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from dmformer.errors import UsageError
-from dmformer.verify.segmentation import IGNORED, confusion_matrix, pixel_accuracy, pixel_agreement
+from dmformer.verify.tasks.segmentation import IGNORED, confusion_matrix, pixel_accuracy, pixel_agreement
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,17 +21,17 @@ from dmformer.errors import DMFormerError, StageFailed, UsageError
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.verify.answers import Answers
 from dmformer.verify.compare import Limit, Reference
-from dmformer.verify.decision_checks import check_decisions, check_labelled_pixels
 from dmformer.verify.evaluate import evaluate
-from dmformer.verify.measures import Segmentation, measure_of
-from dmformer.verify.segmentation import confusion_matrix, pixel_accuracy
+from dmformer.verify.parity import check_decisions, check_labelled_pixels
+from dmformer.verify.tasks.measures import Segmentation, measure_of
+from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
 from tests.bundles import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dmformer.export.pipeline import ExportResult
-    from dmformer.verify.check import Check
+    from dmformer.verify.report import Check
     from tests.conftest import Run
 
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"

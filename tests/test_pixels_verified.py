@@ -17,7 +17,7 @@ from tests.bundles import rewrite
 
 if TYPE_CHECKING:
     from dmformer.export.pipeline import ExportResult
-    from dmformer.verify.check import Check, ParityReport
+    from dmformer.verify.report import Check, ParityReport
 
 
 def by_stage(report: ParityReport, precision: str = "fp32") -> dict[str, Check]:

@@ -15,8 +15,8 @@ import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.golden import Golden, load_golden
 from dmformer.errors import StageFailed, UsageError
-from dmformer.export.int8 import to_int8
-from dmformer.export.source import random_checkpoint
+from dmformer.export.networks import random_checkpoint
+from dmformer.export.precisions.int8 import to_int8
 from dmformer.runtimes.openvino import OpenVinoRuntime
 from dmformer.verify.answers import Answers
 from dmformer.verify.parity import check_layers, references
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dmformer.export.pipeline import ExportResult
-    from dmformer.export.precision import Calibration
+    from dmformer.export.precisions import Calibration
     from dmformer.models.checkpoint import Checkpoint
 
 

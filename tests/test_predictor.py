@@ -14,12 +14,13 @@ import pytest
 
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
-from dmformer.bundle.predictor import Predictor, choose
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError, UsageError
+from dmformer.export.formats import is_compiled
 from dmformer.runtimes import registry
 from dmformer.runtimes.base import Availability
+from dmformer.serve.predictor import Predictor, choose
 from tests.bundles import lengthen, one_line, rewrite
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def opened(exported: ExportResult) -> Bundle:
     return open_bundle(exported.output)
 
 
-EVERY = [row.name for row in registry.ENTRIES if row.buildable is None]
+EVERY = [row.name for row in registry.ENTRIES if not is_compiled(row)]
 
 
 def test_without_names_or_with_all_everything_that_runs_is_taken(opened: Bundle) -> None:

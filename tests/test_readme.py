@@ -130,8 +130,8 @@ def test_the_extras_are_those_of_the_package() -> None:
 
 
 def test_the_figures_of_the_networks_are_true() -> None:
+    from dmformer.export.describe import count_macs
     from dmformer.models.dmformer import create_model, list_models
-    from dmformer.models.flops import count_macs
 
     for name in list_models("classification"):
         parameters, gmacs = re.findall(rf"\| `{name}` \|.*?\| ([\d.]+) M \| ([\d.]+) \|", README)[0]

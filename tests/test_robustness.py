@@ -212,7 +212,7 @@ def test_mutated_models_under_a_hash_that_fits(cli: Cli, bundle: Path, command: 
 
 SUPERVISED = """
 import os, signal, sys, time
-from dmformer.supervise import supervise
+from dmformer.process import supervise
 def main():
     {0}
 supervise(main)
@@ -242,7 +242,7 @@ def test_a_crash_is_one_line_and_1(name: str) -> None:
 def test_what_a_crash_leaves_is_removed(tmp_path: Path) -> None:
     """Also what was renamed in the meantime, or never made, does no harm."""
     process = supervised(
-        "from pathlib import Path; from dmformer.supervise import announce; "
+        "from pathlib import Path; from dmformer.process import announce; "
         f"root = Path({str(tmp_path)!r}); "
         "names = [announce(root / name) for name in ('folder', 'file', 'renamed', 'never made')]; "
         "(names[0] / 'inner').mkdir(parents=True); names[1].touch(); names[2].touch(); names[2].rename(root / 'kept'); "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,11 +98,15 @@ def test_the_check_sees_an_import() -> None:
 
 
 def device_modules() -> list[str]:
-    rooms = ("assets", "runtimes", "bundle", "data", "bench", "verify", "commands")
-    found = ["dmformer", "dmformer.cli", *(f"dmformer.{name}" for name in ("child", "errors", "machine", "progress"))]
+    rooms = ("assets", "runtimes", "bundle", "serve", "device", "data", "bench", "verify", "commands")
+    found = [
+        "dmformer",
+        "dmformer.cli",
+        *(f"dmformer.{name}" for name in ("cache", "errors", "files", "machine", "process", "progress")),
+    ]
     for room in rooms:
         found.append(f"dmformer.{room}")
-        found += [f"dmformer.{room}.{module.name}" for module in pkgutil.iter_modules([str(PACKAGE / room)])]
+        found += [f"dmformer.{room}.{module.name}" for module in pkgutil.walk_packages([str(PACKAGE / room)])]
     return found
 
 
@@ -203,18 +208,20 @@ LAYERS = (
     "export",
     "verify",
     "bench",
-    "cache",
+    "serve",
+    "device",
     "bundle",
+    "graph",
     "runtimes",
     "models",
     "data",
     "assets",
-    "child",
+    "cache",
+    "files",
+    "process",
     "machine",
     "progress",
     "task",
-    "whole",
-    "supervise",
     "_optional",
     "errors",
     "_callable",
@@ -223,8 +230,11 @@ LAYERS = (
 # (module, room that it imports from): why it may.
 EXCEPTIONS = {
     ("__init__", room): "names for type checkers; users' names are loaded when they are first used"
-    for room in ("bench", "bundle", "export", "models", "verify")
+    for room in ("bench", "export", "models", "serve", "verify")
 }
+
+
+NAMED = re.compile(r"dmformer(\.\w+)+(:\w+)?")
 
 
 def room_of(module: str) -> str:
@@ -243,7 +253,7 @@ def is_module(name: str) -> bool:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and module of each import of our own, wherever in the file it stands."""
+    """Line and module of each import of our own, wherever in the file it stands; a string that names one counts too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
@@ -251,6 +261,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
             found = [name if is_module(name) else str(node.module) for name in inside]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMED.fullmatch(node.value):
+            found = [name for name in [node.value.partition(":")[0]] if is_module(name)]
         else:
             continue
         yield from ((node.lineno, name) for name in found if name.partition(".")[0] == "dmformer")
@@ -281,6 +293,8 @@ def test_every_exception_is_still_one() -> None:
         "from dmformer import cli",
         "def f():\n    from dmformer.bench import api",
         "if TYPE_CHECKING:\n    from dmformer.commands import bench",
+        "MAKER = 'dmformer.bundle.reader:open_bundle'",
+        "CHILD = 'dmformer.bundle.reader'",
     ],
 )
 def test_an_upward_import_is_seen(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:

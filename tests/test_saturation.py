@@ -15,13 +15,13 @@ import pytest
 import dmformer
 from dmformer import machine
 from dmformer.bundle import select
-from dmformer.bundle.predictor import choose
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import saturation
 from dmformer.errors import CheckFailed
-from dmformer.export import int8
+from dmformer.export.precisions import int8
 from dmformer.machine import describe_processor
 from dmformer.runtimes import registry
+from dmformer.serve.predictor import choose
 from tests.bundles import rewrite
 from tests.precisions import SATURATES, unheld
 
@@ -141,7 +141,7 @@ def test_doctor_says_so_of_what_can_be_built(
 def test_auto_looks_at_no_engine_that_it_does_not_need(exported: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     tried = select.cannot_run
-    monkeypatch.setattr("dmformer.bundle.predictor.cannot_run", lambda row, a: asked.append(row.name) or tried(row, a))
+    monkeypatch.setattr("dmformer.serve.predictor.cannot_run", lambda row, a: asked.append(row.name) or tried(row, a))
     choice = choose(open_bundle(exported.output), None, None)
     assert asked == [choice.entry.name]
 
@@ -150,7 +150,7 @@ def test_auto_looks_at_no_engine_that_it_does_not_need(exported: ExportResult, m
 def test_a_case_names_the_cause(full_range: ExportResult, tmp_path: Path) -> None:
     """A limit that nothing keeps stands for what saturates."""
     from dmformer.bundle.manifest import file_entry
-    from dmformer.verify.case import Case, run_case, save_case
+    from dmformer.verify.localize.case import Case, run_case, save_case
 
     golden = open_bundle(full_range.output).golden()
     for full in (True, False):

@@ -14,7 +14,7 @@ from dmformer.data.images import load_pixels
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.train.recipe import make_recipe, read_recipe
 from dmformer.train.scenes import CLASSES, VALIDATION, write_scenes
-from dmformer.verify.segmentation import PixelAccuracy, confusion_matrix, pixel_accuracy
+from dmformer.verify.tasks.segmentation import PixelAccuracy, confusion_matrix, pixel_accuracy
 from tests.networks import one_thread
 
 if TYPE_CHECKING:

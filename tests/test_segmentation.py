@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dmformer.errors import UsageError
-from dmformer.export.torch_onnx import trace
+from dmformer.export.networks import lively_
+from dmformer.graph.trace import trace
 from dmformer.models import deploy as folding
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
@@ -24,7 +25,6 @@ from dmformer.models.dmformer import (
     list_models,
     variant_config,
 )
-from dmformer.models.lively import lively_
 from dmformer.models.segmentation import DMFormerFeatures, SemanticFPN, UPerNet, pool_bins
 from tests.networks import TINY, answers, image, one_thread
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.serving import serve_layout
 from dmformer.errors import CheckFailed, UsageError
+from dmformer.files import hash_file
+from dmformer.serve.layouts import serve_layout
 from tests.bundles import copied, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:

@@ -15,14 +15,13 @@ from msgspec.structs import replace
 
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
-from dmformer.bundle.integrity import check_integrity
-from dmformer.bundle.keys import fingerprint, generate_keys, load_private_key, load_public_key
+from dmformer.bundle.integrity import check_integrity, sign_bundle
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
 from dmformer.bundle.packing import pack
 from dmformer.bundle.reader import open_bundle, own_bundle
-from dmformer.bundle.signature import read_signature, verify
-from dmformer.bundle.signing import sign_bundle
-from dmformer.bundle.trust import REQUIRE, TRUSTED_KEYS, Policy, admit, policy, policy_in_force, trusted_keys
+from dmformer.bundle.trust.keys import fingerprint, generate_keys, load_private_key, load_public_key
+from dmformer.bundle.trust.policy import REQUIRE, TRUSTED_KEYS, Policy, admit, policy, policy_in_force, trusted_keys
+from dmformer.bundle.trust.signature import read_signature, verify
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.export.build import build
 from tests.bundles import lengthen, one_line, rewrite

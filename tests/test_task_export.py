@@ -18,11 +18,11 @@ from benchmarks.fault_kinds import spoil_weights
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SEGMENTATION_CHECKPOINT
 from dmformer.bench.limits import least_work
 from dmformer.bundle.golden import Golden, load_golden
-from dmformer.bundle.manifest import GOLDEN, decode_manifest, indented_json
+from dmformer.bundle.manifest import GOLDEN, decode_manifest
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import DMFormerError, StageFailed, UsageError
-from dmformer.export.diagnose import diagnose
-from dmformer.export.source import random_checkpoint
+from dmformer.export.networks import random_checkpoint
+from dmformer.files import indented_json
 from dmformer.models.checkpoint import load_checkpoint
 from dmformer.progress import silent
 from dmformer.runtimes import registry
@@ -30,7 +30,8 @@ from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, STRIDES
 from dmformer.verify import reference as referring
 from dmformer.verify.answers import Answers, ask
-from dmformer.verify.case import run_case
+from dmformer.verify.localize.case import run_case
+from dmformer.verify.localize.diagnose import diagnose
 from dmformer.verify.parity import check_artifact, check_other_size, references
 from tests.bundles import adopt, one_line, rewrite
 

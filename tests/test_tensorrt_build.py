@@ -12,14 +12,14 @@ import onnx
 import pytest
 
 import dmformer
-from dmformer.bundle.manifest import hash_file
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import StageFailed, UnavailableError, UsageError
-from dmformer.export import int8, tensorrt
-from dmformer.export.formats import ConversionSource, EngineOptions
-from dmformer.export.tensorrt import check_buildable, to_tensorrt
-from dmformer.export.tensorrt_build import use_timing_cache
-from dmformer.runtimes import plan
+from dmformer.export.formats import ConversionSource, EngineOptions, tensorrt
+from dmformer.export.formats.tensorrt import check_buildable, to_tensorrt
+from dmformer.export.formats.tensorrt_build import use_timing_cache
+from dmformer.export.precisions import int8
+from dmformer.files import hash_file
+from dmformer.runtimes import target as plan
 from dmformer.runtimes.cuda import Gpu, find_gpu
 from dmformer.runtimes.target import compute_capability, this_platform
 from tests import gpu_double
@@ -97,9 +97,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> dict[st
 
     To save time at 64 pixels, and with one or two of each stage's blocks: the others have layers of the same shapes.
     """
-    from dmformer.data.labelled import image_set
-    from dmformer.export.precision import make
-    from dmformer.export.source import random_checkpoint
+    from dmformer.data.images import image_set
+    from dmformer.export.networks import random_checkpoint
+    from dmformer.export.precisions import make
 
     checkpoint = random_checkpoint("dmformer_s", {"num_classes": 10, "depths": [1, 1, 2, 1]}, 64, seed=1)
     images = image_set(few_images, checkpoint.preprocessing, [], 10).spread(10)
@@ -229,7 +229,7 @@ def test_a_file_that_is_no_onnx(content: bytes, tmp_path: Path) -> None:
 def test_a_builder_that_crashes_is_an_error_of_its_stage(
     fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmformer.child import Child
+    from dmformer.process import Child
 
     crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
     monkeypatch.setattr(Child, "command", staticmethod(lambda _module: [sys.executable, "-c", crash]))
@@ -376,7 +376,7 @@ def test_from_python(tmp_path: Path) -> None:
 def test_an_engine_that_cannot_be_built_takes_nothing_down_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmformer.child import Child
+    from dmformer.process import Child
 
     real = Child.command
     crash = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"]

@@ -14,10 +14,9 @@ from dmformer.commands.train import _SHIPPED
 from dmformer.errors import StageFailed, UsageError
 from dmformer.models.dmformer import variant_config
 from dmformer.train.api import train
-from dmformer.train.optimization import learning_rate, make_optimizer
 from dmformer.train.recipe import Recipe, make_recipe, read_recipe, shipped_recipes
 from dmformer.train.run import Plan
-from dmformer.train.start import build, find_start
+from dmformer.train.start import build, find_start, learning_rate, make_optimizer
 from tests.networks import one_thread
 from tests.training import SMALL, STILL, small, toml
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dmformer.bench import api
-from dmformer.child import Child
+from dmformer.process import Child
 
 if TYPE_CHECKING:
     import pytest

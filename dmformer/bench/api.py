@@ -17,15 +17,15 @@ from dmformer.bench.plan import Plan, Request, plan_bench
 from dmformer.bench.report import BenchReport, Result, median_limits, standings, summarise
 from dmformer.bench.statistics import noise_floor
 from dmformer.bench.worker import Answer, Job
-from dmformer.child import Child
 from dmformer.errors import StageFailed
 from dmformer.machine import describe_machine
+from dmformer.process import Child
 from dmformer.progress import silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dmformer.bench.configuration import Configuration
+    from dmformer.bench.plan import Configuration
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Advance, Stage
 
@@ -63,7 +63,7 @@ def bench(
         runtimes: names of runtimes, or ``all``; otherwise every one that can run on this machine.
         precisions: otherwise every one there is.
         batches: batch sizes.
-        modes: out of :data:`dmformer.bench.configuration.MODES`; otherwise ``compute``.
+        modes: out of :data:`dmformer.bench.plan.MODES`; otherwise ``compute``.
         streams: calls under way at once, for the mode ``throughput``; otherwise one for each core.
         threads: for one inference, or for all streams together; otherwise all cores.
         rounds: otherwise :data:`ROUNDS`.

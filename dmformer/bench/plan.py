@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
+
+from msgspec import Struct
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
-from dmformer.bench.configuration import MODES, Configuration, Mode
 from dmformer.bench.measure import BRIEF_WARM_UP_CALLS, BRIEF_WARM_UP_S, SAMPLES_FOR, WARM_UP_CALLS, WARM_UP_S
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
@@ -19,6 +20,46 @@ from dmformer.machine import check_threads, usable_cores
 
 if TYPE_CHECKING:
     from dmformer.bundle.select import Choice
+
+
+Mode = Literal["compute", "end-to-end", "throughput"]
+MODES: tuple[Mode, ...] = ("compute", "end-to-end", "throughput")
+
+
+class Configuration(Struct, frozen=True, kw_only=True):
+    """One row of a report.
+
+    Attributes:
+        runtime: canonical name.
+        precision: of the artifact.
+        batch: rows in each call.
+        threads: for one inference.
+        mode: ``compute`` runs the network alone; ``end-to-end`` begins with an image file and ends with classes:
+            decode, resize, normalise, run, softmax; ``throughput`` keeps several streams busy.
+        streams: calls that are under way at once, each in a copy of the model of its own.
+        artifact_sha256: what is timed; another artifact under the same name is refused.
+    """
+
+    runtime: str
+    precision: str
+    batch: int
+    threads: int
+    artifact_sha256: str
+    mode: Mode = "compute"
+    streams: int = 1
+
+    @property
+    def cores(self) -> int:
+        """Threads that all streams together use."""
+        return self.threads * self.streams
+
+    @property
+    def title(self) -> str:
+        """For people: what tells it from the other rows."""
+        mode = "" if self.mode == "compute" else f", {self.mode}"
+        streams = f", {self.streams} streams" if self.mode == "throughput" else ""
+        return f"{self.runtime} {self.precision} batch {self.batch}{mode}{streams}"
+
 
 MOST_IMAGES = 64
 _START_S = {"torch": 3.0}  # imports and load, where it takes long

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dmformer.bench.configuration import Configuration
 from dmformer.bench.limits import Limits, attainable_ms
+from dmformer.bench.plan import Configuration
 from dmformer.bench.profile import Profile
 from dmformer.bench.statistics import Latency, Ratio, latency, middle_ns, paired_ratio
 

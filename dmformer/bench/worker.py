@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from dmformer.bench.configuration import Configuration
 from dmformer.bench.measure import Extent, Measurement, batches, measure, network_alone
+from dmformer.bench.plan import Configuration
 from dmformer.bench.profile import Profile, profile
-from dmformer.bundle.predictor import Predictor
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import load_pixels
 from dmformer.errors import DMFormerError, StageFailed
+from dmformer.serve.predictor import Predictor
 
 if TYPE_CHECKING:
     import numpy as np

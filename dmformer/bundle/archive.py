@@ -20,11 +20,12 @@ from dmformer.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     SIGNATURE,
     FileEntry,
+    check_distinct,
+    check_name,
     decode_manifest,
 )
-from dmformer.bundle.names import check_distinct, check_name
-from dmformer.bundle.signature import MAX_SIGNATURE_BYTES
-from dmformer.bundle.trust import admit
+from dmformer.bundle.trust.policy import admit
+from dmformer.bundle.trust.signature import MAX_SIGNATURE_BYTES
 from dmformer.errors import CheckFailed, UsageError, first_line
 
 if TYPE_CHECKING:

@@ -10,15 +10,40 @@ from msgspec import Struct
 
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import open_bundle, own_bundle, read_manifest, read_signature_file
-from dmformer.bundle.signature import Signature, read_signature, verify
-from dmformer.bundle.trust import policy, policy_in_force, trusted_keys
-from dmformer.errors import CheckFailed, DMFormerError
+from dmformer.bundle.trust.policy import policy, policy_in_force, trusted_keys
+from dmformer.bundle.trust.signature import Signature, read_signature, sign, verify
+from dmformer.errors import CheckFailed, DMFormerError, UsageError
+from dmformer.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from dmformer.bundle.reader import Bundle
+
+
+def sign_bundle(folder: Path, key: Ed25519PrivateKey) -> Signature:
+    """Sign a bundle's manifest, once every file was found to be what it lists; an older signature is replaced.
+
+    No policy applies: it is for the signer to decide.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says, or not listed in it.
+        StageFailed: the signature could not be written.
+        UsageError: there is no bundle, or it is packed.
+    """
+    if folder.is_file():
+        raise UsageError(f"{str(folder)!r} is a file; expected the folder of a bundle: sign it, then pack it")
+    bundle = own_bundle(folder)
+    bundle.check_all()
+    signature = sign(read_manifest(folder), key)
+    if signature.manifest_sha256 != bundle.manifest_sha256:
+        raise CheckFailed(f"{folder} changed while it was checked, and was not signed; run it again")
+    with whole_file(folder / SIGNATURE) as staging:
+        staging.write_bytes(signature.encode())
+    return signature
 
 
 class FileCheck(Struct, frozen=True, kw_only=True):

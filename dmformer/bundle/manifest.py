@@ -3,22 +3,81 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from dmformer.bundle.names import check_distinct, check_name
+from dmformer.cache import Cached
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
+from dmformer.files import Sha256, hash_file, indented_json
 from dmformer.machine import Processor
 from dmformer.runtimes.target import Target
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
+
+_MOST_BYTES = 200  # Windows takes 260 with the folder that the bundle is in
+_FORBIDDEN = frozenset('\\:*?"<>|')
+# Windows takes these for devices, whatever follows the first dot.
+_DEVICES = frozenset(
+    ("con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(10)))
+)
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no relative path with forward slashes, inside the bundle, on every system.
+
+    Raises:
+        UsageError: the name is absolute, leads upwards, or is one that some system cannot hold or reads otherwise.
+    """
+    if len(name) > _MOST_BYTES or not all(map(_is_plain, name.split("/"))):
+        raise UsageError(
+            f"path {name[:_MOST_BYTES]!r}; expected a relative path inside the bundle, legal on every system"
+        )
+
+
+def _is_plain(part: str) -> bool:
+    return (
+        part.isprintable()  # neither control characters nor halves of a surrogate pair
+        and part not in ("", ".", "..")
+        and part[-1] not in ". "  # Windows drops them
+        and not _FORBIDDEN.intersection(part)
+        and part.partition(".")[0].strip().casefold() not in _DEVICES
+        and len(part.encode()) <= _MOST_BYTES
+    )
+
+
+def check_distinct(names: Iterable[str]) -> None:
+    """Refuse names of which a system that ignores case, or writes accents in its own way, would make one file.
+
+    Raises:
+        UsageError: two names collide, or one is a folder in another.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        key = _key(name)
+        if key in seen:
+            raise UsageError(f"paths {seen[key]!r} and {name!r} are the same file to some systems; expected each once")
+        seen[key] = name
+    for key, name in seen.items():
+        parts = key.split("/")
+        folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
+        if above := next((folder for folder in folders if folder in seen), None):
+            raise UsageError(f"path {name!r} lies in {seen[above]!r}, which is a file; expected a folder")
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
 SCHEMA_VERSION = 1
+DEFAULT_BUNDLE = "dmformer-bundle"  # the folder of a bundle where none is named
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 GOLDEN = "golden.npz"
@@ -31,8 +90,6 @@ _OUTPUTS: dict[Task, tuple[str, ...]] = {
     "segmentation": (OUTPUT_NAME,),
     "features": FEATURE_NAMES,
 }
-
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
@@ -223,18 +280,6 @@ class LatencyEvidence(Struct, frozen=True, kw_only=True):
     report: str
 
 
-class Cached(Struct, frozen=True, kw_only=True):
-    """Work that was done earlier, on this machine, with the same inputs and versions; its result was taken then.
-
-    Attributes:
-        what: the work.
-        made: when it was done, in UTC, as in RFC 3339.
-    """
-
-    what: str
-    made: str
-
-
 class Evidence(Struct, frozen=True, kw_only=True):
     """What was measured when the bundle was made, but for what is named in ``cached``: that was measured earlier.
 
@@ -323,11 +368,6 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return indented_json(self)
 
 
-def indented_json(content: Any) -> bytes:
-    """How every JSON file and report is written."""
-    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
-
-
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """Parse a manifest.
 
@@ -353,13 +393,3 @@ def file_entry(root: Path, path: Path) -> FileEntry:
     """Describe a file below ``root`` by reading it."""
     sha256, size = hash_file(path)
     return FileEntry(path=path.relative_to(root).as_posix(), bytes=size, sha256=sha256)
-
-
-def hash_file(path: Path) -> tuple[str, int]:
-    """SHA-256 and size of a file, read in pieces."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return digest.hexdigest(), size

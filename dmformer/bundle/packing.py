@@ -13,7 +13,7 @@ from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_file
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, UsageError
-from dmformer.whole import whole_file
+from dmformer.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

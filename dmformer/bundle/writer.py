@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.reader import own_bundle
 from dmformer.errors import StageFailed, UsageError
-from dmformer.supervise import announce
+from dmformer.process import announce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,11 +1,74 @@
-"""Options whose values are pairs, or one of a few words."""
+"""Options whose values are pairs, or one of a few words.
+
+Whose bundles a command takes: options that stand on every command that opens bundles, and reach no further.
+
+They set the policy for the length of the command; the place that opens bundles asks it.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 import json
-from typing import Any, TypeVar
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import typer
+
+from dmformer.bundle.manifest import DEFAULT_BUNDLE
+from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def remember(bundle: Path) -> None:
+    """Note the bundle that was just written from this working folder; a home that cannot be written is no failure."""
+    try:
+        note = _note()
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(bundle.absolute()), encoding="utf-8")
+    except (OSError, RuntimeError, UnicodeError):  # RuntimeError: there is no home at all
+        return
+
+
+def find_bundle(named: Path | None) -> Bundle:
+    """Open the bundle that was named, or else the last one written from this working folder.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    return open_bundle(bundle_path(named))
+
+
+def bundle_path(named: Path | None) -> Path:
+    """Where the bundle is that was named, or else the last one written from this working folder.
+
+    Raises:
+        UsageError: none is named, and there is no such folder.
+    """
+    if named is not None:
+        return named
+    try:
+        remembered = Path(_note().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, UnicodeError):
+        remembered = Path(DEFAULT_BUNDLE)
+    for candidate in (remembered, Path(DEFAULT_BUNDLE)):
+        if candidate.is_dir():
+            return candidate
+    raise UsageError(f"no bundle named, and none at ./{DEFAULT_BUNDLE}; name one, or run: dmformer export")
+
+
+def _note() -> Path:
+    """One small file for each working folder, in the user's state folder (XDG Base Directory Specification)."""
+    import platformdirs
+
+    key = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:16]
+    return platformdirs.user_state_path("dmformer") / f"last-bundle-{key}"
+
 
 T = TypeVar("T", bound=str)
 
@@ -40,3 +103,74 @@ def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:
         except ValueError:
             values[key] = text
     return values
+
+
+FlavourOption = Annotated[
+    str,
+    typer.Option(
+        "--flavour",
+        metavar="NAME",
+        help="Of TensorRT: tensorrt (10 or 11), rtx (TensorRT-RTX), or auto.",
+    ),
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="SM",
+        help="GPU to build TensorRT engines for ahead of time, like sm89; otherwise this machine's. Repeatable.",
+    ),
+]
+MinBatchOption = Annotated[int, typer.Option("--min-batch", min=1, help="Smallest batch of a TensorRT engine.")]
+OptBatchOption = Annotated[int, typer.Option("--opt-batch", min=1, help="Batch that a TensorRT engine is tuned for.")]
+MaxBatchOption = Annotated[int, typer.Option("--max-batch", min=1, help="Largest batch of a TensorRT engine.")]
+WorkspaceOption = Annotated[
+    int | None,
+    typer.Option("--workspace", metavar="MIB", min=1, help="Most GPU memory for one layer's work, in MiB."),
+]
+
+
+RequireOption = Annotated[
+    bool,
+    typer.Option(
+        "--require-signature",
+        help="Open only bundles signed by a trusted key; DMFORMER_REQUIRE_SIGNATURE=1 does the same.",
+    ),
+]
+TrustedOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted-keys",
+        metavar="DIR",
+        help="Public keys (*.pem) whose signature is required; otherwise DMFORMER_TRUSTED_KEYS, or the user's own.",
+    ),
+]
+
+
+def under_policy(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with ``--require-signature`` and ``--trusted-keys`` after its own options."""
+
+    @functools.wraps(command)
+    def run(*, require_signature: bool, trusted_keys: Path | None, **given: Any) -> None:
+        from dmformer.bundle.trust.policy import Policy, policy, policy_in_force
+
+        default = policy()
+        chosen = Policy(
+            required=require_signature or trusted_keys is not None or default.required,
+            trusted_keys=trusted_keys or default.trusted_keys,
+        )
+        with policy_in_force(chosen):
+            command(**given)
+
+    signature = inspect.signature(command, eval_str=True)
+    options = (
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, default, annotation in (
+            ("require_signature", False, RequireOption),
+            ("trusted_keys", None, TrustedOption),
+        )
+    )
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *options]
+    )
+    return run

@@ -109,7 +109,7 @@ def write_json(report: Any, target: str | None) -> None:
     """Write a report as indented JSON to a file or to standard output; nothing where no target was given."""
     if target is None:
         return
-    from dmformer.bundle.manifest import indented_json
+    from dmformer.files import indented_json
 
     data = indented_json(report)
     if target == "-":
@@ -125,7 +125,7 @@ def write_report(path: Path, data: bytes) -> None:
     Raises:
         StageFailed: it could not be written.
     """
-    from dmformer.whole import whole_file
+    from dmformer.files import whole_file
 
     if path.exists() and not path.is_file():
         try:
@@ -152,7 +152,7 @@ def check_json_target(target: str | None) -> None:
 
 def bundle_named(named: Path | None) -> Bundle:
     """The bundle that a command is about; says which, where it was not named."""
-    from dmformer.bundle.locate import find_bundle
+    from dmformer.commands._options import find_bundle
 
     bundle = find_bundle(named)
     if named is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmformer.commands import _engine as engine
+from dmformer.commands import _options as engine
 from dmformer.commands import _present as present
 
 if TYPE_CHECKING:

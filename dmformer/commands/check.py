@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def check(bundle: present.BundleArgument = None, json_file: present.JsonOption = None) -> None:
     """Check a bundle's integrity: every file by its hash, the manifest by its signature; and say what that proves."""
     from dmformer.bundle.integrity import check_integrity
-    from dmformer.bundle.locate import bundle_path
+    from dmformer.commands._options import bundle_path
 
     present.check_json_target(json_file)
     path = bundle_path(bundle)

@@ -13,7 +13,7 @@ from dmformer.commands import _present as present
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dmformer.bundle.diagnosis import ArtifactFinding, Finding
+    from dmformer.device.doctor import ArtifactFinding, Finding
 
 
 def doctor(
@@ -23,8 +23,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Show what this machine can run, and what is missing."""
-    from dmformer.bundle.diagnosis import diagnose
     from dmformer.bundle.reader import open_bundle
+    from dmformer.device.doctor import diagnose
     from dmformer.export.build import cannot_build
 
     opened = open_bundle(bundle) if bundle is not None else None

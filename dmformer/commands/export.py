@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmformer.commands import _engine as engine
+from dmformer.commands import _options as engine
 from dmformer.commands import _present as present
 from dmformer.commands._options import parse_choice, parse_pairs
 from dmformer.errors import StageFailed
@@ -125,9 +125,9 @@ def export(
     digits or, with --task segmentation, one of scenes made of them.
     """
     from dmformer._optional import require
-    from dmformer.bundle.locate import remember
     from dmformer.bundle.writer import check_destination
     from dmformer.cache import NoCache, open_cache
+    from dmformer.commands._options import remember
     from dmformer.export.formats import EngineOptions
     from dmformer.export.known import KnownExport
 
@@ -178,7 +178,7 @@ def export(
         raise StageFailed(f"{'; '.join(result.broken)}; the rest was written to {output}")
     if not result.parity.passed:
         from dmformer.errors import CheckFailed
-        from dmformer.verify.check import failure
+        from dmformer.verify.report import failure
 
         raise CheckFailed(
             f"{failure(result.parity)}; the bundle was written to {output} all the same, as --force asked"

@@ -18,8 +18,8 @@ def pack(
     ] = None,
 ) -> None:
     """Write a bundle as one file, the same bytes for the same bundle; a zip archive that any tool can read."""
-    from dmformer.bundle.manifest import hash_file
     from dmformer.bundle.packing import pack as run_pack
+    from dmformer.files import hash_file
 
     written = run_pack(present.bundle_named(bundle), output)
     sha256, size = hash_file(written)

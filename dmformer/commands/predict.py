@@ -15,7 +15,7 @@ from dmformer.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dmformer.bundle.predictor import Predictor, PredictReport, SegmentReport, Segments
+    from dmformer.serve.predictor import Predictor, PredictReport, SegmentReport, Segments
 
 
 def predict(
@@ -46,7 +46,7 @@ def predict(
 ) -> None:
     """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
     from dmformer.bundle.packing import SUFFIX
-    from dmformer.bundle.predictor import Predictor, choose
+    from dmformer.serve.predictor import Predictor, choose
 
     present.check_json_target(json_file)
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)
@@ -74,7 +74,7 @@ def predict(
 
 
 def _classify(predictor: Predictor, images: list[Path], top_k: int) -> tuple[PredictReport, Table]:
-    from dmformer.bundle.predictor import PredictReport
+    from dmformer.serve.predictor import PredictReport
 
     predictions = predictor.predict(images, top_k)
     listing = present.table("", ["image", "class", "probability", ""], numeric=["probability"])
@@ -90,7 +90,7 @@ def _classify(predictor: Predictor, images: list[Path], top_k: int) -> tuple[Pre
 
 
 def _segment(predictor: Predictor, images: list[Path], targets: list[Path], top_k: int) -> tuple[SegmentReport, Table]:
-    from dmformer.bundle.predictor import SegmentedImage, SegmentReport
+    from dmformer.serve.predictor import SegmentedImage, SegmentReport
 
     predictions = []
     listing = present.table("", ["image", "class", "pixels", ""], numeric=["pixels"])

@@ -20,7 +20,7 @@ def serve_layout(
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Write a model repository for a server: its configuration, the model files, and what clients have to know."""
-    from dmformer.bundle.serving import serve_layout as write
+    from dmformer.serve.layouts import serve_layout as write
 
     written = write(server.lower(), present.bundle_named(bundle), output, force=force, max_batch=max_batch)
     for name in written.models:

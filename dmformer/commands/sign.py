@@ -25,9 +25,9 @@ def sign(
     ] = None,
 ) -> None:
     """Sign a bundle, once all of it was found to be what its manifest lists; or make a key to sign with."""
-    from dmformer.bundle.keys import generate_keys, load_private_key
-    from dmformer.bundle.locate import bundle_path
-    from dmformer.bundle.signing import sign_bundle
+    from dmformer.bundle.integrity import sign_bundle
+    from dmformer.bundle.trust.keys import generate_keys, load_private_key
+    from dmformer.commands._options import bundle_path
 
     if (key is None) == (generate_key is None) or (generate_key is not None and bundle is not None):
         raise UsageError("expected a bundle and --key FILE; or --generate-key FILE alone")

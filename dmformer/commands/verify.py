@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-    from dmformer.verify.check import Check, ParityReport
-    from dmformer.verify.findings import Finding
+    from dmformer.verify.report import Check, Finding, ParityReport
 
 CASES = "dmformer-bisect"
 
@@ -49,7 +48,7 @@ def verify(
 
     Without --weights and --images the reference is in the bundle, and PyTorch is not needed.
     """
-    from dmformer.verify.check import failure
+    from dmformer.verify.report import failure
 
     present.check_json_target(json_file)
     if case is not None:
@@ -65,8 +64,8 @@ def verify(
 
 
 def _run_case(case: Path) -> ParityReport:
-    from dmformer.verify.case import run_case
-    from dmformer.verify.check import report
+    from dmformer.verify.localize.case import run_case
+    from dmformer.verify.report import report
 
     return report(run_case(case))
 
@@ -87,7 +86,7 @@ def _verify(
     with present.stages() as shown:
         report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, layers=bisect, stage=shown.stage)
         if bisect and not report.passed:
-            from dmformer.export.diagnose import diagnose
+            from dmformer.verify.localize.diagnose import diagnose
 
             report = diagnose(opened, report, weights=weights, folder=Path(CASES), stage=shown.stage)
     return report

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dmformer.data.images import list_images, open_image
-from dmformer.data.labelled import ImageSet
+from dmformer.data.images import ImageSet, list_images, open_image
 from dmformer.errors import UsageError
 
 if TYPE_CHECKING:

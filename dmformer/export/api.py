@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmformer.bundle.locate import DEFAULT_BUNDLE
-from dmformer.bundle.manifest import SAFE_WEIGHT_BITS, WEIGHT_BITS
+from dmformer.bundle.manifest import DEFAULT_BUNDLE, SAFE_WEIGHT_BITS, WEIGHT_BITS
 from dmformer.cache import NoCache, open_cache
 from dmformer.errors import UnavailableError, UsageError
-from dmformer.export.formats import EngineOptions, check_convertible, check_size
+from dmformer.export.formats import EngineOptions, check_convertible, check_size, is_compiled
 from dmformer.export.known import KnownExport
-from dmformer.export.precision import PRECISIONS, check_calibrated
+from dmformer.export.precisions import PRECISIONS, check_calibrated
 from dmformer.export.request import ExportRequest, ExportResult
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
@@ -133,7 +132,7 @@ def make_request(
         raise UsageError(f"max_accuracy_drop is {max_accuracy_drop:g}; expected percentage points, 0 to 100")
     if type(weight_bits) is not int or weight_bits not in WEIGHT_BITS:
         raise UsageError(f"weight_bits is {weight_bits!r}; expected 7, right on every processor, or 8")
-    from dmformer.export.source import find_source
+    from dmformer.export.networks import find_source
 
     source = find_source(
         Path(weights) if weights is not None else None,
@@ -158,7 +157,7 @@ def make_request(
     check_calibrated(chosen, source.calibration)
     engine = engine or EngineOptions()
     rows = [registry.entry_of_format(name) for name in formats if name.lower() != "all"]
-    if engine != EngineOptions() and len(rows) == len(formats) and not any(row.buildable for row in rows):
+    if engine != EngineOptions() and len(rows) == len(formats) and not any(is_compiled(row) for row in rows):
         raise UsageError("options of an engine, and no format that is compiled; expected --format trt as well")
     chosen_formats, not_made = _formats(formats, chosen, engine, open_size=open_size)
     request = ExportRequest(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dmformer.bundle.manifest import Artifact, file_entry
-from dmformer.export.formats import converter
+from dmformer.export.formats import convert
 from dmformer.runtimes import registry
 from dmformer.verify.answers import Answers, ask
-from dmformer.verify.check import Check
 from dmformer.verify.parity import check_answers, check_artifact, check_consistency, check_other_size, references
+from dmformer.verify.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,7 +56,7 @@ def make_artifact(
         UnavailableError: a package that it needs is not installed.
     """
     with source.stage(f"convert to {row.format} {source.precision}"):
-        converted = converter(row)(source, root / row.format / source.precision)
+        converted = convert(row, source, root / row.format / source.precision)
         files = tuple(file_entry(root, path) for path in converted.files)
     return Artifact(
         format=row.format,

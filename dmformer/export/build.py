@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from dmformer.bundle.manifest import MANIFEST, SIGNATURE, Artifact, file_entry, indented_json
+from dmformer.bundle.manifest import MANIFEST, SIGNATURE, Artifact, file_entry
 from dmformer.bundle.reader import Bundle, open_bundle, own_bundle, read_signature_file
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export.artifact import make_artifact, proven
-from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, check_size
+from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, check_size, is_compiled
+from dmformer.files import indented_json
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.check import Check, ParityReport, failure, report
+from dmformer.verify.report import Check, ParityReport, failure, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +73,7 @@ def build(
     if row.format in (_SOURCE, "torch"):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
     check_size(row, opened.manifest.open_size)
-    if row.buildable is None and options != EngineOptions():
+    if not is_compiled(row) and options != EngineOptions():
         raise UsageError(f"format {row.format} is not compiled for a target; expected no options of an engine")
     sources = _sources(opened, row, [precision.lower() for precision in precisions])
     check_convertible(row, options)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from dmformer.bundle.golden import FIRST_AND_LAST, Golden
 from dmformer.bundle.manifest import Simplification
 from dmformer.errors import DMFormerError, StageFailed
-from dmformer.export import onnx_file
 from dmformer.export.formats import versions
-from dmformer.export.simplify import Simplifier
-from dmformer.export.torch_onnx import onnx_metadata, trace
+from dmformer.graph import onnx_file
+from dmformer.graph.simplify import Simplifier
+from dmformer.graph.trace import onnx_metadata, trace
 from dmformer.machine import give_memory_back
 from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.deploy import deploy
@@ -24,11 +24,11 @@ from dmformer.progress import Stage
 from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
 from dmformer.verify.answers import Answers, ask, batch_sizes
-from dmformer.verify.check import Check
 from dmformer.verify.compare import Reference
-from dmformer.verify.modules import ModuleTruth
+from dmformer.verify.localize.modules import ModuleTruth
 from dmformer.verify.parity import check_answers, check_other_size, references
 from dmformer.verify.reference import at_another_size, golden_pixels, make_golden
+from dmformer.verify.report import Check
 
 if TYPE_CHECKING:
     from torch import nn

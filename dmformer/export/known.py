@@ -15,9 +15,10 @@ from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.writer import staged
 from dmformer.data.images import list_images
 from dmformer.errors import UsageError
+from dmformer.export.formats import is_compiled
 from dmformer.export.request import ExportResult
 from dmformer.runtimes import registry
-from dmformer.verify.check import ParityReport
+from dmformer.verify.report import ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,7 +122,7 @@ def _inputs(weights: Path | None, arguments: Mapping[str, Any]) -> list[Any]:
     """
     given = {name: value for name, value in arguments.items() if name not in _OF_NO_MATTER}
     formats = given.get("formats", ())
-    if "all" in formats or any(registry.entry_of_format(name).buildable for name in formats):
+    if "all" in formats or any(is_compiled(registry.entry_of_format(name)) for name in formats):
         raise UsageError("an engine depends on drivers and devices")
     for name in ("images", "calibration"):
         if given.get(name) is not None:

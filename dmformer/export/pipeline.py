@@ -21,7 +21,6 @@ from dmformer.bundle.manifest import (
     ParityEvidence,
     Simplification,
     file_entry,
-    indented_json,
 )
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import cannot_run, saturation
@@ -30,19 +29,20 @@ from dmformer.cache import NoCache
 from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export.artifact import Built, Proven, check_onnx, make_artifact, proven, runtime_of
 from dmformer.export.describe import describe_export
-from dmformer.export.formats import ConversionSource
+from dmformer.export.formats import ConversionSource, is_compiled
 from dmformer.export.graph import GraphSource, VerifiedGraph, verified_graph
-from dmformer.export.precision import Calibration, Made, PrecisionSource, make
+from dmformer.export.precisions import Calibration, Made, PrecisionSource, make
 from dmformer.export.reduced import Reduced, prove
 from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, ExportResult, check_possible
 from dmformer.export.speed import Timed, compare_precisions, fastest
+from dmformer.files import indented_json
 from dmformer.machine import gpu_state
 from dmformer.progress import Stage, silent
 from dmformer.runtimes import registry
-from dmformer.verify.check import Check, explained, failure, report
-from dmformer.verify.decision_checks import check_accuracy
-from dmformer.verify.measures import measure_of
+from dmformer.verify.parity import check_accuracy
 from dmformer.verify.reference import torch_answers
+from dmformer.verify.report import Check, explained, failure, report
+from dmformer.verify.tasks.measures import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -142,7 +142,7 @@ class _Export:
                 try:
                     artifacts += self._take(*self._convert(row, precision, made, graph, golden, calibration))
                 except StageFailed as error:
-                    if row.buildable is None:
+                    if not is_compiled(row):
                         raise
                     self._give_up(row, precision, error)
         if not artifacts:
@@ -191,7 +191,7 @@ class _Export:
 
     def _runs_here(self, row: registry.Entry) -> bool:
         """Whether a format can be timed on this machine; one that is built for named targets is for other machines."""
-        return registry.adapter(row).probe().available and not (row.buildable and self.request.engine.targets)
+        return registry.adapter(row).probe().available and not (is_compiled(row) and self.request.engine.targets)
 
     def _calibrate(self, model: DMFormerBackbone) -> Calibration | None:
         """PyTorch's answers to the calibration images, where a reduced precision is asked for."""
@@ -309,7 +309,7 @@ class _Export:
             )
             return Built(artifact, tuple(self.folder / entry.path for entry in artifact.files))
 
-        if row.buildable and not self.request.engine.targets:  # tuned on the GPU of this machine, as it is just now
+        if is_compiled(row) and not self.request.engine.targets:  # tuned on the GPU of this machine, as it is just now
             return build().artifact
         inputs = (self.network, row.format, precision, replace(made, answers=None), self.request.engine)
         what = f"convert to {row.format} {precision}"

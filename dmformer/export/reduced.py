@@ -9,18 +9,17 @@ import numpy as np
 
 from dmformer.bundle.golden import FIRST_AND_LAST, Golden
 from dmformer.errors import StageFailed
-from dmformer.export import onnx_file
-from dmformer.export.island import find_island
-from dmformer.export.literal import literal_answers
-from dmformer.export.precision import Made, compute_layers, modules_at, typed_share
+from dmformer.export.precisions import Made
+from dmformer.graph import onnx_file
+from dmformer.graph.onnx_file import compute_layers, modules_at, typed_share
 from dmformer.verify.answers import Answers
-from dmformer.verify.bisect import error_limits, graph_nodes, nearest_to_limit
-from dmformer.verify.check import Check, as_check
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, Reference, largest_difference, largest_value
-from dmformer.verify.emulate import input_peaks, round_layers_
-from dmformer.verify.interpret import Emulation, walk
+from dmformer.verify.executors import Emulation, input_peaks, literal_answers, round_layers_, walk
+from dmformer.verify.localize.island import find_island
+from dmformer.verify.localize.search import error_limits, graph_nodes, nearest_to_limit
 from dmformer.verify.parity import check_answers, references
 from dmformer.verify.reference import torch_outputs
+from dmformer.verify.report import Check, as_check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from dmformer.export.precision import PrecisionSource
+    from dmformer.export.precisions import PrecisionSource
 
 _SEEN_IMAGES = 4  # on which PyTorch checks how far the inputs of int8 layers reach
 

@@ -11,11 +11,11 @@ from dmformer._optional import require
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SAFE_WEIGHT_BITS, Manifest
 from dmformer.bundle.select import saturation
 from dmformer.bundle.writer import check_destination
-from dmformer.data.labelled import ImageSet
+from dmformer.data.images import ImageSet
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import EngineOptions, check_convertible
 from dmformer.runtimes import registry
-from dmformer.verify.check import ParityReport
+from dmformer.verify.report import ParityReport
 
 if TYPE_CHECKING:
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, and an export may be known

@@ -1,4 +1,4 @@
-"""The only table of runtimes and formats. A new runtime is a new row; see CONTRIBUTING.md."""
+"""The table of runtimes. A new runtime is a new row; see CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -21,19 +21,14 @@ class Entry:
         aliases: other names that users may type, for the runtime and for its format.
         adapter: ``module:Class`` of the runtime.
         format: canonical name of the format.
-        converter: ``module:function`` that makes the format (``dmformer.export.formats`` has the signature).
         extra: the extra of this distribution that installs the engine.
-        buildable: ``module:function`` that makes sure that the converter works here, where it does so on machines
-            that cannot run what it makes; otherwise the converter needs the runtime.
     """
 
     name: str
     aliases: tuple[str, ...]
     adapter: str
     format: str
-    converter: str
     extra: str
-    buildable: str | None = None
 
 
 ENTRIES = (
@@ -42,7 +37,6 @@ ENTRIES = (
         aliases=("pytorch",),
         adapter="dmformer.runtimes.torch:TorchRuntime",
         format="torch",
-        converter="dmformer.export.formats:to_torch",
         extra="export",
     ),
     Entry(
@@ -50,7 +44,6 @@ ENTRIES = (
         aliases=("ort",),
         adapter="dmformer.runtimes.onnxruntime:OnnxRuntime",
         format="onnx",
-        converter="dmformer.export.formats:to_onnx",
         extra="onnxruntime",
     ),
     Entry(
@@ -58,7 +51,6 @@ ENTRIES = (
         aliases=("ov",),
         adapter="dmformer.runtimes.openvino:OpenVinoRuntime",
         format="openvino",
-        converter="dmformer.export.openvino:to_openvino",
         extra="openvino",
     ),
     Entry(
@@ -66,9 +58,7 @@ ENTRIES = (
         aliases=("trt",),
         adapter="dmformer.runtimes.tensorrt:TensorRtRuntime",
         format="tensorrt",
-        converter="dmformer.export.tensorrt:to_tensorrt",
         extra="tensorrt",
-        buildable="dmformer.export.tensorrt:check_buildable",
     ),
 )
 

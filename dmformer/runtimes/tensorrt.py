@@ -17,8 +17,7 @@ from dmformer.runtimes import flavours
 from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.cuda import Buffer, Session, driver_missing, find_gpu
 from dmformer.runtimes.layers import is_compute, precision_of
-from dmformer.runtimes.plan import contradiction
-from dmformer.runtimes.target import this_platform
+from dmformer.runtimes.target import contradiction, this_platform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,14 +8,15 @@ from typing import Any
 import msgspec
 
 from dmformer.bench.report import BenchReport
-from dmformer.bundle.diagnosis import Diagnosis
 from dmformer.bundle.integrity import IntegrityReport
-from dmformer.bundle.manifest import Manifest, indented_json
-from dmformer.bundle.predictor import PredictReport, SegmentReport
+from dmformer.bundle.manifest import Manifest
 from dmformer.cache import CacheReport
+from dmformer.device.doctor import Diagnosis
 from dmformer.export.build import BuildReport
-from dmformer.verify.check import ParityReport
+from dmformer.files import indented_json
+from dmformer.serve.predictor import PredictReport, SegmentReport
 from dmformer.verify.evaluate import EvalReport
+from dmformer.verify.report import ParityReport
 
 TYPES: dict[str, type[msgspec.Struct]] = {
     "manifest": Manifest,

@@ -11,9 +11,9 @@ from dmformer.models.checkpoint import Checkpoint, save_checkpoint
 from dmformer.models.infer import variant_name
 from dmformer.progress import silent
 from dmformer.train.images import find_data
+from dmformer.train.journal import load_snapshot
 from dmformer.train.processes import processes
 from dmformer.train.run import SNAPSHOT_NAME, Plan, Run, train_steps
-from dmformer.train.snapshot import load_snapshot
 from dmformer.train.start import build, find_start
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from dmformer.data.annotated import annotated_set, load_labels
-from dmformer.data.images import open_image
-from dmformer.data.labelled import image_set
+from dmformer.data.images import image_set, open_image
 from dmformer.errors import UsageError
 from dmformer.train.augment import Augmentation, seed_of
 

@@ -22,10 +22,9 @@ from torch.utils.data import DataLoader
 from dmformer.errors import StageFailed, UsageError
 from dmformer.train.augment import BatchAugmentation, seed_of
 from dmformer.train.images import StepSampler, TrainingImages, ValidationImages
-from dmformer.train.journal import Journal, Row
-from dmformer.train.optimization import learning_rate, loss_of, make_optimizer
-from dmformer.train.snapshot import save_snapshot
-from dmformer.verify.segmentation import confusion_matrix, pixel_accuracy
+from dmformer.train.journal import Journal, Row, save_snapshot
+from dmformer.train.start import learning_rate, loss_of, make_optimizer
+from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -12,20 +12,26 @@ import numpy as np
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.data.annotated import label_maps
-from dmformer.data.images import list_images, load_pixels
-from dmformer.data.labelled import ImageSet
+from dmformer.data.images import ImageSet, list_images, load_pixels
 from dmformer.errors import DMFormerError, UsageError
 from dmformer.progress import silent
 from dmformer.task import OUTPUT_NAME
-from dmformer.verify.accuracy import paired
 from dmformer.verify.answers import Answers, ask
-from dmformer.verify.check import PYTORCH, Check, ParityReport, as_check, explained, report
-from dmformer.verify.checkpoint import form_in, reference_checkpoint
 from dmformer.verify.compare import Comparison, Reference, float32_limit
-from dmformer.verify.decision_checks import check_decisions, check_labelled_pixels, check_paired
-from dmformer.verify.measures import measure_of
-from dmformer.verify.parity import check_answers, check_artifact, check_preprocessing, references
-from dmformer.verify.segmentation import confusion_matrix, pixel_accuracy
+from dmformer.verify.parity import (
+    check_answers,
+    check_artifact,
+    check_decisions,
+    check_labelled_pixels,
+    check_paired,
+    check_preprocessing,
+    references,
+)
+from dmformer.verify.reference import form_in, reference_checkpoint
+from dmformer.verify.report import PYTORCH, Check, ParityReport, as_check, explained, report
+from dmformer.verify.tasks.classification import paired
+from dmformer.verify.tasks.measures import measure_of
+from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
 
 MOST_IMAGES = 64  # of a folder, evenly spread over it
 
@@ -41,7 +47,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.select import Choice
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Stage
-    from dmformer.verify.modules import ModuleTruth
+    from dmformer.verify.localize.modules import ModuleTruth
 
 
 def verify(
@@ -103,7 +109,7 @@ def verify(
 
 def _layers(bundle: Bundle, checkpoint: Checkpoint, golden: Golden) -> ModuleTruth:
     """What each layer should give for the first golden image; showing an engine's inside needs the ONNX package."""
-    from dmformer.verify.modules import ModuleTruth
+    from dmformer.verify.localize.modules import ModuleTruth
 
     return ModuleTruth(form_in(bundle, checkpoint.model()), golden.noise)
 

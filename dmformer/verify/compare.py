@@ -7,7 +7,7 @@ hundreds (``benchmarks/parity_noise.py`` measures both).
 
 A reduced precision changes the answers by design, so the measure there is the error of the precision itself. Two are
 used, and neither is made from what it judges. Against PyTorch: the distance between the network emulated at that
-precision in PyTorch (:mod:`dmformer.verify.emulate`) and PyTorch in float64, times :data:`EMULATED_FACTOR`. An engine
+precision in PyTorch (:mod:`dmformer.verify.executors`) and PyTorch in float64, times :data:`EMULATED_FACTOR`. An engine
 against a literal execution of its graph, operator by operator: the distance of that execution from PyTorch in float64,
 times :data:`REDUCED_FACTOR`.
 """

@@ -15,9 +15,9 @@ from dmformer.bundle.select import select
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.progress import Stage, silent
 from dmformer.task import Task
-from dmformer.verify.accuracy import Paired  # noqa: TC001 - the type of a field
-from dmformer.verify.checkpoint import reference_checkpoint
-from dmformer.verify.measures import Tally, finite, measure_of
+from dmformer.verify.reference import reference_checkpoint
+from dmformer.verify.tasks.classification import Paired  # noqa: TC001 - the type of a field
+from dmformer.verify.tasks.measures import Tally, finite, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dmformer.data.labelled import ImageSet
+    from dmformer.data.images import ImageSet
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.runtimes.base import Runtime
 

@@ -1,0 +1,1 @@
+"""Whose bundles are opened: keys, signatures, and the policy of this machine."""

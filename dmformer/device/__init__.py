@@ -1,0 +1,1 @@
+"""What a machine can run, and whether a bundle will run on it."""

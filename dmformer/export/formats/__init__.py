@@ -1,0 +1,195 @@
+"""The table of formats: how the files of each are made, and from what; with the two that need no engine to make."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmformer.errors import UsageError
+from dmformer.progress import Stage, silent
+from dmformer.runtimes import registry
+from dmformer.runtimes.flavours import AUTO
+from dmformer.runtimes.target import Target, compute_capability
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
+    from dmformer.runtimes.registry import Entry
+
+
+_MOST_BATCH = 4096
+_MOST_WORKSPACE_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is compiled, for formats that are.
+
+    Attributes:
+        flavour: ``auto``, ``tensorrt`` or ``rtx``.
+        targets: compute capabilities to build for ahead of time, like ``8.9``; empty means this machine's GPU.
+        min_batch: smallest batch that the engine takes.
+        opt_batch: the batch that it is tuned for.
+        max_batch: largest batch that it takes.
+        workspace_mb: most GPU memory that one layer may use besides its tensors, in MiB; ``None`` is no bound.
+    """
+
+    flavour: str = AUTO
+    targets: tuple[str, ...] = ()
+    min_batch: int = 1
+    opt_batch: int = 1
+    max_batch: int = 8
+    workspace_mb: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        flavour: str = AUTO,
+        targets: Sequence[str] = (),
+        min_batch: int = 1,
+        opt_batch: int = 1,
+        max_batch: int = 8,
+        workspace_mb: int | None = None,
+    ) -> EngineOptions:
+        """Options as a user gives them, checked: ``sm89`` is a target too.
+
+        Raises:
+            UsageError: a target is none, or the bounds are not in order.
+        """
+        if not 1 <= min_batch <= opt_batch <= max_batch <= _MOST_BATCH:
+            raise UsageError(
+                f"batches {min_batch}, {opt_batch}, {max_batch} (least, tuned for, most); expected them in order, "
+                f"1 to {_MOST_BATCH}"
+            )
+        if workspace_mb is not None and not 1 <= workspace_mb <= _MOST_WORKSPACE_MB:
+            raise UsageError(f"workspace {workspace_mb} MiB; expected 1 to {_MOST_WORKSPACE_MB}")
+        capabilities = tuple(dict.fromkeys(compute_capability(target) for target in targets))
+        return cls(flavour.lower(), capabilities, min_batch, opt_batch, max_batch, workspace_mb)
+
+
+@dataclass(frozen=True)
+class ConversionSource:
+    """What a converter may start from.
+
+    Attributes:
+        onnx: the verified ONNX file at the wanted precision.
+        precision: its name.
+        checkpoint: where it came from; ``None`` on a device, which has the ONNX file alone.
+        engine: for formats that are compiled.
+        stage: told about each step, by a converter that takes long.
+    """
+
+    onnx: Path
+    precision: str
+    checkpoint: Checkpoint | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    stage: Stage = silent
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Files that a converter wrote, the one to load first, the packages that made them, and what they are tied to."""
+
+    files: tuple[Path, ...]
+    built_with: dict[str, str]
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How one format is made.
+
+    Attributes:
+        function: ``module:function`` that makes it: source and an existing, empty folder in, files out.
+        check: ``module:function`` that makes sure that ``function`` works on this machine, where it does so on machines
+            that cannot run what it makes, as compilers do; otherwise what is made is verified in its runtime.
+    """
+
+    function: str
+    check: str | None = None
+
+
+CONVERTERS = {
+    "torch": Converter("dmformer.export.formats:to_torch"),
+    "onnx": Converter("dmformer.export.formats:to_onnx"),
+    "openvino": Converter("dmformer.export.formats.openvino:to_openvino"),
+    "tensorrt": Converter(
+        "dmformer.export.formats.tensorrt:to_tensorrt", check="dmformer.export.formats.tensorrt:check_buildable"
+    ),
+}
+
+
+def _function(named: str) -> Callable[..., Any]:
+    module, _, name = named.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def convert(row: Entry, source: ConversionSource, folder: Path) -> Converted:
+    """Make the files of a format in an existing, empty folder.
+
+    Raises:
+        StageFailed: the converter failed.
+        UnavailableError: a package that it needs is not installed, or this machine cannot make the format.
+    """
+    converted: Converted = _function(CONVERTERS[row.format].function)(source, folder)
+    return converted
+
+
+def is_compiled(row: Entry) -> bool:
+    """Whether a format is compiled for one machine, on machines that need not be able to run it."""
+    return CONVERTERS[row.format].check is not None
+
+
+def check_convertible(row: Entry, engine: EngineOptions) -> None:
+    """Make sure that a format can be made on this machine; nothing is made.
+
+    Raises:
+        UnavailableError: it cannot, or what was made could not be checked.
+    """
+    check = CONVERTERS[row.format].check
+    if check is None:
+        registry.available_adapter(row)  # what is made is verified in its runtime
+        return
+    _function(check)(engine)
+
+
+def check_size(row: Entry, open_size: bool) -> None:
+    """Make sure that a format can be had at an open height and width.
+
+    Raises:
+        UsageError: it is compiled, and its engines have a fixed size here.
+    """
+    if open_size and is_compiled(row):
+        raise UsageError(
+            f"format {row.format} with open height and width, where its engines have a fixed one; expected an export "
+            "without --dynamic-size"
+        )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of distributions."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def to_onnx(source: ConversionSource, folder: Path) -> Converted:
+    """The verified ONNX file itself."""
+    path = folder / "model.onnx"
+    shutil.copyfile(source.onnx, path)
+    return Converted((path,), versions("torch", "onnx", "onnxsim"))
+
+
+def to_torch(source: ConversionSource, folder: Path) -> Converted:
+    """The checkpoint as ``.safetensors``, for the reference runtime."""
+    from dmformer.models.checkpoint import save_checkpoint
+
+    if source.checkpoint is None:
+        raise UsageError("format torch is made from a checkpoint; expected: dmformer export --format torch")
+    path = folder / "model.safetensors"
+    save_checkpoint(path, source.checkpoint)
+    return Converted((path,), versions("torch", "safetensors"))

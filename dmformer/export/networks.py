@@ -1,0 +1,170 @@
+"""Which weights an export starts from: a file, the demonstration checkpoint, or seeded random ones.
+
+Random weights that hide nothing.
+
+A freshly initialised network mutes its blocks (layer scale starts at 0.01, BatchNorm is the identity, gates sit at one
+half), so a comparison of outputs would pass with whole branches broken. These weights keep every part loud enough for
+an error in it to reach the output, and no part so loud that rounding errors grow from block to block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dmformer.assets import DEMONSTRATIONS
+from dmformer.data.images import ImageSet, list_images
+from dmformer.errors import UsageError
+from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint
+from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, LayerScale, create_model
+from dmformer.verify.tasks.measures import measure_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dmformer.task import Task
+
+
+def lively_(model: DMFormerBackbone, seed: int = 0) -> DMFormerBackbone:
+    """Overwrite all weights and statistics in place; returns the model in evaluation mode.
+
+    BatchNorm statistics are measured on seeded noise, then moved away from it. They are kept to the precision of
+    float16 (values, not type), so that the order in which a machine adds does not show in them.
+    """
+    draw = _Draw(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            _overwrite(module, draw)
+        for gate in (module for module in model.modules() if isinstance(module, Gate)):
+            assert gate.fc1.bias is not None
+            gate.fc1.bias.abs_().add_(0.3)  # no gate of dead ReLUs: a narrow one has few
+        model.train()(draw.normal(torch.Size((8, model.config.in_channels, 64, 64)), 1.0))
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            _unsettle(norm, draw)
+    return model.eval()
+
+
+class _Draw:
+    """Seeded random tensors."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def uniform(self, shape: torch.Size, low: float, high: float) -> Tensor:
+        return torch.rand(shape, generator=self.generator) * (high - low) + low
+
+    def normal(self, shape: torch.Size, std: float) -> Tensor:
+        return torch.randn(shape, generator=self.generator) * std
+
+
+def _overwrite(module: nn.Module, draw: _Draw) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        # Variance is kept through a layer that follows a ReLU (He et al., arXiv:1502.01852).
+        module.weight.copy_(draw.normal(module.weight.shape, (2.0 / module.weight[0].numel()) ** 0.5))
+        if module.bias is not None:
+            module.bias.copy_(draw.normal(module.bias.shape, 0.3))
+    elif isinstance(module, nn.BatchNorm2d):
+        module.weight.copy_(draw.uniform(module.weight.shape, 0.6, 1.4))
+        module.bias.copy_(draw.normal(module.bias.shape, 0.3))
+        module.reset_running_stats()
+        module.momentum = None  # plain averages, not exponential ones
+    elif isinstance(module, LayerScale):
+        module.gamma.copy_(draw.uniform(module.gamma.shape, 0.2, 0.6))
+
+
+def _unsettle(norm: nn.BatchNorm2d, draw: _Draw) -> None:
+    """Move measured statistics away from what was measured, as training leaves them."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    deviation = norm.running_var.sqrt()
+    norm.running_mean += deviation * draw.normal(deviation.shape, 0.2)
+    norm.running_var *= draw.uniform(deviation.shape, 0.7, 1.4)
+    for statistic in (norm.running_mean, norm.running_var):
+        statistic.copy_(_keep_bits(statistic, 11))
+    norm.momentum = 0.1
+
+
+def _keep_bits(values: Tensor, bits: int) -> Tensor:
+    """The values rounded to so many significant bits."""
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2**bits).round(), exponent - bits)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, where it came from, and real images to compare and to calibrate on, where there are some."""
+
+    checkpoint: Checkpoint
+    weights: Literal["checkpoint", "demonstration", "random"]
+    seed: int | None
+    images: tuple[Path, ...]
+    calibration: ImageSet | None
+
+
+def find_source(
+    weights: Path | None,
+    arch: str | None,
+    task: Task | None,
+    options: Mapping[str, Any],
+    open_size: bool,
+    image_size: int | None,
+    images: Path | None,
+    calibration: Path | None,
+    seed: int,
+) -> Source:
+    """A file where one is named; random weights where only an architecture is; the task's demonstration otherwise.
+
+    Task ``features`` takes any network's stages; the others have to be the network's own.
+
+    Raises:
+        UsageError: the checkpoint, the architecture, an option or a folder of images cannot be used, or the task is
+            another than the network's.
+    """
+    given = tuple(list_images(images)) if images is not None else ()
+    options = {**options, **(FEATURES_ONLY if task == "features" else {})}
+    if weights is not None:
+        checkpoint = _of_task(load_checkpoint(weights, arch, options, image_size), task, open_size)
+        return Source(checkpoint, "checkpoint", None, given, _calibration(calibration, checkpoint))
+    if arch is not None:
+        checkpoint = _of_task(random_checkpoint(arch, options, image_size, seed), task, open_size)
+        return Source(checkpoint, "random", seed, given, _calibration(calibration, checkpoint))
+    shipped = DEMONSTRATIONS[task or "classification"]
+    checkpoint = _of_task(load_checkpoint(shipped.checkpoint, None, options, image_size), task, open_size)
+    images_for_ranges = _calibration(calibration or shipped.calibration, checkpoint)
+    return Source(checkpoint, "demonstration", None, given or tuple(list_images(shipped.samples)), images_for_ranges)
+
+
+def _of_task(checkpoint: Checkpoint, task: Task | None, open_size: bool) -> Checkpoint:
+    own = checkpoint.config.task
+    if task not in (None, own):
+        raise UsageError(f"--task {task} for {checkpoint.arch}, task {own}; expected --task {own} or features")
+    return replace(checkpoint, open_size=open_size)
+
+
+def _calibration(folder: Path | None, checkpoint: Checkpoint) -> ImageSet | None:
+    config = checkpoint.config
+    if folder is None or config.task == "features":
+        return None
+    measure = measure_of(config.task, config.num_classes)
+    return measure.images(folder, checkpoint.preprocessing, checkpoint.classes, "training")
+
+
+def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | None, seed: int) -> Checkpoint:
+    """Untrained weights, loud enough for parity checks to mean something.
+
+    Raises:
+        UsageError: no such architecture or option.
+    """
+    with torch.device("meta"):  # lively_ writes every value, so that nothing needs to be drawn before
+        model = create_model(arch, **options)
+    room = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(room, assign=True)
+    lively_(model, seed)
+    preprocessing = default_preprocessing(model.config)
+    if image_size is not None:
+        preprocessing = preprocessing.resized_to(image_size)
+    return Checkpoint(arch, model.config, model.state_dict(), preprocessing)

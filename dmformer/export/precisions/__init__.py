@@ -1,0 +1,196 @@
+"""The precisions: one table of what makes each from the verified float32 ONNX file.
+
+Precision lives in the ONNX file (tensors typed float16, or QuantizeLinear and DequantizeLinear pairs), so that one file
+serves every engine: TensorRT's strongly typed networks know no other way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmformer.bundle.manifest import Accuracy
+from dmformer.data.images import ImageSet
+from dmformer.errors import CheckFailed, UsageError
+from dmformer.progress import Stage
+from dmformer.runtimes.onnxruntime import OnnxRuntime
+from dmformer.task import INPUT_NAME
+from dmformer.verify.tasks.measures import Measure, measure_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from dmformer.models.dmformer import DMFormerBackbone
+
+# What makes a reduced precision, as ``module:function``.
+_MAKERS = {
+    "fp16": "dmformer.export.precisions.fp16:to_fp16",
+    "int8": "dmformer.export.precisions.int8:to_int8",
+}
+PRECISIONS = ("fp32", *_MAKERS)
+
+_FEWEST_IMAGES = 10
+RANGE_IMAGES = 128  # calibration images on which ranges are measured, at most
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images that stand for what the device will see, and what PyTorch makes of them.
+
+    Attributes:
+        images: labelled or not.
+        measure: what answers to them are scored by.
+        kept: what it keeps of PyTorch's outputs.
+        accuracy: PyTorch's accuracy, where there are labels.
+    """
+
+    images: ImageSet
+    measure: Measure
+    kept: NDArray[Any]
+    accuracy: Accuracy
+
+    @classmethod
+    def of(cls, model: DMFormerBackbone, images: ImageSet, advance: Callable[[], object] = lambda: None) -> Calibration:
+        """Ask PyTorch.
+
+        Raises:
+            StageFailed: an answer is NaN or infinite.
+            UsageError: an image cannot be read.
+        """
+        from dmformer.verify.reference import torch_answers
+
+        measure = measure_of(model.config.task, model.config.num_classes)
+        kept = torch_answers(model, images, measure, advance)
+        return cls(images, measure, kept, measure.score(kept, images, kept))
+
+    def points_lost(self, kept: NDArray[Any]) -> tuple[Accuracy, float]:
+        """The accuracy of what was kept of other answers, and the percentage points that it is below PyTorch's."""
+        accuracy = self.measure.score(kept, self.images, self.kept)
+        return accuracy, self.measure.points_lost(accuracy, self.accuracy)
+
+
+@dataclass(frozen=True)
+class PrecisionSource:
+    """What a precision may be made from.
+
+    Attributes:
+        onnx: the verified float32 file.
+        inputs: preprocessed golden images, (N, C, H, W).
+        calibration: ``None`` where no images were given.
+        max_points_lost: accuracy budget, in percentage points.
+        weight_bits: bits that int8 weights use (:data:`dmformer.bundle.manifest.WEIGHT_BITS`).
+        scratch: an existing folder for files that do not outlive the export.
+        stage: told about each step.
+    """
+
+    onnx: Path
+    inputs: NDArray[np.float32]
+    calibration: Calibration | None
+    max_points_lost: float
+    weight_bits: int
+    scratch: Path
+    stage: Stage
+
+    @property
+    def range_count(self) -> int:
+        """How many batches ranges are measured on."""
+        return 1 if self.calibration is None else min(RANGE_IMAGES, len(self.calibration.images))
+
+    def range_batches(self) -> Iterable[NDArray[np.float32]]:
+        """Batches (N, C, H, W) that ranges are measured on: calibration images one by one, or the golden ones."""
+        if self.calibration is None:
+            return [self.inputs]
+        return self.calibration.images.spread(RANGE_IMAGES).batches(1)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An ONNX file at one precision.
+
+    Attributes:
+        onnx: the file.
+        promised: share of its compute layers typed in the precision, 0..1.
+        kept_in_fp32: blocks or nodes that stay in float32 against the rule, and why.
+        sensitivity: for each block, the error that the precision causes in it alone, relative to the outputs' spread
+            over images; empty where it was not measured.
+        weight_bits: bits that quantised weights use; ``None`` where none are.
+        peaks: for int8, how far the input of each quantised layer reaches on the calibration images, by its module.
+        answers: what the measure of the calibration images keeps of onnxruntime's answers with the file; ``None`` where
+            it was not asked.
+    """
+
+    onnx: Path
+    promised: float
+    kept_in_fp32: dict[str, str] = field(default_factory=dict)
+    sensitivity: dict[str, float] = field(default_factory=dict)
+    weight_bits: int | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
+    answers: NDArray[Any] | None = None
+
+
+def make(precision: str, source: PrecisionSource) -> Made:
+    """The ONNX file at a precision; at fp32 the verified file itself.
+
+    Raises:
+        CheckFailed: it cannot be had within the accuracy budget.
+        UsageError: it needs calibration images, and there are none.
+    """
+    if precision == "fp32":
+        return Made(source.onnx, promised=1.0)
+    module, _, name = _MAKERS[precision].partition(":")
+    maker: Callable[[PrecisionSource], Made] = getattr(importlib.import_module(module), name)
+    return maker(source)
+
+
+def check_calibrated(precisions: tuple[str, ...], images: ImageSet | None) -> None:
+    """Refuse int8 without images to calibrate on, before any work.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    if "int8" in precisions and images is not None and len(images) < _FEWEST_IMAGES:
+        raise UsageError(f"{len(images)} calibration images; expected at least {_FEWEST_IMAGES}, better hundreds")
+    if "int8" in precisions and images is None:
+        raise UsageError(
+            "precision int8 without calibration images; expected --calibration DIR with images like those that the "
+            "device will see: ranges measured on anything else would be wrong"
+        )
+
+
+def tensor_peaks(
+    path: Path,
+    names: Collection[str],
+    batches: Iterable[NDArray[np.float32]],
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Largest absolute value of tensors of a float32 graph, in onnxruntime, over batches (N, C, H, W).
+
+    Args:
+        path: an ONNX file.
+        names: of its input and of what its nodes give; those that are no floating point have 0.
+        batches: at least one.
+        advance: told after each batch.
+
+    Raises:
+        CheckFailed: one of them is NaN or infinite.
+    """
+    peaks = dict.fromkeys(names, 0.0)
+    with OnnxRuntime(path, taps=[name for name in names if name != INPUT_NAME]) as runtime:
+        (start,) = (spec.name for spec in runtime.inputs)
+        for batch in batches:
+            for name, array in ({start: batch} | runtime.run({start: batch})).items():
+                if name not in peaks or array.dtype.kind != "f":  # a shape, or a position
+                    continue
+                peak = float(np.abs(array).max())
+                if not np.isfinite(peak):
+                    raise CheckFailed(
+                        f"tensor {name!r} is NaN or infinite in float32 on these images; expected numbers"
+                    )
+                peaks[name] = max(peaks[name], peak)
+            advance()
+    return peaks

@@ -1,0 +1,1 @@
+"""The network as an ONNX file: traced, simplified, read, written and cut."""

@@ -1,0 +1,1 @@
+"""What answers with a bundle: the predictor, and folders for model servers."""

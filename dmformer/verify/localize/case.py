@@ -1,0 +1,127 @@
+"""A failure made small enough to send: a model file, the inputs that show it, and what should have come out.
+
+``case.json`` describes it, ``case.npz`` has ``inputs/NAME`` and ``expected/NAME``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from dmformer.bundle.manifest import FileEntry
+from dmformer.bundle.select import saturation
+from dmformer.errors import CheckFailed, UsageError, first_line
+from dmformer.files import hash_file, indented_json
+from dmformer.runtimes import registry
+from dmformer.verify.compare import Limit, compare
+from dmformer.verify.report import Check, as_check, explained
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+CASE = "case.json"
+_ARRAYS = "case.npz"
+
+
+class Case(Struct, frozen=True, kw_only=True):
+    """What ``case.json`` holds.
+
+    Attributes:
+        runtime: that answers wrongly.
+        precision: of the model file.
+        files: the model's, the one to load first.
+        node: where the two sides part.
+        limits: the largest difference allowed in each expected tensor.
+        full_range: whether it has int8 weights of 8 bits.
+    """
+
+    runtime: str
+    precision: str
+    files: tuple[FileEntry, ...]
+    node: str
+    limits: dict[str, float]
+    full_range: bool = False
+
+
+@contextmanager
+def staged_case(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``folder`` when all is written, in the place of an older case; or nothing does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    staging.chmod(0o755)  # it was made for this user alone
+    try:
+        yield staging
+        if (folder / CASE).is_file():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def save_case(
+    folder: Path, case: Case, inputs: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write description and arrays beside the model files, which are there already."""
+    arrays = {f"inputs/{name}": array for name, array in inputs.items()}
+    arrays |= {f"expected/{name}": array for name, array in expected.items()}
+    np.savez_compressed(folder / _ARRAYS, **arrays)  # type: ignore[arg-type]
+    (folder / CASE).write_bytes(indented_json(case))
+
+
+def run_case(folder: Path) -> list[Check]:
+    """Run a case on this machine: one check for each tensor.
+
+    Raises:
+        CheckFailed: a model file is not the one that was saved.
+        StageFailed: the runtime failed.
+        UnavailableError: the runtime cannot run on this machine.
+        UsageError: the folder has no case that this version reads.
+    """
+    try:
+        case = msgspec.json.decode((folder / CASE).read_bytes(), type=Case)
+        with (folder / _ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile, zlib, NumPy and msgspec each have their own kinds
+        raise UsageError(f"{folder}: no case: {first_line(error)}; expected a folder of verify --bisect") from error
+    for entry in case.files:
+        path = folder / entry.path
+        if not path.is_file() or hash_file(path)[0] != entry.sha256:
+            raise CheckFailed(f"{path}: missing or changed; expected the file that was saved with the case")
+    expected = {name.removeprefix("expected/"): array for name, array in arrays.items() if name.startswith("expected/")}
+    if not expected or set(expected) != set(case.limits) or not case.files:
+        raise UsageError(
+            f"{folder}: the case names {sorted(case.limits)} and has {sorted(expected)}; run --bisect again"
+        )
+    if wrong := [name for name, array in arrays.items() if array.ndim == 0 or array.dtype.kind not in "fiu"]:
+        raise UsageError(f"{folder}: array {wrong[0]!r} is {arrays[wrong[0]].dtype}; expected numbers, rows first")
+    shown = _run(case, folder, {name.removeprefix("inputs/"): array for name, array in arrays.items()}, tuple(expected))
+    checks = []
+    for name, array in expected.items():
+        limit = Limit(case.limits[name], "saved with the case")
+        comparison = compare(shown[name].astype(np.float64), array.astype(np.float64), limit)
+        checks.append(as_check(name, case.runtime, case.precision, len(array), comparison, limit, "expected"))
+    return explained(checks, saturation(registry.entry(case.runtime), case.full_range))
+
+
+def _run(
+    case: Case, folder: Path, given: Mapping[str, NDArray[Any]], names: tuple[str, ...]
+) -> dict[str, NDArray[Any]]:
+    """What the model gives for the tensors named; what is no output of it has to be shown, which may need ONNX."""
+    adapter = registry.available_adapter(registry.entry(case.runtime))
+    path = folder / case.files[0].path
+    with adapter(path, precision=case.precision) as runtime:
+        inner = [name for name in names if name not in {spec.name for spec in runtime.outputs}]
+        inputs = {spec.name: given[spec.name] for spec in runtime.inputs if spec.name in given}
+        if not inner:
+            return runtime.run(inputs)
+    with adapter(path, precision=case.precision, taps=inner) as runtime:
+        return runtime.run(inputs)

@@ -1,0 +1,194 @@
+"""One row of a parity report, and the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+from msgspec import Struct
+
+from dmformer.machine import Processor, describe_processor
+from dmformer.verify.tasks.classification import Decisions
+from dmformer.verify.tasks.segmentation import PixelAgreement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dmformer.verify.compare import Comparison, Limit
+
+
+class Island(Struct, frozen=True, kw_only=True):
+    """Nodes that have to stay in float32.
+
+    Attributes:
+        nodes: their names, beside those that do already; none where making the file anew was enough.
+        passed: whether the file that was made anew with them in float32 is right in every tensor, executed literally.
+        max_abs: its outputs' largest difference from the truth; ``None`` where it is not finite.
+        limit: what is allowed.
+        file: the file, in the folder of the case.
+    """
+
+    nodes: tuple[str, ...]
+    passed: bool
+    max_abs: float | None
+    limit: float
+    file: str
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """Where an artifact in its runtime parts from the truth: the network's graph executed in float64.
+
+    Attributes:
+        runtime: its name.
+        precision: of the artifact.
+        batch: rows of each run.
+        size: height and width in pixels, where they are not those of the golden images.
+        nodes: of the graph, between the last cut that agrees and the first that does not; mostly one.
+        module: of the network, to which the first of them belongs.
+        tensor: the first that differs.
+        max_abs: by how much at most; ``None`` where it is NaN or infinite.
+        limit: what was allowed in it.
+        runs: how often the runtime ran.
+        most_shown: the most inner tensors that one run showed.
+        at_fault: ``file`` where the ONNX file at the precision does the same, executed one operator at a time;
+            ``engine`` where the file is right and the runtime computes this piece of it wrongly; ``artifact`` where it
+            computes the piece right, so that the artifact's own files differ from the ONNX file; ``null`` where the
+            bundle has no ONNX file at the precision.
+        explanation: the same in words.
+        differences: what is different about the nodes in the file.
+        case: folder in which the failure was saved, to run alone.
+        island: for fp16, the nodes that have to stay in float32.
+    """
+
+    runtime: str
+    precision: str
+    batch: int
+    nodes: tuple[str, ...]
+    module: str
+    tensor: str
+    max_abs: float | None
+    limit: float
+    runs: int
+    most_shown: int
+    at_fault: Literal["file", "engine", "artifact"] | None
+    explanation: str
+    differences: tuple[str, ...] = ()
+    case: str | None = None
+    island: Island | None = None
+    size: str | None = None
+
+
+PYTORCH = "PyTorch"
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """One row of the parity report; see :class:`dmformer.verify.compare.Comparison` for the figures.
+
+    Attributes:
+        stage: what was checked.
+        against: what it was compared with: PyTorch, a stage before it, or itself.
+        size: height and width in pixels, where they are not those of the golden images.
+        decisions: where classes of images were compared.
+        pixels: where classes of pixels were compared.
+    """
+
+    stage: str
+    runtime: str
+    precision: str
+    batch: int
+    passed: bool
+    max_abs: float | None
+    max_rel: float | None
+    cosine: float | None
+    top1_agreement: float | None
+    limit: float | None
+    limit_source: str | None
+    reason: str | None
+    against: str
+    size: str | None = None
+    decisions: Decisions | None = None
+    pixels: PixelAgreement | None = None
+
+    @property
+    def where(self) -> str:
+        """The stage, with the size where it is another."""
+        return self.stage if self.size is None else f"{self.stage} at {self.size}"
+
+
+class ParityReport(Struct, frozen=True, kw_only=True):
+    """What ``verify`` or an export found.
+
+    ``skipped`` has a sentence for whatever was not checked or was left out, ``findings`` the places where failures
+    begin, if they were looked for. ``processor`` is what computed the answers.
+    """
+
+    passed: bool
+    checks: tuple[Check, ...]
+    skipped: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    processor: Processor | None = None
+
+
+def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
+    """Sum up; no check at all is no pass."""
+    return ParityReport(
+        passed=bool(checks) and all(check.passed for check in checks),
+        checks=tuple(checks),
+        skipped=tuple(skipped),
+        processor=describe_processor(),
+    )
+
+
+def failure(found: ParityReport) -> str:
+    """How many checks of a report failed, and the first of them: checks come in the order of the stages."""
+    failed = [check for check in found.checks if not check.passed]
+    first = failed[0]
+    return (
+        f"{len(failed)} of {len(found.checks)} checks failed; first: {first.where} in {first.runtime} "
+        f"{first.precision} at batch {first.batch}, against {first.against}: {first.reason}"
+    )
+
+
+def explained(checks: Sequence[Check], cause: str | None) -> list[Check]:
+    """Checks of which each that found other answers names what may have caused it.
+
+    A runtime that did not answer, or one that ran another precision, has its own reason.
+    """
+
+    def differs(check: Check) -> bool:
+        compared = check.max_abs is not None or check.top1_agreement is not None or check.stage == "accuracy"
+        return compared and not check.passed
+
+    return [
+        msgspec.structs.replace(check, reason=f"{check.reason}; {cause}") if cause and differs(check) else check
+        for check in checks
+    ]
+
+
+def as_check(
+    stage: str,
+    runtime: str,
+    precision: str,
+    batch: int,
+    comparison: Comparison,
+    limit: Limit | None = None,
+    against: str = PYTORCH,
+    size: str | None = None,
+) -> Check:
+    """A row of the report from a comparison."""
+    return Check(
+        stage=stage,
+        runtime=runtime,
+        precision=precision,
+        batch=batch,
+        passed=comparison.passed,
+        max_abs=comparison.max_abs,
+        max_rel=comparison.max_rel,
+        cosine=comparison.cosine,
+        top1_agreement=comparison.top1_agreement,
+        limit=limit.max_abs if limit else None,
+        limit_source=limit.source if limit else None,
+        reason=comparison.reason,
+        against=against,
+        size=size,
+    )

@@ -1,0 +1,165 @@
+"""Decisions: does a runtime choose the classes that PyTorch chooses, and by what margin where it does not?"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from msgspec import Struct
+
+from dmformer.bundle.manifest import Accuracy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+_NORMAL_97_5 = 1.959964  # the quantile that leaves 5 % outside on both sides
+
+
+def score(
+    logits: NDArray[np.float32], labels: NDArray[np.int64] | None, torch_logits: NDArray[np.float32] | None
+) -> Accuracy:
+    """Compare logits (N, classes) with labels (N,), and with PyTorch's logits, where there are such."""
+    count = len(logits)
+    found = Accuracy(
+        images=count,
+        agreement_with_torch=(
+            None if torch_logits is None else float((logits.argmax(1) == torch_logits.argmax(1)).mean())
+        ),
+    )
+    if labels is None:
+        return found
+    # Ties go to the lower index, as in argmax.
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    hits = best == labels[:, None]
+    top1, top5 = int(hits[:, 0].sum()), int(hits.any(1).sum())
+    return Accuracy(
+        images=count,
+        top1=top1 / count,
+        top1_interval=wilson_interval(top1, count),
+        top5=top5 / count,
+        top5_interval=wilson_interval(top5, count),
+        agreement_with_torch=found.agreement_with_torch,
+    )
+
+
+def points_lost(accuracy: Accuracy, reference: Accuracy, classes: int) -> float:
+    """Percentage points of top-1 lost against PyTorch's.
+
+    Without labels, and where PyTorch itself may be guessing (the interval of its top-1 reaches down to one in
+    ``classes``), points of agreement with PyTorch: of accuracy there is none to lose.
+    """
+    count = accuracy.images
+    lowest = (reference.top1_interval or (0.0, 0.0))[0]
+    if accuracy.top1 is not None and reference.top1 is not None and lowest > 1 / classes:
+        return 100 * (round(reference.top1 * count) - round(accuracy.top1 * count)) / count
+    assert accuracy.agreement_with_torch is not None
+    return 100 * (count - round(accuracy.agreement_with_torch * count)) / count
+
+
+class Paired(Struct, frozen=True, kw_only=True):
+    """Two classifiers on the same labelled images: how often only one of them is right.
+
+    ``p_value`` is that of McNemar's exact test, two-sided: how likely a division as uneven as this is where neither is
+    better (McNemar, "Note on the sampling error of the difference between correlated proportions", 1947).
+    """
+
+    torch_only: int
+    runtime_only: int
+    p_value: float
+
+
+def paired(logits: NDArray[np.float32], torch_logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Paired:
+    """Compare the decisions of a runtime and of PyTorch, logits (N, classes), with labels (N,)."""
+    right, torch_right = logits.argmax(1) == labels, torch_logits.argmax(1) == labels
+    torch_only, runtime_only = int((torch_right & ~right).sum()), int((right & ~torch_right).sum())
+    return Paired(torch_only=torch_only, runtime_only=runtime_only, p_value=mcnemar(torch_only, runtime_only))
+
+
+def mcnemar(one: int, other: int) -> float:
+    """The two-sided p-value of McNemar's exact test, from the counts of the two discordant kinds."""
+    count, least = one + other, min(one, other)
+    tail = math.fsum(
+        math.exp(math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2))
+        for k in range(least + 1)
+    )
+    return min(1.0, 2 * tail)
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, "Probable inference", J. American Statistical Association, 1927)."""
+    share, z = hits / count, _NORMAL_97_5
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    low = 0.0 if hits == 0 else (centre - spread) / scale  # exactly so; rounding would miss it
+    return low, 1.0 if hits == count else (centre + spread) / scale
+
+
+class Flip(Struct, frozen=True, kw_only=True):
+    """An image for which a runtime chose another class than PyTorch.
+
+    Attributes:
+        image: its row.
+        expected: the class that PyTorch chose.
+        answered: the class that the runtime chose.
+        margin: by how much PyTorch preferred its own, in units of the output.
+        below_noise: the margin is so small that the two may part within the limit of parity.
+    """
+
+    image: int
+    expected: int
+    answered: int
+    margin: float
+    below_noise: bool
+
+
+class Decisions(Struct, frozen=True, kw_only=True):
+    """How often a runtime decides as PyTorch does; shares from 0 to 1, with their intervals of 95 % confidence.
+
+    ``top5`` is the share of images for which PyTorch's class is among the runtime's first five.
+    """
+
+    images: int
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float
+    top5_interval: tuple[float, float]
+    flips: tuple[Flip, ...]
+
+
+def decide(candidate: NDArray[Any], expected: NDArray[Any], limit: float) -> Decisions:
+    """Compare the decisions of two sets of outputs (N, classes).
+
+    Args:
+        candidate: a runtime's.
+        expected: PyTorch's.
+        limit: how far any value may be from PyTorch's; two values may part by twice as much.
+    """
+    count = len(expected)
+    # Ties go to the lower index, as in argmax.
+    best = np.argsort(-candidate, axis=1, kind="stable")[:, :5]
+    chosen, wanted = best[:, 0], expected.argmax(1)
+    among = (best == wanted[:, None]).any(1)
+    flips = []
+    for image in np.flatnonzero(chosen != wanted):
+        margin = float(expected[image, wanted[image]]) - float(expected[image, chosen[image]])
+        flips.append(
+            Flip(
+                image=int(image),
+                expected=int(wanted[image]),
+                answered=int(chosen[image]),
+                margin=margin,
+                below_noise=margin <= 2 * limit,
+            )
+        )
+    top1, top5 = int((chosen == wanted).sum()), int(among.sum())
+    return Decisions(
+        images=count,
+        top1=top1 / count,
+        top1_interval=wilson_interval(top1, count),
+        top5=top5 / count,
+        top5_interval=wilson_interval(top5, count),
+        flips=tuple(flips),
+    )
