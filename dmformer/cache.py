@@ -48,7 +48,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class CacheEntry(Struct, frozen=True, kw_only=True):
     """What ``entries/KEY`` holds.
 
     Attributes:
@@ -237,7 +237,7 @@ class Cache(NoCache):
                 sha256 = hashlib.sha256(data).hexdigest()
                 objects[sha256] = len(data)
                 self._write(self._objects / sha256, data)
-                entry = Entry(what=what, made=_utc(datetime.now(timezone.utc)), value=sha256, objects=objects)
+                entry = CacheEntry(what=what, made=_utc(datetime.now(timezone.utc)), value=sha256, objects=objects)
                 self._write(self._entries / key, _entry_bytes(entry))
                 self._evict(key)
         except OSError as error:
@@ -310,7 +310,7 @@ class Cache(NoCache):
         self._objects.mkdir(exist_ok=True)
         return self._objects / f"new-{secrets.token_hex(8)}"
 
-    def _whole_entries(self) -> Iterator[tuple[Path, float, Entry]]:
+    def _whole_entries(self) -> Iterator[tuple[Path, float, CacheEntry]]:
         """Path, time of the last use in seconds, and content of each entry that can be read."""
         for path in sorted(self._entries.glob("*")):
             with suppress(FileNotFoundError, _Damaged):
@@ -401,16 +401,16 @@ def _checked(data: bytes, sha256: str) -> bytes:
     return data
 
 
-def _entry_bytes(entry: Entry) -> bytes:
+def _entry_bytes(entry: CacheEntry) -> bytes:
     content = msgspec.json.encode(entry)
     return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
-def _read_entry(path: Path) -> Entry:
+def _read_entry(path: Path) -> CacheEntry:
     sha256, _, content = path.read_bytes().partition(b"\n")
     if hashlib.sha256(content).hexdigest().encode() != sha256:
         raise _Damaged
-    return msgspec.json.decode(content, type=Entry)
+    return msgspec.json.decode(content, type=CacheEntry)
 
 
 def _remove(paths: list[Path]) -> None:

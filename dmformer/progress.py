@@ -9,7 +9,7 @@ from typing import Protocol
 Advance = Callable[[], None]
 
 
-class Stage(Protocol):
+class Progress(Protocol):
     """Called with the name of a step and, where it is known, of how many parts it consists; entered while it runs.
 
     What it gives on entering is called after each part.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dmformer.export.precisions import Calibration
     from dmformer.export.speed import Timed
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.progress import Stage
+    from dmformer.progress import Progress
     from dmformer.task import Task
     from tests.workers import Worker
 
@@ -223,7 +223,7 @@ class NoSimplifier:
         shutil.copyfile(source, destination)
 
 
-def timed_as(ratios: Mapping[tuple[str, str], float]) -> Callable[[Bundle, Stage], Timed]:
+def timed_as(ratios: Mapping[tuple[str, str], float]) -> Callable[[Bundle, Progress], Timed]:
     """In place of ``compare_precisions``: speeds that were not measured, by format and precision; others are as fp32.
 
     The noise floor is 0.05.
@@ -234,7 +234,7 @@ def timed_as(ratios: Mapping[tuple[str, str], float]) -> Callable[[Bundle, Stage
     from dmformer.bundle.manifest import Speed
     from dmformer.export.speed import Timed
 
-    def compare(bundle: Bundle, stage: Stage) -> Timed:
+    def compare(bundle: Bundle, stage: Progress) -> Timed:
         artifacts = []
         for artifact in bundle.manifest.artifacts:
             ratio = ratios.get((artifact.format, artifact.precision), 1.0)

@@ -107,7 +107,7 @@ def test_what_is_imported_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("row", [row for row in registry.ENTRIES if row.name != "tensorrt"], ids=lambda row: row.name)
-def test_a_look_agrees_with_the_import(row: registry.Entry) -> None:
+def test_a_look_agrees_with_the_import(row: registry.RuntimeEntry) -> None:
     code = """
 import sys
 from dmformer.runtimes import registry

@@ -48,7 +48,7 @@ class Artifacts:
             self._made[precision] = make(precision, self.source)
         return self._made[precision]
 
-    def path(self, row: registry.Entry, precision: str) -> Path:
+    def path(self, row: registry.RuntimeEntry, precision: str) -> Path:
         from dmformer.export.formats import ConversionSource, convert
 
         folder = self.source.scratch / row.format / precision
@@ -57,10 +57,10 @@ class Artifacts:
             convert(row, ConversionSource(self.made(precision).onnx, precision, self.checkpoint), folder)
         return min(folder.iterdir(), key=lambda path: path.suffix == ".bin")  # weights beside a graph come after it
 
-    def runtime(self, row: registry.Entry, precision: str) -> Runtime:
+    def runtime(self, row: registry.RuntimeEntry, precision: str) -> Runtime:
         return usable(row)(self.path(row, precision), threads=1, precision=precision)
 
-    def count(self, row: registry.Entry) -> int:
+    def count(self, row: registry.RuntimeEntry) -> int:
         """How many convolutions and linear layers the network has in the form that a runtime gets."""
         from torch import nn
 
@@ -91,19 +91,21 @@ def answer(runtime: Runtime, inputs: NDArray[np.float32]) -> NDArray[Any]:
 
 
 @every_runtime
-def test_a_float32_artifact_has_all_its_layers_in_float32(row: registry.Entry, artifacts: Artifacts) -> None:
+def test_a_float32_artifact_has_all_its_layers_in_float32(row: registry.RuntimeEntry, artifacts: Artifacts) -> None:
     with artifacts.runtime(row, "fp32") as runtime:
         assert runtime.layers() == {"fp32": artifacts.count(row)}
 
 
 @every_precision
-def test_layers_are_those_of_the_network(row: registry.Entry, precision: str, artifacts: Artifacts) -> None:
+def test_layers_are_those_of_the_network(row: registry.RuntimeEntry, precision: str, artifacts: Artifacts) -> None:
     with artifacts.runtime(row, precision) as runtime:
         assert sum(runtime.layers().values()) == artifacts.count(row)
 
 
 @every_precision
-def test_a_promise_is_kept_or_there_is_a_reason(row: registry.Entry, precision: str, artifacts: Artifacts) -> None:
+def test_a_promise_is_kept_or_there_is_a_reason(
+    row: registry.RuntimeEntry, precision: str, artifacts: Artifacts
+) -> None:
     promised = artifacts.made(precision).promised
     assert 0.5 < promised <= 1
     with artifacts.runtime(row, precision) as runtime:
@@ -120,13 +122,13 @@ def test_a_promise_is_kept_or_there_is_a_reason(row: registry.Entry, precision: 
 
 
 @every_runtime
-def test_float32_is_always_there(row: registry.Entry) -> None:
+def test_float32_is_always_there(row: registry.RuntimeEntry) -> None:
     assert usable(row).cannot_compute("fp32") is None
 
 
 @every_precision
 def test_layers_show_what_is_in_the_file_whatever_it_is_called(
-    row: registry.Entry, precision: str, artifacts: Artifacts
+    row: registry.RuntimeEntry, precision: str, artifacts: Artifacts
 ) -> None:
     with usable(row)(artifacts.path(row, "fp32"), threads=1, precision=precision) as runtime:
         found = runtime.layers()
@@ -136,7 +138,7 @@ def test_layers_show_what_is_in_the_file_whatever_it_is_called(
 
 @every_precision
 def test_asking_for_layers_changes_nothing(
-    row: registry.Entry, precision: str, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: registry.RuntimeEntry, precision: str, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "temporary"
     folder.mkdir()
@@ -153,7 +155,7 @@ def test_asking_for_layers_changes_nothing(
 
 @every_precision
 def test_every_precision_answers_much_as_float32_does(
-    row: registry.Entry, precision: str, artifacts: Artifacts
+    row: registry.RuntimeEntry, precision: str, artifacts: Artifacts
 ) -> None:
     inputs = artifacts.source.inputs
     with artifacts.runtime(row, "fp32") as runtime:

@@ -16,7 +16,7 @@ from PIL import Image
 
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES, SCENES
-from dmformer.data.overlay import Entry, class_colours, overlay
+from dmformer.data.overlay import LegendEntry, class_colours, overlay
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
 from dmformer.files import whole_file
@@ -47,7 +47,7 @@ def test_colours_are_those_of_pascal_voc() -> None:
 
 
 WHITE, BLACK = Image.new("RGB", (960, 480), "white"), Image.new("RGB", (960, 480))
-LEGEND = [Entry(0, "one", 0.75), Entry(2, "three", 0.25)]
+LEGEND = [LegendEntry(0, "one", 0.75), LegendEntry(2, "three", 0.25)]
 
 
 def halves(height: int, width: int) -> np.ndarray:
@@ -130,7 +130,7 @@ def test_the_legend_has_the_classes_colours_in_order() -> None:
 
 
 def test_a_legend_of_many_classes_is_cut_short_and_says_so() -> None:
-    entries = [Entry(number, f"class {number}", 1 / 150) for number in range(150)]
+    entries = [LegendEntry(number, f"class {number}", 1 / 150) for number in range(150)]
     picture = overlay(Image.new("RGB", (600, 480)), np.arange(150).reshape(10, 15), (0, 0, 600, 480), entries)
     legend = np.asarray(picture)[:, 600:]
     assert swatches(legend) == [tuple(colour) for colour in class_colours(24).tolist()]
@@ -152,7 +152,9 @@ def test_a_legend_of_many_classes_is_cut_short_and_says_so() -> None:
 )
 def test_names_are_shown_in_one_line_that_can_be_read(name: str, like: str) -> None:
     made = [
-        np.asarray(overlay(BLACK, halves(4, 4), (0, 0, 960, 480), [Entry(0, shown, 0.5), Entry(1, "no", 0.5)]))
+        np.asarray(
+            overlay(BLACK, halves(4, 4), (0, 0, 960, 480), [LegendEntry(0, shown, 0.5), LegendEntry(1, "no", 0.5)])
+        )
         for shown in (name, like, "something else")
     ]
     np.testing.assert_array_equal(made[0], made[1])

@@ -39,7 +39,7 @@ ENGINES = {
 }
 
 
-def usable(row: registry.Entry) -> type[Runtime]:
+def usable(row: registry.RuntimeEntry) -> type[Runtime]:
     """The adapter of a row, or a skip with the reason why it cannot run here."""
     kind = registry.adapter(row)
     status = kind.probe()
@@ -48,7 +48,7 @@ def usable(row: registry.Entry) -> type[Runtime]:
     return kind
 
 
-def artifact_of(bundle: Bundle, row: registry.Entry) -> Artifact:
+def artifact_of(bundle: Bundle, row: registry.RuntimeEntry) -> Artifact:
     found = bundle.artifacts(row.format)
     assert found, f"the demonstration bundle has nothing for {row.name}"
     return found[0]
@@ -60,7 +60,7 @@ def opened(exported: ExportResult) -> Bundle:
 
 
 @pytest.fixture
-def make(row: registry.Entry, opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def make(row: registry.RuntimeEntry, opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes runtimes, not yet open, over the row's artifact."""
     target = None
     if row.name == "tensorrt":  # a double stands for the GPU; the tests marked gpu have the real one
@@ -256,7 +256,7 @@ def damaged_files() -> list[Any]:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("row", "index"), damaged_files())
-def test_damaged_artifacts(row: registry.Entry, index: int, damage: str, opened: Bundle, tmp_path: Path) -> None:
+def test_damaged_artifacts(row: registry.RuntimeEntry, index: int, damage: str, opened: Bundle, tmp_path: Path) -> None:
     kind = usable(row)
     files = [opened.root / entry.path for entry in artifact_of(opened, row).files]
     copies = [Path(shutil.copy(path, tmp_path / path.name)) for path in files]
@@ -313,7 +313,7 @@ def refused_precisions() -> list[Any]:
 
 
 @pytest.mark.parametrize(("row", "precision"), refused_precisions())
-def test_a_precision_that_it_cannot_honour_is_refused(make: Make, row: registry.Entry, precision: str) -> None:
+def test_a_precision_that_it_cannot_honour_is_refused(make: Make, row: registry.RuntimeEntry, precision: str) -> None:
     expected = ", ".join(registry.adapter(row).precisions)
     with (
         pytest.raises(StageFailed, match=f"{row.name} cannot honour precision {precision!r}; expected {expected}$"),
@@ -323,7 +323,7 @@ def test_a_precision_that_it_cannot_honour_is_refused(make: Make, row: registry.
 
 
 @every_runtime
-def test_precisions_begin_with_float32_and_repeat_none(row: registry.Entry) -> None:
+def test_precisions_begin_with_float32_and_repeat_none(row: registry.RuntimeEntry) -> None:
     precisions = registry.adapter(row).precisions
     assert precisions[0] == "fp32"
     assert len(set(precisions)) == len(precisions)
@@ -331,7 +331,9 @@ def test_precisions_begin_with_float32_and_repeat_none(row: registry.Entry) -> N
 
 
 @every_runtime
-def test_a_missing_engine_is_a_reason_with_the_command(row: registry.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_is_a_reason_with_the_command(
+    row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for engine in ENGINES[row.name]:
         monkeypatch.setitem(sys.modules, engine, None)
     status = registry.adapter(row).probe()
@@ -342,7 +344,7 @@ def test_a_missing_engine_is_a_reason_with_the_command(row: registry.Entry, monk
 
 
 @every_runtime
-def test_a_missing_engine_says_what_can_run(row: registry.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_says_what_can_run(row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     others = [
         other.name for other in registry.ENTRIES if other is not row and registry.adapter(other).probe().available
     ]
@@ -356,7 +358,7 @@ def test_a_missing_engine_says_what_can_run(row: registry.Entry, monkeypatch: py
 
 
 @every_runtime
-def test_no_engine_at_all(row: registry.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_engine_at_all(row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     for engine in (engine for engines in ENGINES.values() for engine in engines):
         monkeypatch.setitem(sys.modules, engine, None)
     with pytest.raises(UnavailableError) as caught:
@@ -372,7 +374,7 @@ class Hollow:
 
 
 @every_runtime
-def test_a_half_installed_engine_is_a_reason(row: registry.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_installed_engine_is_a_reason(row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     for engine in ENGINES[row.name]:
         monkeypatch.setitem(sys.modules, engine, Hollow())
     status = registry.adapter(row).probe()
@@ -381,7 +383,7 @@ def test_a_half_installed_engine_is_a_reason(row: registry.Entry, monkeypatch: p
 
 
 @every_runtime
-def test_names_aliases_and_formats_resolve_in_any_case(row: registry.Entry) -> None:
+def test_names_aliases_and_formats_resolve_in_any_case(row: registry.RuntimeEntry) -> None:
     for name in (row.name, *row.aliases):
         assert registry.entry(name) is registry.entry(name.upper()) is registry.entry(name.title()) is row
     for name in (row.format, row.name, *row.aliases):

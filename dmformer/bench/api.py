@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from dmformer.bench.plan import Configuration
     from dmformer.bundle.reader import Bundle
-    from dmformer.progress import Advance, Stage
+    from dmformer.progress import Advance, Progress
 
 ROUNDS = DEFAULT_ROUNDS
 _KILL_AFTER = 2  # times the limit of a process's calls: what loads longer than it may call is stuck
@@ -50,7 +50,7 @@ def bench(
     images: str | Path | None = None,
     profile: bool = False,
     brief: bool = False,
-    stage: Stage = silent,
+    stage: Progress = silent,
 ) -> BenchReport:
     """Time the runtimes of a bundle.
 
@@ -111,7 +111,7 @@ class _Found:
     partial: bool = False
 
 
-def run(plan: Plan, stage: Stage = silent) -> BenchReport:
+def run(plan: Plan, stage: Progress = silent) -> BenchReport:
     """Carry a plan out; see :func:`bench`."""
     environment = describe_machine()
     begun = datetime.now(timezone.utc)

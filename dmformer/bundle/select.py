@@ -21,7 +21,7 @@ class Choice:
     """An artifact and the runtime for it."""
 
     artifact: Artifact
-    entry: registry.Entry
+    entry: registry.RuntimeEntry
     bundle: Bundle
 
     @property
@@ -59,8 +59,8 @@ class Choice:
 
 
 def preferred(
-    artifacts: Sequence[Artifact], cannot: Callable[[registry.Entry, Artifact], str | None]
-) -> tuple[registry.Entry, Artifact] | None:
+    artifacts: Sequence[Artifact], cannot: Callable[[registry.RuntimeEntry, Artifact], str | None]
+) -> tuple[registry.RuntimeEntry, Artifact] | None:
     """The first artifact that runs here, in the manifest's order, those whose int8 sums may saturate last.
 
     Args:
@@ -72,14 +72,14 @@ def preferred(
     return next((pair for pair in known if cannot(*pair) is None), None)
 
 
-def cannot_run(row: registry.Entry, artifact: Artifact) -> str | None:
+def cannot_run(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     """Why an artifact cannot run on this machine; ``None`` where it can, as far as is known without loading it."""
     adapter = registry.adapter(row)
     status = adapter.probe()
     return adapter.cannot_load(artifact.target) if status.available else status.reason
 
 
-def saturation(row: registry.Entry, full_range: bool) -> str | None:
+def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
     """Why int8 sums may saturate on this machine, and what to do; ``None`` where they do not.
 
     Args:
@@ -93,7 +93,7 @@ def saturation(row: registry.Entry, full_range: bool) -> str | None:
     )
 
 
-def caveat(row: registry.Entry, artifact: Artifact) -> str | None:
+def caveat(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     """What is to be known of an artifact that runs here: that its sums saturate, or that it is computed in float32."""
     return saturation(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
 
@@ -157,7 +157,7 @@ def _divide(choices: Sequence[Choice]) -> tuple[list[Choice], list[str]]:
     return fit, reasons
 
 
-def _choices(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> list[Choice]:
+def _choices(bundle: Bundle, row: registry.RuntimeEntry, precisions: Sequence[str]) -> list[Choice]:
     return [
         Choice(artifact, row, bundle)
         for artifact in bundle.artifacts(row.format)

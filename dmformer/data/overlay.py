@@ -21,7 +21,7 @@ _MOST_ENTRIES = 24
 _LONGEST = 40  # characters of a name
 
 
-class Entry(NamedTuple):
+class LegendEntry(NamedTuple):
     """A line of the legend: a class, its name, and its share of the pixels (0 to 1)."""
 
     number: int
@@ -45,7 +45,7 @@ def class_colours(count: int) -> NDArray[np.uint8]:
 
 
 def overlay(
-    image: Image, labels: NDArray[np.integer], box: tuple[float, float, float, float], legend: Sequence[Entry]
+    image: Image, labels: NDArray[np.integer], box: tuple[float, float, float, float], legend: Sequence[LegendEntry]
 ) -> Image:
     """The image with its pixels' classes in colour, and a legend beside it.
 
@@ -69,7 +69,7 @@ def overlay(
     return _beside(picture, _legend(list(legend), height))
 
 
-def _legend(entries: list[Entry], least_height: int) -> Image:
+def _legend(entries: list[LegendEntry], least_height: int) -> Image:
     from PIL import Image as PillowImage
     from PIL import ImageDraw, ImageFont
 
@@ -91,7 +91,7 @@ def _legend(entries: list[Entry], least_height: int) -> Image:
     return made
 
 
-def _shown(entry: Entry, font: FreeTypeFont | ImageFont) -> str:
+def _shown(entry: LegendEntry, font: FreeTypeFont | ImageFont) -> str:
     """The name in one line that is not too long; the number where the font, which is Pillow's, lacks a letter."""
     name = " ".join(entry.name.split())
     nothing = bytes(font.getmask("\uffff"))  # what is drawn in the place of a letter that is missing

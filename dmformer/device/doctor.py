@@ -85,7 +85,7 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
     artifacts: tuple[ArtifactFinding, ...] = ()
 
 
-CannotBuild = Callable[[registry.Entry, str], "str | None"]
+CannotBuild = Callable[[registry.RuntimeEntry, str], "str | None"]
 
 
 def diagnose(bundle: Bundle | None = None, cannot_build: CannotBuild | None = None) -> Diagnosis:
@@ -124,7 +124,7 @@ def _artifacts(
     memory = available_memory()
     found: list[ArtifactFinding] = []
 
-    def not_built(row: registry.Entry, precision: str) -> str | None:
+    def not_built(row: registry.RuntimeEntry, precision: str) -> str | None:
         if not seen[row.name].available:  # it is built with its own engine, and for this machine
             return seen[row.name].reason
         return cannot_build(row, precision)
@@ -171,7 +171,7 @@ def _artifacts(
     return tuple(found)
 
 
-def _unfit(artifact: Artifact, row: registry.Entry | None, seen: Mapping[str, Availability]) -> str | None:
+def _unfit(artifact: Artifact, row: registry.RuntimeEntry | None, seen: Mapping[str, Availability]) -> str | None:
     """Why an artifact does not run here."""
     if row is None:
         return "this version of dmformer has no runtime for it"
@@ -180,7 +180,7 @@ def _unfit(artifact: Artifact, row: registry.Entry | None, seen: Mapping[str, Av
     return registry.adapter(row).cannot_load(artifact.target)
 
 
-def _to_know(artifact: Artifact, row: registry.Entry, seen: Mapping[str, Availability]) -> str | None:
+def _to_know(artifact: Artifact, row: registry.RuntimeEntry, seen: Mapping[str, Availability]) -> str | None:
     """What is to be known of an artifact that runs: another precision, or an engine older than the one that made it."""
     built, here = artifact.built_with.get(row.name), seen[row.name].version
     found = caveat(row, artifact)

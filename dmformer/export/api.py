@@ -12,7 +12,7 @@ from dmformer.export.formats import EngineOptions, check_convertible, check_size
 from dmformer.export.known import KnownExport
 from dmformer.export.precisions import PRECISIONS, check_calibrated
 from dmformer.export.request import ExportRequest, ExportResult
-from dmformer.progress import Stage, silent
+from dmformer.progress import silent
 from dmformer.runtimes import registry
 from dmformer.task import STRIDES
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypedDict, Unpack
 
+    from dmformer.progress import Progress
     from dmformer.task import Task
 
     class ExportOptions(TypedDict, total=False):
@@ -50,7 +51,7 @@ AUTO = "auto"
 def export(
     weights: str | Path | None = None,
     *,
-    stage: Stage = silent,
+    stage: Progress = silent,
     use_cache: bool = True,
     **arguments: Unpack[ExportOptions],
 ) -> ExportResult:

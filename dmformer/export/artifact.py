@@ -40,7 +40,7 @@ class Proven:
 
 
 def make_artifact(
-    row: registry.Entry,
+    row: registry.RuntimeEntry,
     source: ConversionSource,
     root: Path,
     *,
@@ -71,7 +71,7 @@ def make_artifact(
     )
 
 
-def runtime_of(row: registry.Entry, artifact: Artifact, root: Path) -> Runtime:
+def runtime_of(row: registry.RuntimeEntry, artifact: Artifact, root: Path) -> Runtime:
     """The runtime of an artifact below ``root``, not yet open.
 
     Raises:
@@ -94,7 +94,7 @@ def check_onnx(path: Path, precision: str, golden: Golden) -> list[Check]:
 
 
 def proven(
-    row: registry.Entry, artifact: Artifact, root: Path, golden: Golden, known: Answers | None = None
+    row: registry.RuntimeEntry, artifact: Artifact, root: Path, golden: Golden, known: Answers | None = None
 ) -> tuple[Artifact, list[Check]]:
     """The artifact with the precision of its layers, and its checks.
 

@@ -20,7 +20,7 @@ from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageErr
 from dmformer.export.artifact import make_artifact, proven
 from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, check_size, is_compiled
 from dmformer.files import indented_json
-from dmformer.progress import Stage, silent
+from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
 from dmformer.verify.report import Check, ParityReport, failure, report
 
@@ -47,7 +47,7 @@ def build(
     *,
     precisions: Sequence[str] = (),
     engine: EngineOptions | None = None,
-    stage: Stage = silent,
+    stage: Progress = silent,
 ) -> BuildReport:
     """Make a format from a bundle's ONNX files, verify it against the golden outputs, and put it into the bundle.
 
@@ -102,7 +102,7 @@ def build(
     return found_all
 
 
-def _copy_checked(bundle: Bundle, row: registry.Entry, sources: Sequence[Artifact], folder: Path) -> Bundle:
+def _copy_checked(bundle: Bundle, row: registry.RuntimeEntry, sources: Sequence[Artifact], folder: Path) -> Bundle:
     """Copy what the manifest lists and what stays, and check the copies, which are what is built from.
 
     Of what is replaced, which may be damaged, whole caches are copied: they make building again quicker.
@@ -140,7 +140,7 @@ def _unsigned(bundle: Bundle) -> tuple[str, ...]:
     return (note,)
 
 
-def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | None:
+def cannot_build(bundle: Bundle, row: registry.RuntimeEntry, precision: str) -> str | None:
     """Why a format at a precision cannot be built on this machine from the bundle; nothing is built.
 
     ``None`` where it can, as far as is known.
@@ -156,7 +156,7 @@ def cannot_build(bundle: Bundle, row: registry.Entry, precision: str) -> str | N
     return None
 
 
-def _sources(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> list[Artifact]:
+def _sources(bundle: Bundle, row: registry.RuntimeEntry, precisions: Sequence[str]) -> list[Artifact]:
     able = registry.adapter(row).precisions
     wanted = precisions or able
     found = [item for item in bundle.artifacts(_SOURCE) if item.precision in wanted and item.precision in able]
@@ -171,7 +171,9 @@ def _sources(bundle: Bundle, row: registry.Entry, precisions: Sequence[str]) -> 
     return found
 
 
-def _make(row: registry.Entry, source: Artifact, options: EngineOptions, folder: Path, stage: Stage) -> Artifact:
+def _make(
+    row: registry.RuntimeEntry, source: Artifact, options: EngineOptions, folder: Path, stage: Progress
+) -> Artifact:
     target = folder / row.format / source.precision
     target.mkdir(parents=True, exist_ok=True)
     return make_artifact(

@@ -20,7 +20,7 @@ from dmformer.machine import give_memory_back
 from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.models.dmformer import DMFormerBackbone
-from dmformer.progress import Stage
+from dmformer.progress import Progress
 from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
 from dmformer.verify.answers import Answers, ask, batch_sizes
@@ -69,7 +69,7 @@ class GraphSource:
     deploy_form: bool
     images: Sequence[Path]
     scratch: Path
-    stage: Stage
+    stage: Progress
 
     def form(self) -> nn.Module:
         """What is traced; a trace writes into its modules, so it never gets the network itself."""

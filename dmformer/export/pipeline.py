@@ -37,7 +37,7 @@ from dmformer.export.request import BENCH_REPORT, PARITY_REPORT, ExportRequest, 
 from dmformer.export.speed import Timed, compare_precisions, fastest
 from dmformer.files import indented_json
 from dmformer.machine import gpu_state
-from dmformer.progress import Stage, silent
+from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
 from dmformer.verify.parity import check_accuracy
 from dmformer.verify.reference import torch_answers
@@ -60,7 +60,7 @@ _MOST_CALIBRATION = 512
 T = TypeVar("T")
 
 
-def export(request: ExportRequest, stage: Stage = silent, known: KnownExport | None = None) -> ExportResult:
+def export(request: ExportRequest, stage: Progress = silent, known: KnownExport | None = None) -> ExportResult:
     """Trace, simplify, reduce the precision, convert, verify each step, and write the bundle.
 
     Args:
@@ -101,7 +101,7 @@ def _gpu(artifacts: Sequence[Artifact]) -> list[object]:
 class _Export:
     """One export under way: a folder that becomes the bundle, and the checks so far."""
 
-    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, stage: Stage, cache: NoCache) -> None:
+    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, stage: Progress, cache: NoCache) -> None:
         self.request = request
         self.checkpoint = request.checkpoint
         self.folder = folder
@@ -169,7 +169,7 @@ class _Export:
         what, inputs = "trace to ONNX, simplify, verify", (self.network, self.request.images)
         return self._once(what, inputs, VerifiedGraph, make, self.scratch, _held)
 
-    def _give_up(self, row: registry.Entry, precision: str, error: StageFailed) -> None:
+    def _give_up(self, row: registry.RuntimeEntry, precision: str, error: StageFailed) -> None:
         """An engine that cannot be built takes nothing else down with it."""
         shutil.rmtree(self.folder / row.format / precision)
         self.broken.append(f"{row.format} {precision}: {error}")
@@ -179,7 +179,7 @@ class _Export:
         """Those asked for, and float32 to compare the others with."""
         return list(dict.fromkeys(("fp32", *self.request.precisions)))
 
-    def _rows(self, precision: str) -> list[registry.Entry]:
+    def _rows(self, precision: str) -> list[registry.RuntimeEntry]:
         """Formats to make at a precision: those asked for, and at float32 those that others are timed against here."""
         rows = map(registry.entry_of_format, self.request.formats)
         return [
@@ -189,7 +189,7 @@ class _Export:
             and (precision in self.request.precisions or self._runs_here(row))
         ]
 
-    def _runs_here(self, row: registry.Entry) -> bool:
+    def _runs_here(self, row: registry.RuntimeEntry) -> bool:
         """Whether a format can be timed on this machine; one that is built for named targets is for other machines."""
         return registry.adapter(row).probe().available and not (is_compiled(row) and self.request.engine.targets)
 
@@ -269,7 +269,7 @@ class _Export:
 
     def _convert(
         self,
-        row: registry.Entry,
+        row: registry.RuntimeEntry,
         precision: str,
         made: Made,
         graph: VerifiedGraph,
@@ -295,7 +295,7 @@ class _Export:
         found = self._once(what, inputs, Proven, prove_artifact, self.folder, _held)
         return found.artifact, list(found.checks)
 
-    def _build(self, row: registry.Entry, precision: str, made: Made) -> Artifact:
+    def _build(self, row: registry.RuntimeEntry, precision: str, made: Made) -> Artifact:
         def build() -> Built:
             (self.folder / row.format / precision).mkdir(parents=True, exist_ok=True)
             artifact = make_artifact(
@@ -317,7 +317,7 @@ class _Export:
 
     def _prove(
         self,
-        row: registry.Entry,
+        row: registry.RuntimeEntry,
         artifact: Artifact,
         made: Made,
         graph: VerifiedGraph,
@@ -342,7 +342,7 @@ class _Export:
             return check_onnx(made.onnx, precision, golden)
 
     def _measure(
-        self, row: registry.Entry, artifact: Artifact, calibration: Calibration, kept: NDArray[Any] | None
+        self, row: registry.RuntimeEntry, artifact: Artifact, calibration: Calibration, kept: NDArray[Any] | None
     ) -> tuple[Artifact, Check]:
         """Accuracy on the calibration images, against the budget; ``kept`` of the answers where it was asked before."""
         images, measure = calibration.images, calibration.measure

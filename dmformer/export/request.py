@@ -67,7 +67,7 @@ class ExportRequest:
         """Whether anything but float32 is asked for; it is then compared with float32."""
         return self.precisions != ("fp32",)
 
-    def pairs(self) -> list[tuple[registry.Entry, str]]:
+    def pairs(self) -> list[tuple[registry.RuntimeEntry, str]]:
         """The artifacts asked for: each format's row with each precision that its runtime takes.
 
         Raises:

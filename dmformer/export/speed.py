@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dmformer.bundle.reader import Bundle
-    from dmformer.progress import Stage
+    from dmformer.progress import Progress
 
 DURATION_S = 1.5
 
@@ -31,7 +31,7 @@ class Timed:
     report: BenchReport
 
 
-def compare_precisions(bundle: Bundle, stage: Stage) -> Timed:
+def compare_precisions(bundle: Bundle, stage: Progress) -> Timed:
     """Time all artifacts, rounds interleaved, each in processes of its own, for their medians alone.
 
     The batch is 1, or the least that every engine takes.

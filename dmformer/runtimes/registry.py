@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RuntimeEntry:
     """One runtime and the format that it reads.
 
     Attributes:
@@ -32,28 +32,28 @@ class Entry:
 
 
 ENTRIES = (
-    Entry(
+    RuntimeEntry(
         name="torch",
         aliases=("pytorch",),
         adapter="dmformer.runtimes.torch:TorchRuntime",
         format="torch",
         extra="export",
     ),
-    Entry(
+    RuntimeEntry(
         name="onnxruntime",
         aliases=("ort",),
         adapter="dmformer.runtimes.onnxruntime:OnnxRuntime",
         format="onnx",
         extra="onnxruntime",
     ),
-    Entry(
+    RuntimeEntry(
         name="openvino",
         aliases=("ov",),
         adapter="dmformer.runtimes.openvino:OpenVinoRuntime",
         format="openvino",
         extra="openvino",
     ),
-    Entry(
+    RuntimeEntry(
         name="tensorrt",
         aliases=("trt",),
         adapter="dmformer.runtimes.tensorrt:TensorRtRuntime",
@@ -63,7 +63,7 @@ ENTRIES = (
 )
 
 
-def entry(name: str) -> Entry:
+def entry(name: str) -> RuntimeEntry:
     """The row of a runtime, by its name or an alias.
 
     Raises:
@@ -75,7 +75,7 @@ def entry(name: str) -> Entry:
     raise UsageError(f"unknown runtime {name!r}; expected one of {_choices('name')}")
 
 
-def entry_of_format(name: str) -> Entry:
+def entry_of_format(name: str) -> RuntimeEntry:
     """The row of a format, by its name or an alias.
 
     Raises:
@@ -87,19 +87,19 @@ def entry_of_format(name: str) -> Entry:
     raise UsageError(f"unknown format {name!r}; expected one of {_choices('format')}")
 
 
-def reader_of(format_name: str) -> Entry | None:
+def reader_of(format_name: str) -> RuntimeEntry | None:
     """The row that reads a manifest's format; ``None`` for a format that this version does not know."""
     return next((row for row in ENTRIES if row.format == format_name), None)
 
 
-def adapter(row: Entry) -> type[Runtime]:
+def adapter(row: RuntimeEntry) -> type[Runtime]:
     """The adapter's class; imports its module, not the engine."""
     module, _, name = row.adapter.partition(":")
     found: type[Runtime] = getattr(importlib.import_module(module), name)
     return found
 
 
-def available_adapter(row: Entry) -> type[Runtime]:
+def available_adapter(row: RuntimeEntry) -> type[Runtime]:
     """The adapter's class, once its engine has been seen to load.
 
     Raises:

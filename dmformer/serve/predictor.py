@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import Choice, cannot_run, preferred, select
 from dmformer.data.images import load_pixels, load_whole, open_image
-from dmformer.data.overlay import Entry, overlay
+from dmformer.data.overlay import LegendEntry, overlay
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
 from dmformer.task import OUTPUT_NAME, STRIDES
@@ -110,7 +110,7 @@ class Segments:
         box = (0.0, 0.0, float(image.width), float(image.height))
         if not self.whole:
             box = self.preprocessing.seen(*image.size)
-        legend = [Entry(one.index, one.name or f"class {one.index}", one.share) for one in self.classes]
+        legend = [LegendEntry(one.index, one.name or f"class {one.index}", one.share) for one in self.classes]
         return overlay(image, self.labels, box, legend)
 
 

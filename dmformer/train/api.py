@@ -19,7 +19,7 @@ from dmformer.train.start import build, find_start
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dmformer.progress import Stage
+    from dmformer.progress import Progress
     from dmformer.train.images import Data
     from dmformer.train.journal import Row
     from dmformer.train.recipe import Recipe
@@ -55,7 +55,7 @@ def train(
     weights: Path | None = None,
     resume: bool = False,
     device: str | None = None,
-    stage: Stage = silent,
+    stage: Progress = silent,
     say: Callable[[str], None] = lambda _: None,
     report: Callable[[Row], None] = lambda _: None,
 ) -> Trained:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.models.dmformer import DMFormerBackbone
-    from dmformer.progress import Stage
+    from dmformer.progress import Progress
     from dmformer.train.images import Data
     from dmformer.train.processes import Processes
     from dmformer.train.recipe import Recipe
@@ -235,7 +235,7 @@ def train_steps(
     first: int,
     folder: Path,
     identity: Mapping[str, Any],
-    stage: Stage,
+    stage: Progress,
     report: Callable[[Row], None],
 ) -> Row | None:
     """Train from a step to the end, with a validation, a row and a snapshot after each interval.

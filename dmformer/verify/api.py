@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.select import Choice
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.progress import Stage
+    from dmformer.progress import Progress
     from dmformer.verify.localize.modules import ModuleTruth
 
 
@@ -57,7 +57,7 @@ def verify(
     weights: str | Path | None = None,
     images: str | Path | None = None,
     layers: bool = False,
-    stage: Stage = silent,
+    stage: Progress = silent,
 ) -> ParityReport:
     """Compare what the runtimes of a bundle answer with what PyTorch answers.
 

@@ -13,7 +13,7 @@ from dmformer.bundle.manifest import Accuracy
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
 from dmformer.errors import UnavailableError, UsageError
-from dmformer.progress import Stage, silent
+from dmformer.progress import silent
 from dmformer.task import Task
 from dmformer.verify.reference import reference_checkpoint
 from dmformer.verify.tasks.classification import Paired  # noqa: TC001 - the type of a field
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from dmformer.data.images import ImageSet
     from dmformer.models.checkpoint import Checkpoint
+    from dmformer.progress import Progress
     from dmformer.runtimes.base import Runtime
 
 
@@ -66,7 +67,7 @@ def evaluate(
     runtimes: Sequence[str] = (),
     precisions: Sequence[str] = (),
     weights: str | Path | None = None,
-    stage: Stage = silent,
+    stage: Progress = silent,
 ) -> EvalReport:
     """Top-1 and top-5 accuracy or, for segmentation, mean intersection over union; and agreement with PyTorch.
 

@@ -270,7 +270,7 @@ def check_other_size(stage: str, answers: Answers, golden: Golden) -> list[Check
 def check_artifact(
     answers: Answers,
     golden: Golden,
-    row: registry.Entry,
+    row: registry.RuntimeEntry,
     artifact: Artifact,
     pytorch: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[Check]:

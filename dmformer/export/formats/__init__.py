@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmformer.errors import UsageError
-from dmformer.progress import Stage, silent
+from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
 from dmformer.runtimes.flavours import AUTO
 from dmformer.runtimes.target import Target, compute_capability
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
-    from dmformer.runtimes.registry import Entry
+    from dmformer.runtimes.registry import RuntimeEntry
 
 
 _MOST_BATCH = 4096
@@ -88,7 +88,7 @@ class ConversionSource:
     precision: str
     checkpoint: Checkpoint | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
-    stage: Stage = silent
+    stage: Progress = silent
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _function(named: str) -> Callable[..., Any]:
     return found
 
 
-def convert(row: Entry, source: ConversionSource, folder: Path) -> Converted:
+def convert(row: RuntimeEntry, source: ConversionSource, folder: Path) -> Converted:
     """Make the files of a format in an existing, empty folder.
 
     Raises:
@@ -141,12 +141,12 @@ def convert(row: Entry, source: ConversionSource, folder: Path) -> Converted:
     return converted
 
 
-def is_compiled(row: Entry) -> bool:
+def is_compiled(row: RuntimeEntry) -> bool:
     """Whether a format is compiled for one machine, on machines that need not be able to run it."""
     return CONVERTERS[row.format].check is not None
 
 
-def check_convertible(row: Entry, engine: EngineOptions) -> None:
+def check_convertible(row: RuntimeEntry, engine: EngineOptions) -> None:
     """Make sure that a format can be made on this machine; nothing is made.
 
     Raises:
@@ -159,7 +159,7 @@ def check_convertible(row: Entry, engine: EngineOptions) -> None:
     _function(check)(engine)
 
 
-def check_size(row: Entry, open_size: bool) -> None:
+def check_size(row: RuntimeEntry, open_size: bool) -> None:
     """Make sure that a format can be had at an open height and width.
 
     Raises:

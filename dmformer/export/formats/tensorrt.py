@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dmformer.export.formats import ConversionSource, EngineOptions
-    from dmformer.progress import Advance, Stage
+    from dmformer.progress import Advance, Progress
 
 PLAN = "model.plan"
 TIMING_CACHE = "timing.cache"
@@ -142,7 +142,7 @@ def _built(source: ConversionSource, targets: tuple[str, ...], plan: Path, cache
     return msgspec.json.decode(answer.read_bytes(), type=Answer)
 
 
-def _watch(lines: Iterable[str], stage: Stage, precision: str) -> None:
+def _watch(lines: Iterable[str], stage: Progress, precision: str) -> None:
     """Turn the lines of a build into stages, one for each outermost phase."""
     with ExitStack() as phases:
         advance: Advance | None = None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dmformer.bundle.manifest import Accuracy
 from dmformer.data.images import ImageSet
 from dmformer.errors import CheckFailed, UsageError
-from dmformer.progress import Stage
+from dmformer.progress import Progress
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import INPUT_NAME
 from dmformer.verify.tasks.measures import Measure, measure_of
@@ -94,7 +94,7 @@ class PrecisionSource:
     max_points_lost: float
     weight_bits: int
     scratch: Path
-    stage: Stage
+    stage: Progress
 
     @property
     def range_count(self) -> int:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.reader import Bundle
-    from dmformer.progress import Stage
+    from dmformer.progress import Progress
     from dmformer.verify.report import Check, ParityReport
 
 _LOCATED = ("runtime", "layers")  # stages whose failures sit in a node
@@ -95,7 +95,9 @@ class _Candidate:
         return self._trusted[size]
 
 
-def diagnose(bundle: Bundle, report: ParityReport, *, weights: Path | None, folder: Path, stage: Stage) -> ParityReport:
+def diagnose(
+    bundle: Bundle, report: ParityReport, *, weights: Path | None, folder: Path, stage: Progress
+) -> ParityReport:
     """The report with a finding for each artifact that failed, or a sentence why there is none.
 
     Whatever goes wrong here is such a sentence: what was verified stays to be told.
