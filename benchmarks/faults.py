@@ -29,10 +29,10 @@ from dmformer.bundle.manifest import SAFE_WEIGHT_BITS
 from dmformer.bundle.reader import open_bundle
 from dmformer.data.images import image_set
 from dmformer.errors import StageFailed, UsageError
-from dmformer.export.artifact import make_artifact, proven
-from dmformer.export.formats import ConversionSource
+from dmformer.export import steps
 from dmformer.export.networks import random_checkpoint
-from dmformer.export.precisions import Calibration, Made, PrecisionSource, make
+from dmformer.export.options import EngineOptions
+from dmformer.export.precisions import Calibration, PrecisionFile, PrecisionSource, make
 from dmformer.export.reduced import prove, reduced_golden
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.deploy import deploy
@@ -60,7 +60,7 @@ class Bench:
     def __init__(self, bundle: Path, scratch: Path, weights: Path = DEMONSTRATION_CHECKPOINT) -> None:
         self.bundle, self.scratch, self.weights = bundle, scratch, weights
         self.checkpoint = load_checkpoint(weights)
-        self._made: dict[str, Made] = {}
+        self._made: dict[str, PrecisionFile] = {}
 
     def in_bundle(self, fault: Fault) -> Outcome:
         """Spoil a copy of the bundle, verify it as a device would, and bisect."""
@@ -211,17 +211,9 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
             refused.append(f"{name}: {error}")  # int8 drowns what this network tells apart
             continue
         for row in map(registry.entry, ("onnxruntime", "openvino")):
-            (output / row.format / name).mkdir()
-            artifact = make_artifact(
-                row,
-                ConversionSource(made.onnx, name),
-                output,
-                promised_share=made.promised,
-                kept_in_fp32=made.kept_in_fp32,
-                sensitivity={},
-                weight_bits=made.weight_bits,
-            )
-            checks += proven(row, artifact, output, golden)[1]
+            work = steps.Work(output, silent, EngineOptions(), golden)
+            artifact = steps.convert(work, row, made).artifact
+            checks += steps.verify(work, row, artifact, made).checks
         failed += [f"{name} {check.where} in {check.runtime}: {check.reason}" for check in checks if not check.passed]
     shutil.rmtree(output)
     return failed, refused

@@ -17,7 +17,7 @@ import torch
 
 from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.data.images import list_images
-from dmformer.export.formats import ConversionSource, converter
+from dmformer.export.formats import ConversionSource, convert
 from dmformer.export.networks import random_checkpoint
 from dmformer.graph.trace import trace
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
@@ -48,7 +48,7 @@ def clean(count: int) -> dict[str, list[float]]:
                 traced = Path(folder) / "traced.onnx"
                 trace(checkpoint, model, traced)
                 row = registry.entry(engine)
-                files = converter(row)(ConversionSource(traced, "fp32", checkpoint), Path(folder)).files
+                files = convert(row, ConversionSource(traced, "fp32", checkpoint), Path(folder)).files
                 runtime = registry.available_adapter(row)(files[0])
                 answers = ask(runtime, golden.inputs, golden.thinned, layers=False, consistency=False)
                 for check in check_answers("runtime", answers, references(golden, "fp32")):

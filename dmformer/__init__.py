@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dmformer.bench.api import bench
-    from dmformer.export.api import export
+    from dmformer.export.run import export
     from dmformer.models.checkpoint import load_checkpoint
     from dmformer.models.dmformer import create_model, list_models
     from dmformer.serve.predictor import load

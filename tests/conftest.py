@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.reader import Bundle
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.export.precisions import Calibration
-    from dmformer.export.speed import Timed
+    from dmformer.export.steps import TimedArtifacts
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Progress
     from dmformer.task import Task
@@ -223,8 +223,8 @@ class NoSimplifier:
         shutil.copyfile(source, destination)
 
 
-def timed_as(ratios: Mapping[tuple[str, str], float]) -> Callable[[Bundle, Progress], Timed]:
-    """In place of ``compare_precisions``: speeds that were not measured, by format and precision; others are as fp32.
+def timed_as(ratios: Mapping[tuple[str, str], float]) -> Callable[[Bundle, Progress], TimedArtifacts]:
+    """In place of ``time_artifacts``: speeds that were not measured, by format and precision; others are as fp32.
 
     The noise floor is 0.05.
     """
@@ -232,15 +232,15 @@ def timed_as(ratios: Mapping[tuple[str, str], float]) -> Callable[[Bundle, Progr
 
     from dmformer.bench.report import BenchReport
     from dmformer.bundle.manifest import Speed
-    from dmformer.export.speed import Timed
+    from dmformer.export.steps import TimedArtifacts
 
-    def compare(bundle: Bundle, stage: Progress) -> Timed:
+    def compare(bundle: Bundle, stage: Progress) -> TimedArtifacts:
         artifacts = []
         for artifact in bundle.manifest.artifacts:
             ratio = ratios.get((artifact.format, artifact.precision), 1.0)
             speed = Speed(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, noise_floor=0.05, faster=ratio < 0.95, cpu="none")
             artifacts.append(replace(artifact, speed=speed))
-        return Timed(tuple(artifacts), BenchReport(environment={"cpu": "none"}, results=(), noise_floor=0.05))
+        return TimedArtifacts(tuple(artifacts), BenchReport(environment={"cpu": "none"}, results=(), noise_floor=0.05))
 
     return compare
 
@@ -263,7 +263,7 @@ def exported_quickly(folder: Path, **options: Any) -> ExportResult:
     import dmformer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
+        patch.setattr("dmformer.export.steps.time_artifacts", timed_as({}))
         patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
         return dmformer.export(output=folder / "demo", **options)
 
@@ -305,10 +305,10 @@ def full_range(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> Ex
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports without onnxsim and without timing."""
-    from dmformer.export import graph, pipeline
+    from dmformer.export import graph, steps
 
     monkeypatch.setattr(graph, "Simplifier", NoSimplifier)
-    monkeypatch.setattr(pipeline, "compare_precisions", timed_as({}))
+    monkeypatch.setattr(steps, "time_artifacts", timed_as({}))
 
 
 @pytest.fixture(scope="session")
@@ -442,7 +442,7 @@ def segmentation_reduced(tmp_path_factory: pytest.TempPathFactory, few_scenes: P
 
     def make(folder: Path) -> ExportResult:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmformer.export.pipeline.compare_precisions", timed_as({}))
+            patch.setattr("dmformer.export.steps.time_artifacts", timed_as({}))
             patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
             return dmformer.export(
                 task="segmentation",

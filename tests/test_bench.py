@@ -31,7 +31,7 @@ from tests.workers import WORKER, Orders, Worker
 
 if TYPE_CHECKING:
     from dmformer.bundle.manifest import Artifact
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 SCHEMA = Path(dmformer.__file__).parent / "schemas" / "bench.json"
 

@@ -16,7 +16,7 @@ from dmformer.bench.statistics import latency, noise_floor, paired_ratio, round_
 from dmformer.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 63, 64, 661, 662, 1000])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dmformer.bench.report import BenchReport, Result
     from dmformer.bundle.manifest import Manifest
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from tests.conftest import Cli, Made
     from tests.workers import Worker
 

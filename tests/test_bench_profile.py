@@ -14,7 +14,7 @@ from dmformer.bundle.select import select
 from dmformer.runtimes.base import Kernel
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, DMFormerError, UnavailableError, UsageError
 from dmformer.export.build import build, cannot_build
-from dmformer.export.formats import Converted, EngineOptions, tensorrt
+from dmformer.export.formats import Converted, tensorrt
+from dmformer.export.options import EngineOptions
 from dmformer.files import hash_file
 from dmformer.runtimes import registry
 from tests import gpu_double
@@ -26,8 +27,8 @@ from tests.test_rooms import python
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dmformer.export.cached import ExportResult
     from dmformer.export.formats import ConversionSource
-    from dmformer.export.pipeline import ExportResult
     from tests.conftest import Run
 
 
@@ -121,7 +122,7 @@ def test_an_engine_that_answers_wrongly_changes_nothing(
         (("torch",), UsageError, "format torch comes with an export"),
         (("tflite",), UsageError, "unknown format 'tflite'"),
         (("ov", ["fp16"]), UsageError, r"no ONNX file at fp16 to build from \(it has fp32\).*--precision fp16"),
-        (("trt", [], EngineOptions.of("rtx", ["sm90"])), UnavailableError, "compute capability 9.0"),
+        (("trt", [], EngineOptions("rtx", ["sm90"])), UnavailableError, "compute capability 9.0"),
     ],
 )
 def test_what_cannot_be_built_changes_nothing(bundle: Path, arguments: Any, kind: Any, message: str) -> None:
@@ -138,7 +139,7 @@ def test_an_open_size_is_no_engines(segmentation_open: ExportResult, tmp_path: P
     bundle = Path(shutil.copytree(segmentation_open.output, tmp_path / "bundle"))
     before = content(bundle)
     with pytest.raises(UsageError, match="format tensorrt with open height and width") as caught:
-        build(bundle, "trt", engine=EngineOptions.of("rtx", ["sm89"]))
+        build(bundle, "trt", engine=EngineOptions("rtx", ["sm89"]))
     assert one_line(caught.value)
     assert content(bundle) == before
     opened = open_bundle(bundle)

@@ -24,7 +24,7 @@ from tests.bundles import one_line
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT, SAMPLE_IMAGES
 from dmformer.bundle.reader import open_bundle
 from dmformer.cache import Cache, NoCache, digest, open_cache
 from dmformer.errors import StageFailed, UsageError
-from dmformer.export.formats import EngineOptions
-from dmformer.export.known import KnownExport
+from dmformer.export import cached
+from dmformer.export.options import EngineOptions, ExportOptions
 from dmformer.files import hash_file
 from tests import networks
 from tests.conftest import NoSimplifier
@@ -31,7 +31,7 @@ from tests.test_rooms import ENGINES, python
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dmformer.export.request import ExportResult
+    from dmformer.export.cached import ExportResult
     from tests.conftest import Run
 
 
@@ -174,7 +174,7 @@ def test_all_that_is_known_of_the_processor_is_in_the_key(
 
 def test_every_file_of_the_package_is_in_the_key() -> None:
     found = dict(caching.surroundings()["package"])
-    assert {"cache.py", "export/pipeline.py", "verify/compare.py", "assets/digits/7.png"} <= set(found)
+    assert {"cache.py", "export/run.py", "verify/compare.py", "assets/digits/7.png"} <= set(found)
     assert not any(name.endswith(".pyc") for name in found)
 
 
@@ -195,6 +195,10 @@ FACTS: dict[str, Any] = {
 }
 
 
+def key_of(cache: Cache, weights: Path | None, **others: Any) -> str:
+    return cached.key_of(cache, ExportOptions(weights=weights, **others))
+
+
 def test_every_argument_is_in_the_key_of_an_export(cache: Cache, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     shutil.copy(DEMONSTRATION_CHECKPOINT, weights)
@@ -212,18 +216,18 @@ def test_every_argument_is_in_the_key_of_an_export(cache: Cache, tmp_path: Path)
         "deploy_form": False,
         "engine": EngineOptions(max_batch=4),
     }
-    keys = {name: KnownExport(cache, weights, FACTS | {name: new}).key for name, new in changes.items()}
-    keys[""] = KnownExport(cache, weights, FACTS).key
-    keys["no weights"] = KnownExport(cache, None, FACTS).key
+    keys = {name: key_of(cache, weights, **FACTS | {name: new}) for name, new in changes.items()}
+    keys[""] = key_of(cache, weights, **FACTS)
+    keys["no weights"] = key_of(cache, None, **FACTS)
     assert all(keys.values())
     assert len(set(keys.values())) == len(changes) + 2
-    for name in ("output", "force"):
-        assert KnownExport(cache, weights, FACTS | {name: "other"}).key == keys[""]
+    for name in ("output", "force", "use_cache"):
+        assert key_of(cache, weights, **FACTS | {name: "other"}) == keys[""]
     with weights.open("ab") as file:
         file.write(b"\0")
-    assert KnownExport(cache, weights, FACTS).key != keys[""]
+    assert key_of(cache, weights, **FACTS) != keys[""]
     (photos / "3.png").write_bytes((photos / "4.png").read_bytes())
-    assert KnownExport(cache, weights, FACTS | {"images": photos}).key not in keys.values()
+    assert key_of(cache, weights, **FACTS | {"images": photos}) not in keys.values()
 
 
 @pytest.mark.parametrize(
@@ -237,9 +241,9 @@ def test_every_argument_is_in_the_key_of_an_export(cache: Cache, tmp_path: Path)
     ],
 )
 def test_what_cannot_be_known_has_no_key(cache: Cache, weights: Path | None, changed: dict[str, Any]) -> None:
-    known = KnownExport(cache, weights, FACTS | changed)
-    assert not known.key
-    assert known.take(Path("b")) is None
+    key = key_of(cache, weights, **FACTS | changed)
+    assert not key
+    assert cached.find(cache, key, Path("b")) is None
 
 
 # --- damage, limits, and others at work -------------------------------------------------------------------------------
@@ -392,7 +396,7 @@ def test_the_same_export_needs_no_pytorch(filled: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_cache_everything_is_made(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.export.pipeline.verified_graph", lambda _: (_ for _ in ()).throw(StageFailed("ran")))
+    monkeypatch.setattr("dmformer.export.graph.verified_graph", lambda _: (_ for _ in ()).throw(StageFailed("ran")))
     with pytest.raises(StageFailed, match="ran"):
         dmformer.export(output=tmp_path / "second", use_cache=False, **TINY)
     dmformer.export(output=tmp_path / "second", **TINY)
@@ -401,16 +405,17 @@ def test_without_the_cache_everything_is_made(filled: Path, tmp_path: Path, monk
 def test_a_bundle_whose_checkpoint_changed_meanwhile_is_not_kept(exported: ExportResult, tmp_path: Path) -> None:
     cache, weights = Cache(tmp_path / "cache"), tmp_path / "w.safetensors"
     weights.write_bytes(b"before")
-    known = KnownExport(cache, weights, FACTS)
+    options = ExportOptions(weights=weights, **FACTS)
+    key = cached.key_of(cache, options)
     weights.write_bytes(b"after")
-    known.keep(exported.output, exported)
+    cached.keep(cache, key, options, exported.output, exported)
     assert not cache.folder.exists()
-    KnownExport(cache, weights, FACTS).keep(exported.output, exported)
+    cached.keep(cache, cached.key_of(cache, options), options, exported.output, exported)
     assert len(entries(cache)) == 1
 
 
 def test_one_format_more_takes_what_is_there(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.export.pipeline.verified_graph", no_export)
+    monkeypatch.setattr("dmformer.export.graph.verified_graph", no_export)
     result = dmformer.export(output=tmp_path / "second", formats=["onnx", "openvino"], **TINY)
     assert [cached.what for cached in result.manifest.evidence.cached] == [
         "dmformer_nano: trace to ONNX, simplify, verify",
@@ -428,10 +433,10 @@ def test_an_interrupted_export_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("dmformer.export.pipeline.proven", interrupt)
+        patch.setattr("dmformer.export.steps.verify", interrupt)
         dmformer.export(output=tmp_path / "b", **TINY)
-    monkeypatch.setattr("dmformer.export.pipeline.verified_graph", no_export)
-    monkeypatch.setattr("dmformer.export.pipeline.make_artifact", no_export)
+    monkeypatch.setattr("dmformer.export.graph.verified_graph", no_export)
+    monkeypatch.setattr("dmformer.export.steps.convert", no_export)
     result = dmformer.export(output=tmp_path / "b", **TINY)
     assert result.parity.passed
     assert {check.stage for check in result.parity.checks} >= {"traced", "layers", "runtime", "rows"}
@@ -480,9 +485,17 @@ def test_every_precision_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytes
     loose_images = Path(shutil.copytree(SAMPLE_IMAGES, tmp_path / "photos"))
     asked: dict[str, Any] = {"precisions": ["fp16"], "calibration": loose_images, "max_accuracy_drop": 100, **TINY}
     first = dmformer.export(output=tmp_path / "first", **asked)
-    for name in ("verified_graph", "make", "prove", "make_artifact", "proven", "torch_answers", "compare_precisions"):
-        monkeypatch.setattr(f"dmformer.export.pipeline.{name}", no_export)
-    monkeypatch.setattr(KnownExport, "take", lambda *_: None)
+    for name in (
+        "export.graph.verified_graph",
+        "export.precisions.make",
+        "export.reduced.prove",
+        "export.steps.convert",
+        "export.steps.verify",
+        "export.steps.time_artifacts",
+        "verify.reference.torch_answers",
+    ):
+        monkeypatch.setattr(f"dmformer.{name}", no_export)
+    monkeypatch.setattr(cached, "find", lambda *_: None)
     second = dmformer.export(output=tmp_path / "second", **asked)
     assert second.parity == first.parity
     evidence = msgspec.structs.replace(second.manifest.evidence, cached=())

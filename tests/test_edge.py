@@ -16,7 +16,7 @@ from dmformer.assets import SAMPLE_IMAGES, SCENES
 from tests.conftest import ROOT, made_once
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 @dataclass(frozen=True)

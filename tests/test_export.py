@@ -21,7 +21,8 @@ from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.manifest import decode_manifest
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export import graph as making
-from dmformer.export.request import planned_artifacts
+from dmformer.export.options import ExportOptions
+from dmformer.export.run import plan_export
 from dmformer.files import hash_file
 from dmformer.graph import onnx_file
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dmformer.bundle.golden import Golden
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.verify.answers import Answers
     from tests.conftest import Made
 
@@ -326,10 +327,8 @@ def test_a_simplified_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch
 
 
 def test_a_plan_writes_nothing(tmp_path: Path) -> None:
-    from dmformer.export.api import make_request
-
-    request = make_request(formats=["onnx", "ov"], output=tmp_path / "b")
-    assert planned_artifacts(request) == [
+    plan = plan_export(ExportOptions(formats=["onnx", "ov"], output=tmp_path / "b"))
+    assert plan.files == [
         "manifest.json",
         "golden.npz",
         "onnx/fp32/",

@@ -31,7 +31,7 @@ from tests.bundles import adopt, one_line, rewrite
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.verify.report import Finding
     from tests.conftest import Run

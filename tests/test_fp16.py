@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dmformer.bundle.golden import Golden
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_fp16_keeps_in_float32_what_float16_cannot_hold(
     peaks = [float(reason.split()[1].rstrip(",")) for reason in made.kept_in_fp32.values()]
     assert all(peak > LARGEST / 8 for peak in peaks)
     assert all(f"float16 ends at {LARGEST:g}" in reason for reason in made.kept_in_fp32.values())
-    assert made.promised == pytest.approx(1 - len(made.kept_in_fp32) / 57)
+    assert made.promised_share == pytest.approx(1 - len(made.kept_in_fp32) / 57)
     answers = literal_answers(made.onnx, golden.inputs)
     assert np.isfinite(answers["logits"]).all()
     plain = literal_answers(to_fp16(source_of(checkpoint, tmp_path / "p", golden.inputs)).onnx, golden.inputs)
@@ -115,7 +115,7 @@ def test_an_overflow_that_nobody_foresaw_becomes_an_island(
         *(f"{ATTENTION}.branches.{branch}/Conv" for branch in range(3)),
     }
     assert set(made.kept_in_fp32.values()) == {"beyond the error of float16 there"}
-    assert made.promised == pytest.approx(1 - len(made.kept_in_fp32) / 57)
+    assert made.promised_share == pytest.approx(1 - len(made.kept_in_fp32) / 57)
     assert np.isfinite(completed.files["fp16"]["logits"]).all()
 
 

@@ -12,7 +12,7 @@ import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.golden import load_golden
 from dmformer.errors import UnavailableError
-from dmformer.export.formats import EngineOptions
+from dmformer.export.options import EngineOptions
 from dmformer.graph.trace import trace
 from dmformer.machine import gpu_state
 from dmformer.models.checkpoint import load_checkpoint
@@ -41,7 +41,7 @@ def engine(gpu: cuda.Gpu) -> EngineOptions:
     status = TensorRtRuntime.probe()
     if not status.available:
         pytest.skip(f"{gpu.name}: {status.reason}")
-    return EngineOptions.of(max_batch=5)
+    return EngineOptions(max_batch=5)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dmformer.bundle.golden import Golden
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.export.precisions import Calibration, PrecisionSource
     from dmformer.models.checkpoint import Checkpoint
     from tests.conftest import Run
@@ -144,7 +144,7 @@ def test_int8_keeps_the_most_sensitive_blocks_until_the_budget_holds(
     assert {node.name for node in quantized_layers(model)} == {
         name for block in blocks if block not in made.kept_in_fp32 for name in blocks[block]
     }
-    assert made.promised == typed_share(model, "int8")
+    assert made.promised_share == typed_share(model, "int8")
 
 
 def test_int8_beyond_any_budget_fails(source: PrecisionSource) -> None:
@@ -157,9 +157,9 @@ def test_int8_beyond_any_budget_fails(source: PrecisionSource) -> None:
 def test_int8_does_not_depend_on_the_process(few_images: Path, reduced: ExportResult, tmp_path: Path) -> None:
     """Another process, hash seed and folder; fp16 on the way."""
     script = (
-        "import sys, dmformer; from dmformer.export import graph, pipeline;"
+        "import sys, dmformer; from dmformer.export import graph, steps;"
         "from tests.conftest import NoSimplifier, timed_as;"
-        "pipeline.compare_precisions, graph.Simplifier = timed_as({}), NoSimplifier;"
+        "steps.time_artifacts, graph.Simplifier = timed_as({}), NoSimplifier;"
         "dmformer.export(precisions=['fp16', 'int8'], calibration=sys.argv[1], max_accuracy_drop=5, output=sys.argv[2])"
     )
     again = tmp_path / "again"

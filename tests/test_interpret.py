@@ -16,7 +16,7 @@ from dmformer.verify.executors import interpret
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 SIZES = ((6, 10), (5, 7), (1, 3))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dmformer.export.precisions import Made, PrecisionSource
+    from dmformer.export.precisions import PrecisionFile, PrecisionSource
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.runtimes.base import Runtime
 
@@ -39,9 +39,9 @@ class Artifacts:
     def __init__(self, checkpoint: Checkpoint, source: PrecisionSource) -> None:
         self.checkpoint = checkpoint
         self.source = source
-        self._made: dict[str, Made] = {}
+        self._made: dict[str, PrecisionFile] = {}
 
-    def made(self, precision: str) -> Made:
+    def made(self, precision: str) -> PrecisionFile:
         from dmformer.export.precisions import make
 
         if precision not in self._made:
@@ -73,9 +73,10 @@ class Artifacts:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    from dmformer.export.networks import find_source
+    from dmformer.export.networks import find_network
+    from dmformer.export.options import ExportOptions
 
-    found = find_source(None, None, None, {}, False, None, None, None, 0)
+    found = find_network(ExportOptions())
     assert found.calibration is not None
     images = found.calibration.spread(40)
     calibration, inputs = calibration_of(found.checkpoint, images), next(images.batches(8))
@@ -106,7 +107,7 @@ def test_layers_are_those_of_the_network(row: registry.RuntimeEntry, precision: 
 def test_a_promise_is_kept_or_there_is_a_reason(
     row: registry.RuntimeEntry, precision: str, artifacts: Artifacts
 ) -> None:
-    promised = artifacts.made(precision).promised
+    promised = artifacts.made(precision).promised_share
     assert 0.5 < promised <= 1
     with artifacts.runtime(row, precision) as runtime:
         layers, reason = runtime.layers(), runtime.cannot_compute(precision)

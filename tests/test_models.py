@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmformer.errors import UsageError
-from dmformer.export.describe import count_macs
-from dmformer.export.networks import lively_
+from dmformer.export.networks import count_macs, lively_
 from dmformer.models.dmformer import (
     DMFormerConfig,
     DropPath,

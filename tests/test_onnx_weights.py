@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 @pytest.fixture

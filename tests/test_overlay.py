@@ -26,7 +26,7 @@ from tests.bundles import one_line, rewrite
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from tests.conftest import Run
 
 SCHEMA = Path(dmformer.__file__).parent / "schemas" / "segment.json"

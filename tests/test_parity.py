@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 ENGINES = ("onnxruntime", "openvino")

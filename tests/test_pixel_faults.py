@@ -13,7 +13,7 @@ from benchmarks.faults import Bench
 from dmformer.assets import SEGMENTATION_CHECKPOINT
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 
 # Whole benches of faults.

@@ -30,7 +30,7 @@ from tests.bundles import one_line
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.verify.report import Check
     from tests.conftest import Run
 

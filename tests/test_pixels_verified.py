@@ -16,7 +16,7 @@ from dmformer.verify import api as verifying
 from tests.bundles import rewrite
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.verify.report import Check, ParityReport
 
 

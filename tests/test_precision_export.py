@@ -10,9 +10,9 @@ import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.golden import load_golden
 from dmformer.errors import UsageError
-from dmformer.export import pipeline
-from dmformer.export.api import make_request
-from dmformer.export.request import planned_artifacts
+from dmformer.export import steps
+from dmformer.export.options import ExportOptions
+from dmformer.export.run import plan_export
 from dmformer.verify.tasks.measures import Classification
 from tests.bundles import one_line
 from tests.conftest import timed_as
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 def test_a_request_that_cannot_be_met_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
-        make_request(**arguments)
+        plan_export(ExportOptions(**arguments))
     one_line(error.value)
 
 
@@ -57,20 +57,20 @@ def test_a_request_that_cannot_be_met_is_refused(arguments: dict[str, Any], mess
     ],
 )
 def test_a_format_is_made_in_each_precision_that_it_takes(arguments: dict[str, Any], artifacts: list[str]) -> None:
-    planned = planned_artifacts(make_request(**arguments))
+    planned = plan_export(ExportOptions(**arguments)).files
     assert [name for name in planned if name.endswith("/")] == artifacts
     assert planned[-1] == "reports/bench.json"
 
 
 def test_float32_alone_is_not_timed() -> None:
-    assert planned_artifacts(make_request())[-1] == "reports/parity.json"
+    assert plan_export(ExportOptions()).files[-1] == "reports/parity.json"
 
 
 def test_auto_keeps_the_fastest_of_each_format(
     few_images: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ratios = {("onnx", "fp16"): 1.4, ("onnx", "int8"): 0.97, ("openvino", "fp16"): 0.9, ("openvino", "int8"): 0.6}
-    monkeypatch.setattr(pipeline, "compare_precisions", timed_as(ratios))
+    monkeypatch.setattr(steps, "time_artifacts", timed_as(ratios))
     with simulated([0]):
         result = dmformer.export(
             formats=["onnx", "ov"],
@@ -107,7 +107,7 @@ def test_auto_leaves_out_what_breaks_the_budget_in_its_runtime(
     """The quantiser measures in onnxruntime; an engine that computes in int8 may lose more."""
     lost = iter([0, 0, 9.0])
     monkeypatch.setattr(Classification, "points_lost", lambda *_: next(lost))
-    monkeypatch.setattr(pipeline, "compare_precisions", timed_as({("onnx", "fp16"): 0.9, ("onnx", "int8"): 0.5}))
+    monkeypatch.setattr(steps, "time_artifacts", timed_as({("onnx", "fp16"): 0.9, ("onnx", "int8"): 0.5}))
     with simulated([0]):
         result = dmformer.export(precisions=["auto"], calibration=few_images, output=tmp_path / "b")
     assert [made.precision for made in result.manifest.artifacts] == ["fp16"]
@@ -131,7 +131,7 @@ def test_force_never_writes_a_bundle_without_artifacts(
 
 @pytest.mark.slow
 def test_a_whole_export_with_the_images_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.2)
+    monkeypatch.setattr("dmformer.export.steps.TIMED_S", 0.2)
     monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
     result = dmformer.export(formats=["openvino"], precisions=["int8"], output=tmp_path / "b")
     assert result.parity.passed

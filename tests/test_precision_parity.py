@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.export.precisions import Calibration
     from dmformer.models.checkpoint import Checkpoint
 

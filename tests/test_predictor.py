@@ -24,7 +24,7 @@ from dmformer.serve.predictor import Predictor, choose
 from tests.bundles import lengthen, one_line, rewrite
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 DIGITS = sorted(SAMPLE_IMAGES.glob("*.png"))
 

@@ -19,6 +19,7 @@ from dmformer import machine
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import UsageError
 from dmformer.export.build import build
+from dmformer.export.steps import VerifiedArtifact
 from dmformer.machine import describe_processor, max_isa, without_vnni
 from dmformer.runtimes.openvino import OpenVinoRuntime
 from tests.bundles import rewrite
@@ -27,7 +28,7 @@ from tests.precisions import SATURATES, arrays, unheld
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from tests.conftest import Run
 
 X86 = pytest.mark.skipif(
@@ -100,7 +101,9 @@ def test_what_is_built_on_a_device_keeps_the_range(
     (seven,) = build(reduced_bundle, "openvino", precisions=["int8"]).artifacts
     assert seven.weight_bits == 7
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmformer.export.build.proven", lambda _row, artifact, *_: (artifact, []))
+        patch.setattr(
+            "dmformer.export.steps.verify", lambda _work, _row, artifact, _file: VerifiedArtifact(artifact, ())
+        )
         (eight,) = build(full, "openvino", precisions=["int8"]).artifacts
     assert eight.weight_bits == 8
 

@@ -53,9 +53,9 @@ def clone(tmp_path: Path, few_images: Path) -> Path:
 BRIEFLY = """
 import dmformer.bench
 dmformer.bench.DEFAULT_DURATION_S = 0.1  # before anything takes it as a default
-import dmformer.bench.api, dmformer.export.speed
+import dmformer.bench.api, dmformer.export.steps
 dmformer.bench.api.ROUNDS = 1
-dmformer.export.speed.DURATION_S = 0.1
+dmformer.export.steps.TIMED_S = 0.1
 from dmformer.cli import main
 main()
 """
@@ -83,7 +83,7 @@ def test_the_commands_run(block: str, clone: Path, inline: Callable[..., Run], m
     The first in a process, as it is typed; the others in this one, but for bench, whose duration is a default.
     """
     monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
-    monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.1)
+    monkeypatch.setattr("dmformer.export.steps.TIMED_S", 0.1)
     for line in commands_of(block):
         if line[1] == "bench" or line == commands_of(DMFORMER[0])[0]:
             done = typed_in(clone, line)
@@ -130,7 +130,7 @@ def test_the_extras_are_those_of_the_package() -> None:
 
 
 def test_the_figures_of_the_networks_are_true() -> None:
-    from dmformer.export.describe import count_macs
+    from dmformer.export.networks import count_macs
     from dmformer.models.dmformer import create_model, list_models
 
     for name in list_models("classification"):

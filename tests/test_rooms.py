@@ -20,7 +20,7 @@ from dmformer.schemas.__main__ import TYPES, encode
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 PACKAGE = Path(dmformer.__file__).parent
 ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors", "cryptography")

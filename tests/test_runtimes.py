@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.runtimes.base import Runtime
 
     Make = Callable[..., Runtime]

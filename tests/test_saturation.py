@@ -28,7 +28,7 @@ from tests.precisions import SATURATES, unheld
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from dmformer.verify.answers import Answers
     from tests.conftest import Run
 
@@ -56,7 +56,7 @@ def test_an_export_with_eight_bits_names_the_cause(
         return checked(replace(answers, by_batch=wrong) if answers.precision == "int8" else answers, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dmformer.export.artifact.check_artifact", far_off)
+        patch.setattr("dmformer.export.steps.check_artifact", far_off)
         run = inline(
             "export", "--format", "ov", "--precision", "int8", "--weight-bits", "8",
             "--calibration", few_images, "--max-accuracy-drop", "100", "--output", "b",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from tests.conftest import Run
 
 TARGET = {

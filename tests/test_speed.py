@@ -13,12 +13,12 @@ from dmformer.bench.report import BenchReport, Latency, Result
 from dmformer.bundle.manifest import Artifact, FileEntry, Speed
 from dmformer.bundle.reader import own_bundle
 from dmformer.errors import StageFailed
-from dmformer.export import speed
-from dmformer.export.speed import Timed, compare_precisions, fastest
+from dmformer.export import steps
+from dmformer.export.steps import TimedArtifacts, fastest, time_artifacts
 from dmformer.progress import silent
 
 if TYPE_CHECKING:
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
 
 PRECISIONS = ("fp32", "fp16", "int8")
 # Latencies in ns by round of three; the second round was slow for everyone.
@@ -55,15 +55,15 @@ def timed(
     artifacts: list[Artifact],
     results: list[Result],
     noise: float | None = 0.05,
-) -> Timed:
+) -> TimedArtifacts:
     """What is made of a bench report; the report's rows stand in the opposite order of the bundle's artifacts."""
     report = BenchReport(environment={"cpu": "an abacus"}, results=tuple(reversed(results)), noise_floor=noise)
-    monkeypatch.setattr(speed, "bench", lambda *_, **__: report)
+    monkeypatch.setattr(steps, "bench", lambda *_, **__: report)
     bundle = SimpleNamespace(manifest=SimpleNamespace(artifacts=tuple(artifacts)))
-    return compare_precisions(cast("Any", bundle), silent)
+    return time_artifacts(cast("Any", bundle), silent)
 
 
-def speeds(found: Timed) -> dict[str, Speed]:
+def speeds(found: TimedArtifacts) -> dict[str, Speed]:
     return {made.precision: made.speed for made in found.artifacts if made.speed is not None}
 
 
@@ -168,10 +168,10 @@ def test_what_was_not_timed_is_not_kept_instead_of_float32() -> None:
 
 @pytest.mark.slow
 def test_a_real_comparison_times_every_artifact(reduced: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "DURATION_S", 0.3)
+    monkeypatch.setattr(steps, "TIMED_S", 0.3)
     monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
     two = tuple(made for made in reduced.manifest.artifacts if made.precision != "fp16")  # of each format
-    found = compare_precisions(
+    found = time_artifacts(
         dataclasses.replace(own_bundle(reduced.output), manifest=replace(reduced.manifest, artifacts=two)), silent
     )
     assert len(found.report.results) == len(found.artifacts) == 4

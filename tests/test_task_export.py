@@ -38,7 +38,7 @@ from tests.bundles import adopt, one_line, rewrite
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dmformer.export.pipeline import ExportResult
+    from dmformer.export.cached import ExportResult
     from tests.conftest import Run
 
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"
@@ -462,20 +462,23 @@ def test_what_cannot_be_exported_is_refused(arguments: dict[str, Any], words: st
 
 
 def test_all_formats_of_an_open_size_are_those_that_take_it(tmp_path: Path) -> None:
-    from dmformer.export.api import make_request
+    from dmformer.export.options import ExportOptions
+    from dmformer.export.run import plan_export
 
-    request = make_request(task="segmentation", open_size=True, formats=["all"], output=tmp_path / "b")
-    assert set(request.formats) == {"torch", "onnx", "openvino"}
-    assert [reason for reason in request.not_made if reason.startswith("tensorrt: format tensorrt with open height")]
+    plan = plan_export(ExportOptions(task="segmentation", open_size=True, formats=["all"], output=tmp_path / "b"))
+    assert set(plan.formats) == {"torch", "onnx", "openvino"}
+    assert [reason for reason in plan.not_made if reason.startswith("tensorrt: format tensorrt with open height")]
 
 
 def test_features_of_any_network_at_any_size(tmp_path: Path) -> None:
-    from dmformer.export.api import make_request
+    from dmformer.export.options import ExportOptions
+    from dmformer.export.run import plan_export
 
-    request = make_request(SEGMENTATION_CHECKPOINT, task="features", image_size=45, output=tmp_path / "b")
-    config = request.checkpoint.config
+    options = ExportOptions(SEGMENTATION_CHECKPOINT, task="features", image_size=45, output=tmp_path / "b")
+    checkpoint = plan_export(options).network.checkpoint
+    config = checkpoint.config
     assert (config.task, config.decoder, config.output_names) == ("features", None, FEATURE_NAMES)
-    assert not any(name.startswith("decoder") for name in request.checkpoint.state)
+    assert not any(name.startswith("decoder") for name in checkpoint.state)
 
 
 @pytest.mark.parametrize(

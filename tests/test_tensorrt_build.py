@@ -14,9 +14,10 @@ import pytest
 import dmformer
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import StageFailed, UnavailableError, UsageError
-from dmformer.export.formats import ConversionSource, EngineOptions, tensorrt
+from dmformer.export.formats import ConversionSource, tensorrt
 from dmformer.export.formats.tensorrt import check_buildable, to_tensorrt
 from dmformer.export.formats.tensorrt_build import use_timing_cache
+from dmformer.export.options import EngineOptions
 from dmformer.export.precisions import int8
 from dmformer.files import hash_file
 from dmformer.runtimes import target as plan
@@ -29,13 +30,13 @@ from tests.precisions import calibration_of, source_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dmformer.export.cached import ExportResult
     from dmformer.export.formats import Converted
-    from dmformer.export.pipeline import ExportResult
     from tests.conftest import Run
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
-AHEAD = EngineOptions.of("rtx", ["sm86", "sm89"])
+AHEAD = EngineOptions("rtx", ["sm86", "sm89"])
 
 
 def build(onnx_file: Path, folder: Path, options: EngineOptions = AHEAD, **more: Any) -> Converted:
@@ -82,7 +83,7 @@ def test_every_precision_builds_and_the_plan_is_what_the_manifest_says(
 def test_dmformer_s_builds_and_its_weights_have_their_precision(small: dict[str, Path], tmp_path: Path) -> None:
     sizes = {}
     for precision, source in small.items():
-        made = build(source, tmp_path / precision, EngineOptions.of("rtx", ["sm89"], 1, 4, 8, 512))
+        made = build(source, tmp_path / precision, EngineOptions("rtx", ["sm89"], 1, 4, 8, 512))
         assert made.target is not None
         assert plan.contradiction(made.files[0], made.target) is None
         assert (made.target.opt_batch, made.target.workspace_mb) == (4, 512)
@@ -112,7 +113,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> dict[st
 
 
 def test_options_reach_the_builder(fp32: Path, tmp_path: Path) -> None:
-    small = build(fp32, tmp_path / "a", EngineOptions.of("auto", ["8.9"], 2, 3, 4, 64)).target
+    small = build(fp32, tmp_path / "a", EngineOptions("auto", ["8.9"], 2, 3, 4, 64)).target
     assert small is not None
     assert (small.min_batch, small.opt_batch, small.max_batch, small.workspace_mb) == (2, 3, 4, 64)
     assert small.compute_capabilities == ("8.9",)
@@ -143,7 +144,7 @@ def test_progress_is_told_by_the_builder(fp32: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["sm90", "10.0", "sm_87", "sm110"])
 def test_a_gpu_that_cannot_be_built_for_is_3_and_says_which_can(fp32: Path, tmp_path: Path, target: str) -> None:
     with pytest.raises(UnavailableError, match=r"it can for 7\.5, 8\.0, 8\.6, 8\.9.*dmformer build") as caught:
-        build(fp32, tmp_path, EngineOptions.of("rtx", ["sm89", target]))
+        build(fp32, tmp_path, EngineOptions("rtx", ["sm89", target]))
     assert one_line(caught.value)
     assert compute_capability(target) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -151,43 +152,43 @@ def test_a_gpu_that_cannot_be_built_for_is_3_and_says_which_can(fp32: Path, tmp_
 
 def test_turing_has_no_float32_gemm(fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=r"head/Gemm.*leave --target sm75 out, or build it at fp16"):
-        build(fp32, tmp_path, EngineOptions.of("rtx", ["sm75"]))
+        build(fp32, tmp_path, EngineOptions("rtx", ["sm75"]))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
 def test_no_gpu_and_no_target(fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=r"no NVIDIA GPU.*--target sm89"):
-        build(fp32, tmp_path, EngineOptions.of("rtx"))
+        build(fp32, tmp_path, EngineOptions("rtx"))
 
 
 def test_a_flavour_that_is_not_there(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(UnavailableError, match=r"TensorRT is not installed: .*--flavour rtx"):
-        build(fp32, tmp_path, EngineOptions.of("tensorrt"))
+        build(fp32, tmp_path, EngineOptions("tensorrt"))
     with pytest.raises(UsageError, match="flavour 'lean'; expected auto, tensorrt or rtx"):
-        build(fp32, tmp_path, EngineOptions.of("lean"))
+        build(fp32, tmp_path, EngineOptions("lean"))
 
 
 def test_tensorrt_proper_builds_for_its_own_gpu_only(
     fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu_double.install(monkeypatch, name="Orin", capability=(8, 7))
-    check_buildable(EngineOptions.of("tensorrt"))
+    check_buildable(EngineOptions("tensorrt"))
     with pytest.raises(UnavailableError, match="for the GPU of its machine only"):
-        build(fp32, tmp_path, EngineOptions.of("tensorrt", ["sm89"]))
+        build(fp32, tmp_path, EngineOptions("tensorrt", ["sm89"]))
 
 
 def test_rtx_builds_for_the_gpu_of_the_machine_and_no_other(
     fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("GeForce Double", "8.9"))
-    target = build(fp32, tmp_path, EngineOptions.of("rtx")).target
+    target = build(fp32, tmp_path, EngineOptions("rtx")).target
     assert target is not None
     assert (target.compute_capabilities, target.gpu) == (("8.9",), "GeForce Double")
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("H100", "9.0"))
     with pytest.raises(UnavailableError, match=r"builds nothing for compute capability 9\.0"):
-        build(fp32, tmp_path, EngineOptions.of("rtx"))
+        build(fp32, tmp_path, EngineOptions("rtx"))
 
 
 @pytest.mark.parametrize("refuses", ["create", "set"])
@@ -255,7 +256,7 @@ def test_a_builder_that_crashes_is_an_error_of_its_stage(
 )
 def test_options_that_cannot_be_meant(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        EngineOptions.of(**arguments)
+        EngineOptions(**arguments)
     assert one_line(caught.value)
 
 
@@ -306,7 +307,7 @@ def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(
     inline: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)  # what can run here is really timed
-    monkeypatch.setattr("dmformer.export.speed.DURATION_S", 0.1)
+    monkeypatch.setattr("dmformer.export.steps.TIMED_S", 0.1)
     run = inline("export", "--format", "trt", "--target", "sm89", "--precision", "fp16", "--output", "b")
     assert run.code == 0, run.err
     said = " ".join(run.out.split())
@@ -367,7 +368,7 @@ def test_all_leaves_out_what_cannot_be_made_and_says_so(inline: Callable[..., Ru
 
 @pytest.mark.usefixtures("quick")
 def test_from_python(tmp_path: Path) -> None:
-    result = dmformer.export(formats=["onnx", "trt"], engine=EngineOptions.of(targets=["sm89"]), output=tmp_path / "b")
+    result = dmformer.export(formats=["onnx", "trt"], engine=EngineOptions(targets=["sm89"]), output=tmp_path / "b")
     assert [artifact.format for artifact in result.manifest.artifacts] == ["onnx", "tensorrt"]
     assert result.parity.passed
 
@@ -383,7 +384,7 @@ def test_an_engine_that_cannot_be_built_takes_nothing_down_with_it(
     monkeypatch.setattr(
         Child, "command", staticmethod(lambda module: crash if module.endswith("tensorrt_build") else real(module))
     )
-    engine = EngineOptions.of(targets=["sm89"])
+    engine = EngineOptions(targets=["sm89"])
     result = dmformer.export(formats=["trt", "onnx"], engine=engine, output=tmp_path / "b")
     assert [artifact.format for artifact in result.manifest.artifacts] == ["onnx"]
     (reason,) = result.broken

@@ -77,6 +77,8 @@ def _key(name: str) -> str:
 
 
 SCHEMA_VERSION = 1
+PARITY_REPORT = "reports/parity.json"
+BENCH_REPORT = "reports/bench.json"
 DEFAULT_BUNDLE = "dmformer-bundle"  # the folder of a bundle where none is named
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"

@@ -20,6 +20,7 @@ import typer
 from dmformer.bundle.manifest import DEFAULT_BUNDLE
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.errors import UsageError
+from dmformer.export.options import EngineOptions, sentences
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,29 +106,21 @@ def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:
     return values
 
 
-FlavourOption = Annotated[
-    str,
-    typer.Option(
-        "--flavour",
-        metavar="NAME",
-        help="Of TensorRT: tensorrt (10 or 11), rtx (TensorRT-RTX), or auto.",
-    ),
-]
-TargetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target",
-        metavar="SM",
-        help="GPU to build TensorRT engines for ahead of time, like sm89; otherwise this machine's. Repeatable.",
-    ),
-]
-MinBatchOption = Annotated[int, typer.Option("--min-batch", min=1, help="Smallest batch of a TensorRT engine.")]
-OptBatchOption = Annotated[int, typer.Option("--opt-batch", min=1, help="Batch that a TensorRT engine is tuned for.")]
-MaxBatchOption = Annotated[int, typer.Option("--max-batch", min=1, help="Largest batch of a TensorRT engine.")]
-WorkspaceOption = Annotated[
-    int | None,
-    typer.Option("--workspace", metavar="MIB", min=1, help="Most GPU memory for one layer's work, in MiB."),
-]
+def option(options: type, field: str, *flags: str, **how: Any) -> Any:
+    """Typer's option for a field of a class of options, whose sentence is the help."""
+    said, default = sentences(options)[field], getattr(options, field)
+    if isinstance(default, tuple):
+        said += " Repeatable" + (f"; otherwise {', '.join(default)}." if default else ".")
+    return typer.Option(*flags, help=said, **how)
+
+
+_engine = functools.partial(option, EngineOptions)
+FlavourOption = Annotated[str, _engine("flavour", "--flavour", metavar="NAME")]
+TargetOption = Annotated[list[str] | None, _engine("targets", "--target", metavar="SM")]
+MinBatchOption = Annotated[int, _engine("min_batch", "--min-batch", min=1)]
+OptBatchOption = Annotated[int, _engine("opt_batch", "--opt-batch", min=1)]
+MaxBatchOption = Annotated[int, _engine("max_batch", "--max-batch", min=1)]
+WorkspaceOption = Annotated[int | None, _engine("workspace_mb", "--workspace", metavar="MIB", min=1)]
 
 
 RequireOption = Annotated[

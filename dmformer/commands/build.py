@@ -8,6 +8,7 @@ import typer
 
 from dmformer.commands import _options as engine
 from dmformer.commands import _present as present
+from dmformer.export.options import EngineOptions
 
 if TYPE_CHECKING:
     from dmformer.export.build import BuildReport
@@ -17,12 +18,12 @@ def build(
     format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="tensorrt (trt) or openvino (ov).")],
     bundle: present.BundleArgument = None,
     precision: present.PrecisionOption = None,
-    flavour: engine.FlavourOption = "auto",
-    target: engine.TargetOption = None,
-    min_batch: engine.MinBatchOption = 1,
-    opt_batch: engine.OptBatchOption = 1,
-    max_batch: engine.MaxBatchOption = 8,
-    workspace: engine.WorkspaceOption = None,
+    flavour: engine.FlavourOption = EngineOptions.flavour,
+    targets: engine.TargetOption = None,
+    min_batch: engine.MinBatchOption = EngineOptions.min_batch,
+    opt_batch: engine.OptBatchOption = EngineOptions.opt_batch,
+    max_batch: engine.MaxBatchOption = EngineOptions.max_batch,
+    workspace_mb: engine.WorkspaceOption = EngineOptions.workspace_mb,
     json_file: present.JsonOption = None,
 ) -> None:
     """Build an engine on this machine from the ONNX files of a bundle, verify it, and put it into the bundle.
@@ -30,10 +31,9 @@ def build(
     Needs neither PyTorch nor onnx: it is what a device does.
     """
     from dmformer.export.build import build as run_build
-    from dmformer.export.formats import EngineOptions
 
     present.check_json_target(json_file)
-    options = EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace)
+    options = EngineOptions(flavour, targets or (), min_batch, opt_batch, max_batch, workspace_mb)
     opened = present.bundle_named(bundle)
     with present.stages() as shown:
         found = run_build(opened, format_name, precisions=precision or [], engine=options, stage=shown.stage)

@@ -2,182 +2,110 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmformer.commands import _options as engine
+from dmformer.commands import _options
 from dmformer.commands import _present as present
 from dmformer.commands._options import parse_choice, parse_pairs
-from dmformer.errors import StageFailed
+from dmformer.errors import CheckFailed, StageFailed
+from dmformer.export.options import EngineOptions, ExportOptions
 from dmformer.task import TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from dmformer.bundle.manifest import Model
+    from dmformer.export.cached import ExportResult
+    from dmformer.export.plan import ExportPlan
+    from dmformer.models.checkpoint import Checkpoint
 
-    from dmformer.export.api import ExportOptions
-    from dmformer.export.request import ExportRequest, ExportResult
+_option = functools.partial(_options.option, ExportOptions)
 
 
 def export(
-    weights: Annotated[
-        Path | None, typer.Option("--weights", metavar="FILE", help="Checkpoint: .safetensors, .pt or .pth.")
-    ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            "--arch", metavar="NAME", help="dmformer_nano, _t, _s or _l; with _fpn or _upernet after nano or s too."
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task", metavar="NAME", help="features: the four stage maps, without a head. Otherwise the network's own."
-        ),
-    ] = None,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format",
-            metavar="NAME",
-            help="onnx, openvino (ov), tensorrt (trt), torch or all that can be made here. Repeatable; otherwise onnx.",
-        ),
-    ] = None,
-    precisions: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--precision",
-            metavar="NAME",
-            help="fp32, fp16 or int8, repeatable; otherwise fp32. auto: the fastest here within the accuracy budget.",
-        ),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the bundle.")] = Path(
-        "dmformer-bundle"
-    ),
-    image_size: Annotated[
-        int | None, typer.Option("--image-size", help="Side of the input in pixels; otherwise the checkpoint's.")
-    ] = None,
-    dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Leave height and width open (segmentation: multiples of 32).")
-    ] = False,
-    images: Annotated[
-        Path | None, typer.Option("--images", metavar="DIR", help="Real images to compare on; noise fills up.")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            metavar="DIR",
-            help="Images like those the device will see, for int8, 512 of them at most; in folders named after their "
-            "classes, or not.",
-        ),
-    ] = None,
+    weights: Annotated[Path | None, _option("weights", "--weights", metavar="FILE")] = None,
+    arch: Annotated[str | None, _option("arch", "--arch", metavar="NAME")] = ExportOptions.arch,
+    task: Annotated[str | None, _option("task", "--task", metavar="NAME")] = ExportOptions.task,
+    formats: Annotated[list[str] | None, _option("formats", "--format", metavar="NAME")] = None,
+    precisions: Annotated[list[str] | None, _option("precisions", "--precision", metavar="NAME")] = None,
+    output: Annotated[Path, _option("output", "--output", metavar="DIR")] = Path(ExportOptions.output),
+    image_size: Annotated[int | None, _option("image_size", "--image-size")] = ExportOptions.image_size,
+    open_size: Annotated[bool, _option("open_size", "--dynamic-size")] = ExportOptions.open_size,
+    images: Annotated[Path | None, _option("images", "--images", metavar="DIR")] = None,
+    calibration: Annotated[Path | None, _option("calibration", "--calibration", metavar="DIR")] = None,
     max_accuracy_drop: Annotated[
-        float,
-        typer.Option(
-            "--max-accuracy-drop",
-            metavar="POINTS",
-            help="Percentage points of accuracy that fp16 and int8 may lose on the calibration images.",
-        ),
-    ] = 0.5,
-    weight_bits: Annotated[
-        int,
-        typer.Option(
-            "--weight-bits",
-            metavar="7|8",
-            help="Bits of int8 weights: 7 is right on every processor; 8 for fleets known to have VNNI (x86) or the "
-            "dot product (Arm), and for TensorRT.",
-        ),
-    ] = 7,
-    deploy_form: Annotated[
-        bool,
-        typer.Option(
-            "--deploy-form/--no-deploy-form", help="Fold everything linear before tracing: the same function, faster."
-        ),
-    ] = True,
-    model_options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model-option",
-            metavar="KEY=VALUE",
-            help="A field of the model's configuration, like gate_input=x_prime or dilations=[1,1,1]. Repeatable.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random weights that --arch alone exports.")
-    ] = 0,
-    flavour: engine.FlavourOption = "auto",
-    target: engine.TargetOption = None,
-    min_batch: engine.MinBatchOption = 1,
-    opt_batch: engine.OptBatchOption = 1,
-    max_batch: engine.MaxBatchOption = 8,
-    workspace: engine.WorkspaceOption = None,
+        float, _option("max_accuracy_drop", "--max-accuracy-drop", metavar="POINTS")
+    ] = ExportOptions.max_accuracy_drop,
+    weight_bits: Annotated[int, _option("weight_bits", "--weight-bits", metavar="7|8")] = ExportOptions.weight_bits,
+    deploy_form: Annotated[bool, _option("deploy_form", "--deploy-form/--no-deploy-form")] = ExportOptions.deploy_form,
+    options: Annotated[list[str] | None, _option("options", "--model-option", metavar="KEY=VALUE")] = None,
+    seed: Annotated[int, _option("seed", "--seed", min=0, max=2**63 - 1)] = ExportOptions.seed,
+    flavour: _options.FlavourOption = EngineOptions.flavour,
+    targets: _options.TargetOption = None,
+    min_batch: _options.MinBatchOption = EngineOptions.min_batch,
+    opt_batch: _options.OptBatchOption = EngineOptions.opt_batch,
+    max_batch: _options.MaxBatchOption = EngineOptions.max_batch,
+    workspace_mb: _options.WorkspaceOption = EngineOptions.workspace_mb,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Write the bundle although a parity check failed.")] = False,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Make and measure everything anew, and keep nothing (dmformer cache).")
-    ] = False,
+    force: Annotated[bool, _option("force", "--force")] = ExportOptions.force,
+    use_cache: Annotated[bool, _option("use_cache", "--cache/--no-cache")] = ExportOptions.use_cache,
 ) -> None:
     """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT.
 
     Without --weights and --arch, a trained demonstration checkpoint that ships with the package is exported: one of
     digits or, with --task segmentation, one of scenes made of them.
     """
-    from dmformer._optional import require
     from dmformer.bundle.writer import check_destination
-    from dmformer.cache import NoCache, open_cache
-    from dmformer.commands._options import remember
-    from dmformer.export.formats import EngineOptions
-    from dmformer.export.known import KnownExport
+    from dmformer.export.run import plan_export, run_export
 
     check_destination(output)
-    arguments: ExportOptions = {
-        "arch": arch,
-        "task": parse_choice(task, TASKS, "--task"),
-        "formats": formats or ["onnx"],
-        "precisions": precisions or ["fp32"],
-        "output": output,
-        "image_size": image_size,
-        "images": images,
-        "calibration": calibration,
-        "max_accuracy_drop": max_accuracy_drop,
-        "weight_bits": weight_bits,
-        "options": parse_pairs(model_options or [], "--model-option", "gate_input=x_prime"),
-        "seed": seed,
-        "deploy_form": deploy_form,
-        "open_size": dynamic_size,
-        "force": force,
-        "engine": EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace),
-    }
-    known = KnownExport(NoCache() if no_cache or dry_run else open_cache(), weights, arguments)
-    result = known.take(output)  # before PyTorch is imported, which takes seconds
-    if result is None:
-        require("torch", extra="export", purpose="dmformer export")
-        from dmformer.export.api import make_request
-        from dmformer.export.pipeline import export as run_export
-        from dmformer.export.request import check_possible, expected_saturation
+    planned: list[ExportPlan] = []
 
-        request = make_request(weights, **arguments)
-        model = request.checkpoint
-        _say_source(request.weights, model.arch, request.seed, model.notes, model.training)
-        for note in expected_saturation(request):
+    def announce(plan: ExportPlan) -> None:
+        planned.append(plan)
+        _say_source(plan.network.weights, plan.network.seed, plan.network.checkpoint)
+        for note in plan.expected_saturation:
             present.say(f"note: {note}")
+
+    with present.stages() as shown:
+        asked = ExportOptions(
+            weights=weights,
+            arch=arch,
+            task=parse_choice(task, TASKS, "--task"),
+            formats=formats or ExportOptions.formats,
+            precisions=precisions or ExportOptions.precisions,
+            output=output,
+            image_size=image_size,
+            open_size=open_size,
+            images=images,
+            calibration=calibration,
+            max_accuracy_drop=max_accuracy_drop,
+            weight_bits=weight_bits,
+            deploy_form=deploy_form,
+            options=parse_pairs(options or [], "--model-option", "gate_input=x_prime"),
+            seed=seed,
+            engine=EngineOptions(flavour, targets or (), min_batch, opt_batch, max_batch, workspace_mb),
+            force=force,
+            use_cache=use_cache and not dry_run,
+            stage=shown.stage,
+        )
         if dry_run:
-            check_possible(request)
-            _show_plan(request)
+            plan = plan_export(asked)
+            announce(plan)
+            plan.check_possible()
+            _show_plan(plan)
             return
-        with present.stages() as shown:
-            result = run_export(request, shown.stage, known)
-    else:
-        taken = result.manifest.model
-        _say_source(taken.weights, taken.arch, taken.seed, taken.notes, taken.training)
-    remember(output)
+        result = run_export(asked, announce)
+    if not planned:  # the cache had it
+        model = result.manifest.model
+        _say_source(model.weights, model.seed, model)
     _show_result(result)
+    _options.remember(output)
     if result.broken:
         raise StageFailed(f"{'; '.join(result.broken)}; the rest was written to {output}")
     if not result.parity.passed:
-        from dmformer.errors import CheckFailed
         from dmformer.verify.report import failure
 
         raise CheckFailed(
@@ -185,7 +113,8 @@ def export(
         )
 
 
-def _say_source(weights: str, arch: str, seed: int | None, notes: Sequence[str], training: Mapping[str, Any]) -> None:
+def _say_source(weights: str, seed: int | None, model: Checkpoint | Model) -> None:
+    training = model.training
     if weights == "demonstration":
         top1, miou = training.get("held_out_top1"), training.get("held_out_miou")
         said = f", {top1:.1%} on held-out digits" if isinstance(top1, float) else ""
@@ -193,24 +122,22 @@ def _say_source(weights: str, arch: str, seed: int | None, notes: Sequence[str],
         present.say(f"no --weights given: exporting the demonstration checkpoint that ships with dmformer{said}")
     if weights == "random":
         present.say(
-            f"warning: no --weights given: {arch} gets random weights (seed {seed}); "
+            f"warning: no --weights given: {model.arch} gets random weights (seed {seed}); "
             "good for timing, its answers mean nothing"
         )
-    for note in notes:
+    for note in model.notes:
         present.say(f"note: {note}")
 
 
-def _show_plan(request: ExportRequest) -> None:
-    from dmformer.export.request import planned_artifacts
-
-    size = request.checkpoint.preprocessing.image_size
-    config = request.checkpoint.config
+def _show_plan(plan: ExportPlan) -> None:
+    checkpoint = plan.network.checkpoint
+    size, config = checkpoint.preprocessing.image_size, checkpoint.config
     classes = f", {config.num_classes} classes" if config.task != "features" else ""
-    present.say(f"{request.checkpoint.arch}, {config.task}{classes}, {size}x{size} pixels")
-    present.say(f"would write to {request.output}:")
-    for path in planned_artifacts(request):
+    present.say(f"{checkpoint.arch}, {config.task}{classes}, {size}x{size} pixels")
+    present.say(f"would write to {plan.output}:")
+    for path in plan.files:
         present.show(path)
-    for reason in request.not_made:
+    for reason in plan.not_made:
         present.say(f"not: {reason}")
 
 

@@ -1,8 +1,8 @@
-"""From a checkpoint to artifacts: each module is one arrow, ``pipeline`` only puts them together.
+"""From a checkpoint to a verified bundle: options, plan, steps, and the loop over them.
 
-The package itself can be called: ``dmformer.export(...)`` is :func:`dmformer.export.api.export`.
+The package itself can be called: ``dmformer.export(...)`` is :func:`dmformer.export.run.export`.
 """
 
 from dmformer._callable import make_callable
 
-make_callable(__name__, "dmformer.export.api:export")
+make_callable(__name__, "dmformer.export.run:export")

@@ -14,15 +14,17 @@ import msgspec
 
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE, Artifact, file_entry
 from dmformer.bundle.reader import Bundle, open_bundle, own_bundle, read_signature_file
-from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
+from dmformer.cache import NoCache
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
-from dmformer.export.artifact import make_artifact, proven
-from dmformer.export.formats import ConversionSource, EngineOptions, check_convertible, check_size, is_compiled
-from dmformer.files import indented_json
+from dmformer.export.formats import check_convertible, check_size, is_compiled
+from dmformer.export.loop import Loop, write_report
+from dmformer.export.options import EngineOptions
+from dmformer.export.precisions import PrecisionFile
+from dmformer.export.steps import Work
 from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
-from dmformer.verify.report import Check, ParityReport, failure, report
+from dmformer.verify.report import ParityReport, failure, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,20 +82,13 @@ def build(
     with staged(opened.root) as folder:
         with stage("integrity"):
             golden = _copy_checked(opened, row, sources, folder).golden()
-        checks: list[Check] = []
-        not_run: list[str] = []
-        built = []
+        loop, work, built = Loop(NoCache()), Work(folder, stage, options, golden), []
         for source in sources:
-            artifact = _make(row, source, options, folder, stage)
-            if reason := cannot_run(row, artifact):
-                not_run.append(f"{row.format} {source.precision}: built and not run, {reason}")
-            else:
-                with stage(f"verify {row.format} {source.precision} in {row.name}"):
-                    artifact, found = proven(row, artifact, folder, golden)
-                checks.extend(found)
-            built.append(artifact)
-        parity = report(checks, not_run)
-        if checks and not parity.passed:
+            verified = loop.artifact(work, row, _precision_file(source, folder))
+            loop.checks.extend(verified.checks)
+            built.append(verified.artifact)
+        parity = report(loop.checks, loop.left_out)
+        if loop.checks and not parity.passed:
             raise CheckFailed(f"nothing was changed: {failure(parity)}")
         if own_bundle(opened.root).manifest_sha256 != opened.manifest_sha256:
             raise StageFailed(f"{opened.root} changed while this was built, and was left alone; run it again")
@@ -171,27 +166,22 @@ def _sources(bundle: Bundle, row: registry.RuntimeEntry, precisions: Sequence[st
     return found
 
 
-def _make(
-    row: registry.RuntimeEntry, source: Artifact, options: EngineOptions, folder: Path, stage: Progress
-) -> Artifact:
-    target = folder / row.format / source.precision
-    target.mkdir(parents=True, exist_ok=True)
-    return make_artifact(
-        row,
-        ConversionSource(folder / source.files[0].path, source.precision, engine=options, stage=stage),
-        folder,
-        promised_share=source.promised_share,
-        kept_in_fp32=source.kept_in_fp32,
-        sensitivity=source.sensitivity,
-        weight_bits=source.weight_bits,
+def _precision_file(artifact: Artifact, folder: Path) -> PrecisionFile:
+    """The ONNX file of a bundle in ``folder``."""
+    return PrecisionFile(
+        onnx=folder / artifact.files[0].path,
+        precision=artifact.precision,
+        promised_share=artifact.promised_share,
+        kept_in_fp32=artifact.kept_in_fp32,
+        sensitivity=artifact.sensitivity,
+        weight_bits=artifact.weight_bits,
     )
 
 
 def _adopt(bundle: Bundle, folder: Path, built: Sequence[Artifact], found: BuildReport, format_name: str) -> None:
     """Write the report, and a manifest in which what was built takes the place of what was there."""
     path = folder / f"reports/build-{format_name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(indented_json(found.parity))
+    write_report(path, found.parity)
     entry = file_entry(folder, path)
     replaced = {(item.format, item.precision) for item in built}
     manifest = msgspec.structs.replace(

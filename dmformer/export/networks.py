@@ -26,7 +26,7 @@ from dmformer.verify.tasks.measures import measure_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dmformer.task import Task
+    from dmformer.export.options import ExportOptions
 
 
 def lively_(model: DMFormerBackbone, seed: int = 0) -> DMFormerBackbone:
@@ -95,8 +95,16 @@ def _keep_bits(values: Tensor, bits: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint, where it came from, and real images to compare and to calibrate on, where there are some."""
+class Network:
+    """The network of an export.
+
+    Attributes:
+        checkpoint: weights, configuration and preprocessing.
+        weights: where they came from; ``random`` is marked in the manifest.
+        seed: of random weights.
+        images: real images for the golden set; noise fills it up.
+        calibration: images that stand for what the device will see.
+    """
 
     checkpoint: Checkpoint
     weights: Literal["checkpoint", "demonstration", "random"]
@@ -105,17 +113,7 @@ class Source:
     calibration: ImageSet | None
 
 
-def find_source(
-    weights: Path | None,
-    arch: str | None,
-    task: Task | None,
-    options: Mapping[str, Any],
-    open_size: bool,
-    image_size: int | None,
-    images: Path | None,
-    calibration: Path | None,
-    seed: int,
-) -> Source:
+def find_network(options: ExportOptions) -> Network:
     """A file where one is named; random weights where only an architecture is; the task's demonstration otherwise.
 
     Task ``features`` takes any network's stages; the others have to be the network's own.
@@ -124,33 +122,33 @@ def find_source(
         UsageError: the checkpoint, the architecture, an option or a folder of images cannot be used, or the task is
             another than the network's.
     """
-    given = tuple(list_images(images)) if images is not None else ()
-    options = {**options, **(FEATURES_ONLY if task == "features" else {})}
-    if weights is not None:
-        checkpoint = _of_task(load_checkpoint(weights, arch, options, image_size), task, open_size)
-        return Source(checkpoint, "checkpoint", None, given, _calibration(calibration, checkpoint))
-    if arch is not None:
-        checkpoint = _of_task(random_checkpoint(arch, options, image_size, seed), task, open_size)
-        return Source(checkpoint, "random", seed, given, _calibration(calibration, checkpoint))
-    shipped = DEMONSTRATIONS[task or "classification"]
-    checkpoint = _of_task(load_checkpoint(shipped.checkpoint, None, options, image_size), task, open_size)
-    images_for_ranges = _calibration(calibration or shipped.calibration, checkpoint)
-    return Source(checkpoint, "demonstration", None, given or tuple(list_images(shipped.samples)), images_for_ranges)
-
-
-def _of_task(checkpoint: Checkpoint, task: Task | None, open_size: bool) -> Checkpoint:
+    size, seed, folder = options.image_size, None, options.calibration
+    images = tuple(list_images(Path(options.images))) if options.images is not None else ()
+    config = {**(options.options or {}), **(FEATURES_ONLY if options.task == "features" else {})}
+    weights: Literal["checkpoint", "demonstration", "random"]
+    if options.weights is not None:
+        weights, checkpoint = "checkpoint", load_checkpoint(Path(options.weights), options.arch, config, size)
+    elif options.arch is not None:
+        weights, seed = "random", options.seed
+        checkpoint = random_checkpoint(options.arch, config, size, seed)
+    else:
+        shipped = DEMONSTRATIONS[options.task or "classification"]
+        weights, checkpoint = "demonstration", load_checkpoint(shipped.checkpoint, None, config, size)
+        images = images or tuple(list_images(shipped.samples))
+        folder = folder or shipped.calibration
     own = checkpoint.config.task
-    if task not in (None, own):
-        raise UsageError(f"--task {task} for {checkpoint.arch}, task {own}; expected --task {own} or features")
-    return replace(checkpoint, open_size=open_size)
+    if options.task not in (None, own):
+        raise UsageError(f"--task {options.task} for {checkpoint.arch}, task {own}; expected --task {own} or features")
+    checkpoint = replace(checkpoint, open_size=options.open_size)
+    return Network(checkpoint, weights, seed, images, _calibration(folder, checkpoint))
 
 
-def _calibration(folder: Path | None, checkpoint: Checkpoint) -> ImageSet | None:
+def _calibration(folder: str | Path | None, checkpoint: Checkpoint) -> ImageSet | None:
     config = checkpoint.config
     if folder is None or config.task == "features":
         return None
     measure = measure_of(config.task, config.num_classes)
-    return measure.images(folder, checkpoint.preprocessing, checkpoint.classes, "training")
+    return measure.images(Path(folder), checkpoint.preprocessing, checkpoint.classes, "training")
 
 
 def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | None, seed: int) -> Checkpoint:
@@ -168,3 +166,27 @@ def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | N
     if image_size is not None:
         preprocessing = preprocessing.resized_to(image_size)
     return Checkpoint(arch, model.config, model.state_dict(), preprocessing)
+
+
+def count_macs(model: DMFormerBackbone, image_size: int) -> int:
+    """Multiply-accumulates of convolutions and linear layers for one image of ``image_size`` pixels a side.
+
+    The network is run once, on the device of its weights; on ``meta`` nothing is computed.
+    ``torch.utils.flop_counter`` finds the same, but brings in the compiler, which takes longer to import than the
+    network takes to trace.
+    """
+    total = 0
+
+    def add(layer: nn.Conv2d | nn.Linear, _: object, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, model.config.in_channels, image_size, image_size, device=layers[0].weight.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total

@@ -9,7 +9,7 @@ import numpy as np
 
 from dmformer.bundle.golden import FIRST_AND_LAST, Golden
 from dmformer.errors import StageFailed
-from dmformer.export.precisions import Made
+from dmformer.export.precisions import PrecisionFile
 from dmformer.graph import onnx_file
 from dmformer.graph.onnx_file import compute_layers, modules_at, typed_share
 from dmformer.verify.answers import Answers
@@ -36,14 +36,14 @@ _SEEN_IMAGES = 4  # on which PyTorch checks how far the inputs of int8 layers re
 class Reduced:
     """An ONNX file at a precision, golden outputs with its own, and its checks."""
 
-    made: Made
+    file: PrecisionFile
     golden: Golden
     checks: tuple[Check, ...] = ()
 
 
 def prove(
-    precision: str, made: Made, form: Callable[[], nn.Module], source: PrecisionSource, golden: Golden
-) -> tuple[Made, Golden, list[Check]]:
+    precision: str, made: PrecisionFile, form: Callable[[], nn.Module], source: PrecisionSource, golden: Golden
+) -> tuple[PrecisionFile, Golden, list[Check]]:
     """The file, golden outputs with its own, and its checks; a float16 file is mended where an island is enough.
 
     Args:
@@ -73,14 +73,14 @@ def prove(
         reason = "beyond the error of float16 there"
         share = typed_share(onnx_file.read(source.scratch / island.file), precision)
         kept = made.kept_in_fp32 | dict.fromkeys(island.nodes, reason)
-        made = replace(made, onnx=source.scratch / island.file, promised=share, kept_in_fp32=kept)
+        made = replace(made, onnx=source.scratch / island.file, promised_share=share, kept_in_fp32=kept)
     if broken is not None:
         raise broken
     return made, completed, checks
 
 
 def reduced_golden(
-    precision: str, made: Made, form: nn.Module, source: PrecisionSource, golden: Golden
+    precision: str, made: PrecisionFile, form: nn.Module, source: PrecisionSource, golden: Golden
 ) -> tuple[Golden, list[Check]]:
     """Golden outputs with those at a reduced precision, and the checks of its ONNX file: against PyTorch and fp32's.
 
@@ -137,7 +137,7 @@ def _completed(golden: Golden, precision: str, literal: Mapping[str, NDArray[Any
 
 def check_tensors(
     precision: str,
-    made: Made,
+    made: PrecisionFile,
     source: PrecisionSource,
     rows: NDArray[np.float32],
     shown: Mapping[str, NDArray[Any]],

@@ -10,66 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmformer.errors import UsageError
+from dmformer.export.options import EngineOptions
 from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
-from dmformer.runtimes.flavours import AUTO
-from dmformer.runtimes.target import Target, compute_capability
+from dmformer.runtimes.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
     from dmformer.runtimes.registry import RuntimeEntry
-
-
-_MOST_BATCH = 4096
-_MOST_WORKSPACE_MB = 1 << 20
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine is compiled, for formats that are.
-
-    Attributes:
-        flavour: ``auto``, ``tensorrt`` or ``rtx``.
-        targets: compute capabilities to build for ahead of time, like ``8.9``; empty means this machine's GPU.
-        min_batch: smallest batch that the engine takes.
-        opt_batch: the batch that it is tuned for.
-        max_batch: largest batch that it takes.
-        workspace_mb: most GPU memory that one layer may use besides its tensors, in MiB; ``None`` is no bound.
-    """
-
-    flavour: str = AUTO
-    targets: tuple[str, ...] = ()
-    min_batch: int = 1
-    opt_batch: int = 1
-    max_batch: int = 8
-    workspace_mb: int | None = None
-
-    @classmethod
-    def of(
-        cls,
-        flavour: str = AUTO,
-        targets: Sequence[str] = (),
-        min_batch: int = 1,
-        opt_batch: int = 1,
-        max_batch: int = 8,
-        workspace_mb: int | None = None,
-    ) -> EngineOptions:
-        """Options as a user gives them, checked: ``sm89`` is a target too.
-
-        Raises:
-            UsageError: a target is none, or the bounds are not in order.
-        """
-        if not 1 <= min_batch <= opt_batch <= max_batch <= _MOST_BATCH:
-            raise UsageError(
-                f"batches {min_batch}, {opt_batch}, {max_batch} (least, tuned for, most); expected them in order, "
-                f"1 to {_MOST_BATCH}"
-            )
-        if workspace_mb is not None and not 1 <= workspace_mb <= _MOST_WORKSPACE_MB:
-            raise UsageError(f"workspace {workspace_mb} MiB; expected 1 to {_MOST_WORKSPACE_MB}")
-        capabilities = tuple(dict.fromkeys(compute_capability(target) for target in targets))
-        return cls(flavour.lower(), capabilities, min_batch, opt_batch, max_batch, workspace_mb)
 
 
 @dataclass(frozen=True)

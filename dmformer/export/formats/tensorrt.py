@@ -23,7 +23,8 @@ from dmformer.runtimes.target import Target, contradiction, this_platform
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dmformer.export.formats import ConversionSource, EngineOptions
+    from dmformer.export.formats import ConversionSource
+    from dmformer.export.options import EngineOptions
     from dmformer.progress import Advance, Progress
 
 PLAN = "model.plan"
@@ -57,7 +58,7 @@ def _aim(options: EngineOptions) -> tuple[tuple[str, ...], Gpu | None]:
             if flavour.name != "rtx":
                 ahead = "build on the device itself (dmformer build), or use --flavour rtx with --target sm89"
             raise UnavailableError(f"{flavour.said} builds for the GPU of its machine: {error}; {ahead}") from error
-    targets = (gpu.compute_capability,) if gpu else options.targets
+    targets = (gpu.compute_capability,) if gpu else tuple(options.targets)
     if flavour.name == "rtx":
         known_targets(engine, flavour, targets)
     return targets, gpu

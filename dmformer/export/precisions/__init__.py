@@ -109,12 +109,13 @@ class PrecisionSource:
 
 
 @dataclass(frozen=True)
-class Made:
+class PrecisionFile:
     """An ONNX file at one precision.
 
     Attributes:
         onnx: the file.
-        promised: share of its compute layers typed in the precision, 0..1.
+        precision: its name.
+        promised_share: share of its compute layers typed in the precision, 0..1.
         kept_in_fp32: blocks or nodes that stay in float32 against the rule, and why.
         sensitivity: for each block, the error that the precision causes in it alone, relative to the outputs' spread
             over images; empty where it was not measured.
@@ -125,7 +126,8 @@ class Made:
     """
 
     onnx: Path
-    promised: float
+    precision: str
+    promised_share: float
     kept_in_fp32: dict[str, str] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
     weight_bits: int | None = None
@@ -133,7 +135,7 @@ class Made:
     answers: NDArray[Any] | None = None
 
 
-def make(precision: str, source: PrecisionSource) -> Made:
+def make(precision: str, source: PrecisionSource) -> PrecisionFile:
     """The ONNX file at a precision; at fp32 the verified file itself.
 
     Raises:
@@ -141,9 +143,9 @@ def make(precision: str, source: PrecisionSource) -> Made:
         UsageError: it needs calibration images, and there are none.
     """
     if precision == "fp32":
-        return Made(source.onnx, promised=1.0)
+        return PrecisionFile(source.onnx, precision, promised_share=1.0)
     module, _, name = _MAKERS[precision].partition(":")
-    maker: Callable[[PrecisionSource], Made] = getattr(importlib.import_module(module), name)
+    maker: Callable[[PrecisionSource], PrecisionFile] = getattr(importlib.import_module(module), name)
     return maker(source)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dmformer.errors import CheckFailed
-from dmformer.export.precisions import Made, tensor_peaks
+from dmformer.export.precisions import PrecisionFile, tensor_peaks
 from dmformer.graph import onnx_file
 from dmformer.graph.float16 import convert
 from dmformer.graph.onnx_file import typed_share
@@ -25,7 +25,7 @@ LARGEST = 65504.0
 HEADROOM = 8.0  # other images reach further than those that were looked at
 
 
-def to_fp16(source: PrecisionSource) -> Made:
+def to_fp16(source: PrecisionSource) -> PrecisionFile:
     """The graph in float16, on ranges measured on the calibration images, or else on the golden ones.
 
     Raises:
@@ -49,7 +49,7 @@ def to_fp16(source: PrecisionSource) -> Made:
             f"precision fp16: every compute layer meets values beyond {LARGEST / HEADROOM:g}; expected a network whose "
             "values float16 can hold: export fp32"
         )
-    return Made(destination, share, kept)
+    return PrecisionFile(destination, "fp16", share, kept)
 
 
 def _weight_peaks(model: ModelProto) -> dict[str, float]:

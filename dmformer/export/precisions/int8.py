@@ -24,7 +24,7 @@ from dmformer._optional import require
 from dmformer.bundle.golden import thinned
 from dmformer.bundle.manifest import SAFE_WEIGHT_BITS
 from dmformer.errors import CheckFailed
-from dmformer.export.precisions import Made, check_calibrated, tensor_peaks
+from dmformer.export.precisions import PrecisionFile, check_calibrated, tensor_peaks
 from dmformer.graph import onnx_file
 from dmformer.graph.onnx_file import metadata_at, typed_share
 from dmformer.runtimes.onnxruntime import OnnxRuntime
@@ -46,7 +46,7 @@ _SENSITIVITY_IMAGES = (4, 16)
 _BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)|decoder\.\w+(?:\.\d+)?")
 
 
-def to_int8(source: PrecisionSource) -> Made:
+def to_int8(source: PrecisionSource) -> PrecisionFile:
     """The quantised graph, with as many blocks left in float32 as the accuracy budget needs, most sensitive first.
 
     Raises:
@@ -72,9 +72,10 @@ def to_int8(source: PrecisionSource) -> Made:
     _check_range(model, source.weight_bits)
     onnx_file.write(model, made, quantizer.metadata)
     reason = f"among the {kept} most sensitive blocks: the accuracy budget holds with them in float32"
-    return Made(
+    return PrecisionFile(
         onnx=made,
-        promised=typed_share(model, "int8"),
+        precision="int8",
+        promised_share=typed_share(model, "int8"),
         kept_in_fp32=dict.fromkeys(order[:kept], reason),
         sensitivity=sensitivity,
         weight_bits=source.weight_bits,
