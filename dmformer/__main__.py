@@ -1,5 +1,6 @@
 """``python -m dmformer``, and the ``dmformer`` script."""
 
+import gc
 import sys
 import warnings
 
@@ -12,11 +13,16 @@ def main() -> None:
 
 
 def _command_line() -> None:
+    # PyTorch alone makes half a million objects that stay: to look through them for garbage takes up to a second.
+    gc.set_threshold(10_000)
     from dmformer.cli import main
 
     if not sys.warnoptions:  # libraries' advice to programmers
         warnings.simplefilter("ignore")
-    main()
+    try:
+        main()
+    finally:
+        gc.freeze()  # nor at the interpreter's end
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,7 @@ class GraphSource:
     stage: Progress
 
     def form(self) -> nn.Module:
-        """What is traced; a trace writes into its modules, so it never gets the network itself."""
+        """What is traced; never the network itself, for some callers write into its modules."""
         if not self.deploy_form:
             return self.checkpoint.model()
         return deploy(self.model, self.checkpoint.side)
@@ -93,11 +94,11 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
             golden = _reference(source)
             (pytorch,) = references(golden, "fp32")
         with source.stage("trace to ONNX"):
-            trace(source.checkpoint, source.form(), traced)
+            form = source.form()
+            trace(source.checkpoint, copy.deepcopy(form), traced)
         simplifying = pool.submit(simplifier.simplify, traced, simplified)
         give_memory_back()  # what PyTorch freed and an engine cannot use
         with source.stage("verify PyTorch's forms"):
-            form = source.form() if source.deploy_form else source.model
             checks, before = _check_forms(source, form, golden, pytorch)
         give_memory_back()
         with source.stage("simplify, verify the ONNX"):

@@ -59,8 +59,9 @@ def write(model: ModelProto, path: Path, says: Mapping[str, str]) -> None:
     model.doc_string = ""
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(sorted(says.items())))
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    data = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(data, full_check=True)  # of a model it would make bytes of its own
+    path.write_bytes(data)
 
 
 def same_but_for_names(one: ModelProto, other: ModelProto) -> bool:

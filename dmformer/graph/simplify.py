@@ -35,8 +35,8 @@ class Simplifier(Child):
 
 
 def _main() -> None:
-    # onnxsim imports it where it is installed, for parts that are not used here; that takes seconds.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    # onnxsim imports them where they are installed, for parts that are not used here; that takes seconds.
+    sys.modules["torch"] = sys.modules["sympy"] = None  # type: ignore[assignment]
     import onnx
     import onnxsim
 
