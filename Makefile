@@ -47,17 +47,17 @@ test-older: install
 
 # Remakes the demonstration checkpoint and its images: about two minutes on two cores.
 digits: install
-	$(BIN)/python -m dmformer.train.digits --images out/digits --samples dmformer/assets
+	$(BIN)/python -m dmformer.train.datasets digits --images out/digits --samples dmformer/assets
 	$(BIN)/dmformer train --recipe digits --data out/digits --output out/digits-run
 	cp out/digits-run/model.safetensors dmformer/assets/dmformer_nano_digits.safetensors
 
 # Remakes the segmentation checkpoint and its sample images: minutes on two cores.
 scenes: install
-	$(BIN)/python -m dmformer.train.scenes --images out/scenes
+	$(BIN)/python -m dmformer.train.datasets scenes --images out/scenes
 	$(BIN)/dmformer train --recipe scenes --data out/scenes --output out/scenes-run \
 		--weights dmformer/assets/dmformer_nano_digits.safetensors
 	cp out/scenes-run/model.safetensors dmformer/assets/dmformer_nano_fpn_scenes.safetensors
-	$(BIN)/python -m dmformer.train.scenes --images dmformer/assets/scenes --training 32 --validation 8
+	$(BIN)/python -m dmformer.train.datasets scenes --images dmformer/assets/scenes --training 32 --validation 8
 
 picture: install
 	$(BIN)/python docs/picture.py

@@ -13,13 +13,13 @@ from dmformer.assets import CALIBRATION_IMAGES, DEMONSTRATION_CHECKPOINT, SAMPLE
 from dmformer.data.images import image_set, load_pixels
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.train.api import train as run_training
-from dmformer.train.digits import (
-    CLASSES,
-    PREPROCESSING,
+from dmformer.train.datasets import (
+    DIGIT_CLASSES,
+    DIGIT_PREPROCESSING,
     Digits,
     load_digits,
     main,
-    write_images,
+    write_digits,
     write_samples,
 )
 from dmformer.train.recipe import make_recipe, read_recipe
@@ -50,7 +50,8 @@ def predictions(checkpoint: Checkpoint, pixels: NDArray[np.uint8]) -> NDArray[np
 
 def test_shipped_checkpoint_is_small_and_complete(shipped: Checkpoint) -> None:
     assert DEMONSTRATION_CHECKPOINT.stat().st_size <= 2_500_000
-    assert (shipped.arch, shipped.classes, shipped.preprocessing) == ("dmformer_nano", CLASSES, PREPROCESSING)
+    assert (shipped.arch, shipped.classes) == ("dmformer_nano", DIGIT_CLASSES)
+    assert shipped.preprocessing == DIGIT_PREPROCESSING
     assert shipped.notes == ()
 
 
@@ -90,18 +91,18 @@ def test_split_is_fixed_and_disjoint(digits: Digits) -> None:
 
 
 def test_images_survive_the_round_trip(tmp_path: Path, digits: Digits) -> None:
-    write_images(tmp_path, digits, digits.held_out)
-    images = image_set(tmp_path, PREPROCESSING, CLASSES, 10)
+    write_digits(tmp_path, digits, digits.held_out)
+    images = image_set(tmp_path, DIGIT_PREPROCESSING, DIGIT_CLASSES, 10)
     assert images.labels is not None
     indices = [int(path.stem) for path in images.paths]
     assert sorted(indices) == digits.held_out.tolist()
     np.testing.assert_array_equal(images.labels, digits.labels[indices])
-    np.testing.assert_array_equal(load_pixels(images.paths, PREPROCESSING), digits.pixels[indices])
+    np.testing.assert_array_equal(load_pixels(images.paths, DIGIT_PREPROCESSING), digits.pixels[indices])
 
 
 def test_the_first_images_of_each_class_are_written(tmp_path: Path, digits: Digits) -> None:
-    write_images(tmp_path, digits, digits.training, 2)
-    for label, name in enumerate(CLASSES):
+    write_digits(tmp_path, digits, digits.training, 2)
+    for label, name in enumerate(DIGIT_CLASSES):
         first = [index for index in digits.training if digits.labels[index] == label][:2]
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == [f"{index:04}.png" for index in first]
 
@@ -109,7 +110,7 @@ def test_the_first_images_of_each_class_are_written(tmp_path: Path, digits: Digi
 def test_both_parts_of_the_data_set_can_be_had(
     tmp_path: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["digits", "--images", str(tmp_path / "images")])
+    monkeypatch.setattr("sys.argv", ["datasets", "digits", "--images", str(tmp_path / "images")])
     main()
     assert capsys.readouterr().out == "1438 images to train on, 359 held out\n"
     found = {
@@ -120,13 +121,13 @@ def test_both_parts_of_the_data_set_can_be_had(
 
 
 def test_the_images_that_ship_for_calibration_are_training_images(digits: Digits) -> None:
-    images = image_set(CALIBRATION_IMAGES, PREPROCESSING, CLASSES, 10)
+    images = image_set(CALIBRATION_IMAGES, DIGIT_PREPROCESSING, DIGIT_CLASSES, 10)
     assert images.labels is not None
     assert np.bincount(images.labels, minlength=10).tolist() == [20] * 10
     indices = [int(path.stem) for path in images.paths]
     assert set(indices) <= set(digits.training.tolist())
     np.testing.assert_array_equal(images.labels, digits.labels[indices])
-    pixels = load_pixels(images.paths, PREPROCESSING)
+    pixels = load_pixels(images.paths, DIGIT_PREPROCESSING)
     np.testing.assert_array_equal(pixels, digits.pixels[indices])
     held_out = {image.tobytes() for image in digits.pixels[digits.held_out]}
     assert not held_out & {image.tobytes() for image in pixels}  # nor a held-out image under another number
@@ -134,7 +135,7 @@ def test_the_images_that_ship_for_calibration_are_training_images(digits: Digits
 
 def test_the_samples_that_ship_are_not_among_the_images_for_calibration() -> None:
     def contents(folder: Path) -> set[bytes]:
-        return {load_pixels([path], PREPROCESSING).tobytes() for path in folder.rglob("*.png")}
+        return {load_pixels([path], DIGIT_PREPROCESSING).tobytes() for path in folder.rglob("*.png")}
 
     assert len(contents(SAMPLE_IMAGES)) == 10
     assert not contents(SAMPLE_IMAGES) & contents(CALIBRATION_IMAGES)
@@ -153,14 +154,14 @@ def test_samples_are_those_that_ship(tmp_path: Path, digits: Digits) -> None:
 @pytest.mark.slow
 def test_one_epoch_of_the_recipe_learns_digits(tmp_path: Path, digits: Digits) -> None:
     """One of its twelve, at their rate; that all twelve reach 99.4 % and more takes minutes: ``make digits``."""
-    write_images(tmp_path / "train", digits, digits.training)
-    write_images(tmp_path / "val", digits, digits.held_out)
+    write_digits(tmp_path / "train", digits, digits.training)
+    write_digits(tmp_path / "val", digits, digits.held_out)
     recipe = make_recipe({**read_recipe("digits"), "epochs": 1, "warmup_epochs": 0.1, "interval": 22})
     with one_thread():
         made = run_training(tmp_path, tmp_path / "run", recipe)
     assert made.images == (1438, 359)
     assert made.scores["top1"] > 0.6
     written = load_checkpoint(made.checkpoint)
-    assert (written.preprocessing, written.classes) == (PREPROCESSING, CLASSES)
+    assert (written.preprocessing, written.classes) == (DIGIT_PREPROCESSING, DIGIT_CLASSES)
     correct = predictions(written, digits.pixels[digits.held_out]) == digits.labels[digits.held_out]
     assert correct.mean() == pytest.approx(made.scores["top1"], abs=1e-6)

@@ -27,7 +27,7 @@ from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from dmformer.models.dmformer import create_model
 from dmformer.progress import silent
 from dmformer.runtimes import base, registry
-from dmformer.train.digits import CLASSES, PREPROCESSING, load_digits, write_images
+from dmformer.train.datasets import DIGIT_CLASSES, DIGIT_PREPROCESSING, load_digits, write_digits
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
 from dmformer.verify.tasks.classification import Paired, wilson_interval
 from dmformer.verify.tasks.measures import Classification
@@ -54,7 +54,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All 359 held-out digits, in folders named after their classes."""
     folder = tmp_path_factory.mktemp("digits") / "held-out"
     digits = load_digits()
-    write_images(folder, digits, digits.held_out)
+    write_digits(folder, digits, digits.held_out)
     return folder
 
 
@@ -163,7 +163,7 @@ def test_the_order_of_channels_shows(bundle: Path, tmp_path: Path) -> None:
     def answers() -> NDArray[np.float32]:
         opened = open_bundle(bundle)
         (artifact,) = opened.artifacts("onnx")
-        images = image_set(tmp_path / "red", opened.manifest.preprocessing, CLASSES, 10)
+        images = image_set(tmp_path / "red", opened.manifest.preprocessing, DIGIT_CLASSES, 10)
         kind = registry.adapter(registry.entry("ort"))
         runtime = kind(opened.load_path(artifact), threads=1)
         return Classification(10).answers(runtime, images, lambda: None)
@@ -191,11 +191,11 @@ def drop_torch(content: dict[str, Any]) -> None:
     content["artifacts"] = [artifact for artifact in content["artifacts"] if artifact["format"] != "torch"]
 
 
-def weights_of(path: Path, *, classes: tuple[str, ...] = CLASSES, seed: int = 1) -> Path:
+def weights_of(path: Path, *, classes: tuple[str, ...] = DIGIT_CLASSES, seed: int = 1) -> Path:
     """A checkpoint of other weights than the demonstration's."""
     model = lively_(create_model("dmformer_nano", num_classes=len(classes)), seed)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    save_checkpoint(path, Checkpoint("dmformer_nano", model.config, state, PREPROCESSING, classes))
+    save_checkpoint(path, Checkpoint("dmformer_nano", model.config, state, DIGIT_PREPROCESSING, classes))
     return path
 
 
@@ -237,7 +237,7 @@ def test_weights_that_are_given_come_before_the_torch_format(exported: ExportRes
 
 
 def test_weights_of_other_classes_are_refused(exported: ExportResult, tmp_path: Path) -> None:
-    weights = weights_of(tmp_path / "w.safetensors", classes=CLASSES[:7])
+    weights = weights_of(tmp_path / "w.safetensors", classes=DIGIT_CLASSES[:7])
     with pytest.raises(UsageError):
         evaluate(exported.output, SAMPLE_IMAGES, runtimes=["ort"], weights=weights)
 

@@ -12,8 +12,8 @@ from dmformer.assets import SCENES, SEGMENTATION_CHECKPOINT
 from dmformer.data.annotated import annotated_set, load_labels
 from dmformer.data.images import load_pixels
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
+from dmformer.train.datasets import SCENE_CLASSES, VALIDATION_SCENES, write_scenes
 from dmformer.train.recipe import make_recipe, read_recipe
-from dmformer.train.scenes import CLASSES, VALIDATION, write_scenes
 from dmformer.verify.tasks.segmentation import PixelAccuracy, confusion_matrix, pixel_accuracy
 from tests.networks import one_thread
 
@@ -29,18 +29,18 @@ def shipped() -> Checkpoint:
 def accuracy_on(folder: Path, checkpoint: Checkpoint) -> PixelAccuracy:
     found = annotated_set(folder, "validation")
     model, size = checkpoint.model(), checkpoint.preprocessing
-    matrix = np.zeros((len(CLASSES),) * 2, np.int64)
+    matrix = np.zeros((len(SCENE_CLASSES),) * 2, np.int64)
     with torch.inference_mode(), one_thread():
         for image, annotation in zip(found.images, found.annotations, strict=True):
             inputs = torch.from_numpy(size.normalize(load_pixels([image], size)))
-            labels = size.label_pixels(load_labels(annotation, len(CLASSES)))
-            matrix += confusion_matrix(model(inputs)[0].argmax(0).numpy(), labels, len(CLASSES))
+            labels = size.label_pixels(load_labels(annotation, len(SCENE_CLASSES)))
+            matrix += confusion_matrix(model(inputs)[0].argmax(0).numpy(), labels, len(SCENE_CLASSES))
     return pixel_accuracy(matrix)
 
 
 def test_it_is_small_and_complete(shipped: Checkpoint) -> None:
     assert SEGMENTATION_CHECKPOINT.stat().st_size <= 3_000_000
-    assert (shipped.arch, shipped.classes, shipped.notes) == ("dmformer_nano_fpn", CLASSES, ())
+    assert (shipped.arch, shipped.classes, shipped.notes) == ("dmformer_nano_fpn", SCENE_CLASSES, ())
     assert (shipped.config.task, shipped.config.num_classes) == ("segmentation", 11)
 
 
@@ -51,7 +51,7 @@ def test_it_was_made_by_the_recipe_that_ships(shipped: Checkpoint) -> None:
 
 
 def test_it_is_as_accurate_as_it_says(shipped: Checkpoint, tmp_path: Path) -> None:
-    write_scenes(tmp_path, 0, VALIDATION)
+    write_scenes(tmp_path, 0, VALIDATION_SCENES)
     found = accuracy_on(tmp_path, shipped)
     assert found.miou is not None
     assert found.miou > 0.8

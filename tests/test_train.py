@@ -18,11 +18,10 @@ from PIL import Image
 from dmformer.data.images import load_pixels
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint import load_checkpoint
-from dmformer.train.api import train
+from dmformer.train.api import find_start, initial_network, train
 from dmformer.train.images import StepSampler
 from dmformer.train.journal import read_rows
 from dmformer.train.recipe import Recipe, make_recipe
-from dmformer.train.start import build, find_start
 from tests.networks import one_thread
 from tests.training import SMALL, STILL, small, tensors, toml
 
@@ -278,7 +277,7 @@ def test_two_processes_train_as_one_does_in_two_parts(colours: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     one, two = tensors(alone.checkpoint), tensors(tmp_path / "two" / "model.safetensors")
-    start, _ = build(find_start(recipe, None), ("blue", "red"), recipe.seed)
+    start, _ = initial_network(find_start(recipe, None), ("blue", "red"), recipe.seed)
     for name, tensor in one.items():
         moved = (tensor - start.state_dict()[name]).abs().max()
         limit = 0.5 if "running_" in name else 1e-3
@@ -322,15 +321,15 @@ def test_channels_must_be_the_networks_and_colours_need_three() -> None:
 def test_the_head_is_drawn_anew_for_other_classes(trained: Path, colours: Path) -> None:
     start = find_start(small(arch=None, model={}), trained / "model.safetensors")
     assert start.preprocessing.image_size == 32
-    model, notes = build(start, ("a", "b", "c"), 0)
+    model, notes = initial_network(start, ("a", "b", "c"), 0)
     assert "2 of head are drawn anew (2 classes there, 3 here)" in notes[0]
     before, found = tensors(trained / "model.safetensors"), model.state_dict()
     assert {name for name in before if not torch.equal(before[name], found[name])} == {"head.weight", "head.bias"}
     assert found["head.weight"].shape == (3, 8)
-    same, notes = build(start, ("blue", "red"), 0)
+    same, notes = initial_network(start, ("blue", "red"), 0)
     assert notes == ["every tensor was taken from --weights"]
     assert torch.equal(same.state_dict()["head.weight"], before["head.weight"])
-    others, _ = build(start, ("cat", "dog"), 0)
+    others, _ = initial_network(start, ("cat", "dog"), 0)
     assert not torch.equal(others.state_dict()["head.weight"], before["head.weight"])
 
 
@@ -342,7 +341,7 @@ def test_a_decoder_starts_on_the_stages_of_a_classifier(trained: Path) -> None:
 
     start = find_start(small(**wanted, preprocessing=None), DEMONSTRATION_CHECKPOINT)
     assert (start.config.task, start.config.drop_path, start.preprocessing.image_size) == ("segmentation", 0.2, 512)
-    model, notes = build(start, ("a", "b"), 0)
+    model, notes = initial_network(start, ("a", "b"), 0)
     stages = {name: tensor for name, tensor in tensors(DEMONSTRATION_CHECKPOINT).items() if name.startswith("stages.")}
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stages.items())
     assert "of decoder are drawn anew" in notes[0]

@@ -13,9 +13,8 @@ from dmformer.data.annotated import IGNORED, annotated_set, load_labels
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.train.augment import Augmentation, BatchAugmentation, seed_of
-from dmformer.train.digits import load_digits
+from dmformer.train.datasets import SCENE_CLASSES, compose_scene, load_digits, load_photographs, write_scenes
 from dmformer.train.recipe import make_recipe
-from dmformer.train.scenes import CLASSES, compose, load_photographs, write_scenes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -235,9 +234,9 @@ def test_scenes_are_digits_on_photographs_and_repeat(tmp_path: Path) -> None:
     assert len(files) == 10
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     training, validation = (annotated_set(tmp_path / "a", part) for part in ("training", "validation"))
-    assert (len(training), len(validation), training.classes) == (3, 2, CLASSES)
+    assert (len(training), len(validation), training.classes) == (3, 2, SCENE_CLASSES)
     for path in (*training.annotations, *validation.annotations):
-        labels = load_labels(path, len(CLASSES))
+        labels = load_labels(path, len(SCENE_CLASSES))
         assert IGNORED not in labels
         assert 0.5 < (labels == 0).mean() < 0.99  # background
 
@@ -246,7 +245,7 @@ def test_a_digit_is_annotated_with_its_class_where_its_ink_is() -> None:
     digits, black = load_digits(), [np.zeros((100, 100, 3), np.uint8)]
     for label in (0, 7):
         chosen = digits.pixels[digits.labels == label][:5]
-        scene, annotation = compose(black, chosen, np.full(5, label), 0)
+        scene, annotation = compose_scene(black, chosen, np.full(5, label), 0)
         assert set(np.unique(annotation)) == {1, 2 + label}
         bright = scene.max(2) > 100
         assert (bright == (annotation == 2 + label)).mean() > 0.97
@@ -257,9 +256,9 @@ def test_held_out_digits_and_backgrounds_are_never_trained_on(monkeypatch: pytes
 
     def note(photographs: Any, digits: Any, labels: Any, seed: int) -> Any:
         seen.append(({digit.tobytes() for digit in digits}, {photo.shape[1] for photo in photographs}))
-        return compose(photographs, digits, labels, seed)
+        return compose_scene(photographs, digits, labels, seed)
 
-    monkeypatch.setattr("dmformer.train.scenes.compose", note)
+    monkeypatch.setattr("dmformer.train.datasets.compose_scene", note)
     write_scenes(tmp_path, 1, 1)
     (trained, width), (held_out, rest) = seen
     assert not trained & held_out

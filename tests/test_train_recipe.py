@@ -13,10 +13,9 @@ import torch
 from dmformer.commands.train import _SHIPPED
 from dmformer.errors import StageFailed, UsageError
 from dmformer.models.dmformer import variant_config
-from dmformer.train.api import train
+from dmformer.train.api import find_start, initial_network, train
 from dmformer.train.recipe import Recipe, make_recipe, read_recipe, shipped_recipes
-from dmformer.train.run import Plan
-from dmformer.train.start import build, find_start, learning_rate, make_optimizer
+from dmformer.train.run import TrainingPlan, learning_rate, make_optimizer
 from tests.networks import one_thread
 from tests.training import SMALL, STILL, small, toml
 
@@ -77,7 +76,7 @@ def test_the_rate_rises_falls_and_scales_with_the_batch() -> None:
 
 
 def test_weight_decay_is_for_matrices_and_kernels_alone() -> None:
-    model, _ = build(find_start(small(), None), ("a", "b"), 0)
+    model, _ = initial_network(find_start(small(), None), ("a", "b"), 0)
     decayed, others = make_optimizer(model, small()).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 0.05
@@ -206,6 +205,6 @@ def test_a_gpu_that_is_not_there_is_exit_code_3(colours: Path, tmp_path: Path, i
 
 
 def test_a_plan_counts_steps() -> None:
-    plan = Plan(small(epochs=3, interval=5), 31, 2)
+    plan = TrainingPlan(small(epochs=3, interval=5), 31, 2)
     assert (plan.part, plan.epoch, plan.steps, plan.interval) == (4, 3, 9, 5)
-    assert Plan(small(steps=7), 31, 1).steps == 7
+    assert TrainingPlan(small(steps=7), 31, 1).steps == 7

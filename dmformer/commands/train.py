@@ -33,20 +33,20 @@ def train(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", metavar="FILE", help="Checkpoint to start from; its head may be another."),
+        typer.Option("--weights", metavar="FILE", help="Checkpoint to start from; its head may differ."),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", help="Images of one optimizer step, over all processes.")
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option("--accumulate", metavar="N", help="Parts in which each process computes its share.")
+        int | None, typer.Option("--accumulate", metavar="N", help="Parts in which each process computes a step.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", metavar="R", help="The largest, before it is scaled.")
+        float | None, typer.Option("--learning-rate", metavar="R", help="Largest rate; it grows with the batch size.")
     ] = None,
     precision: Annotated[str | None, typer.Option("--precision", metavar="P", help="fp32, bf16 or fp16.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of every random draw.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", metavar="N", help="Processes that decode images.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -59,7 +59,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False,
     json_file: present.JsonOption = None,
 ) -> None:
-    """Train a network on a folder of images; the recipe is the paper's where nothing else is said.
+    """Train a network on a folder of images; by default, with the paper's recipe.
 
     On several GPUs or machines: torchrun --nproc-per-node N -m dmformer train …
     """
@@ -70,7 +70,7 @@ def train(
     from dmformer.train.recipe import make_recipe, read_recipe
 
     present.check_json_target(json_file)
-    named: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "arch": arch,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -81,10 +81,10 @@ def train(
         "workers": workers,
     }
     values = read_recipe(recipe) if recipe is not None else {}
-    values |= {name: value for name, value in named.items() if value is not None}
+    values |= {name: value for name, value in fields.items() if value is not None}
     values |= parse_pairs(settings or [], "--set", "drop_path=0.2")
     with present.stages() as shown:
-        trained = run_training(
+        result = run_training(
             data,
             output,
             make_recipe(values),
@@ -93,15 +93,15 @@ def train(
             device=device,
             stage=shown.stage,
             say=shown.say,
-            report=lambda row: shown.say(_said(row)),
+            report=lambda row: shown.say(_row_line(row)),
         )
-    if not trained.first:
+    if not result.first:
         return
-    scores = ", ".join(f"{name} {present.percent(value)}" for name, value in trained.scores.items())
-    present.show(f"{trained.checkpoint}: {scores} on {trained.images[1]} validation images", json_file)
-    present.write_json({"checkpoint": str(trained.checkpoint), **trained.scores}, json_file)
+    scores = ", ".join(f"{name} {present.percent(value)}" for name, value in result.scores.items())
+    present.show(f"{result.checkpoint}: {scores} on {result.images[1]} validation images", json_file)
+    present.write_json({"checkpoint": str(result.checkpoint), **result.scores}, json_file)
 
 
-def _said(row: Row) -> str:
+def _row_line(row: Row) -> str:
     scores = "".join(f", {name} {present.percent(value)}" for name, value in row.scores.items())
     return f"step {row.step}, epoch {row.epoch:g}: loss {row.loss:.4f}{scores}"

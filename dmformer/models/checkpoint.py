@@ -1,7 +1,8 @@
-"""Checkpoints: weights on disk, and what can be told from them.
+"""Checkpoints: weights on disk, with the configuration and the preprocessing that they are for.
 
 Two kinds of file are read. ``.safetensors`` carries the configuration in its metadata (key ``dmformer``, JSON).
-``.pt`` and ``.pth`` are read with ``weights_only=True``, so that a pickle cannot run code; they carry weights only.
+``.pt`` and ``.pth`` are read with ``weights_only=True``, so that a pickle cannot run code; they carry weights only, and
+``models/infer.py`` infers the configuration.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from torch import Tensor
 
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError, first_line
-from dmformer.models.dmformer import DMFormerBackbone, DMFormerConfig, build_network, variant_config
-from dmformer.models.infer import UNTOLD, infer_config, variant_name
+from dmformer.models.dmformer import (
+    FEATURES_ONLY,
+    DMFormerBackbone,
+    DMFormerConfig,
+    build_network,
+    variant_config,
+)
+from dmformer.models.infer import HIDDEN_FIELDS, infer_config, variant_name
 from dmformer.task import INPUT_NAME
 
 METADATA_KEY = "dmformer"
@@ -30,9 +37,10 @@ METADATA_VERSION = 1
 
 # What training scripts wrap the weights in; the averaged weights come first, as they are the ones to deploy.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-_PREFIXES = ("module.", "_orig_mod.")
+# What DistributedDataParallel and torch.compile put before the names.
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 _COUNTER = ".num_batches_tracked"
-_LISTED = 6
+_MOST_LISTED = 6  # names in a message
 # A tag, and text after it: the length that starts a .safetensors file can begin with the bytes " <" as well.
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z][\s -~]{8}")
 # What PyTorch's weights-only reader says of a pickle that is whole but asks for more than tensors.
@@ -41,7 +49,7 @@ _WANTS_CODE = re.compile("GLOBAL|Trying to call|Can only create new object|Can o
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights with everything needed to use them.
+    """The weights of a network with everything that is needed to use them.
 
     Attributes:
         arch: name of the variant, or ``custom`` where the configuration is none of them.
@@ -49,12 +57,12 @@ class Checkpoint:
         state: float32 tensors by name, ready for ``load_state_dict``.
         preprocessing: how an image becomes the network's input.
         classes: a name for each output; empty where nobody gave names.
-        sha256: of the file; ``None`` for weights that came from no file.
+        sha256: SHA-256 of the file; ``None`` for weights that came from no file.
         notes: what was assumed, chosen or converted while reading, one sentence each.
         training: recipe, data and accuracy, as the file's metadata has them.
-        described: whether configuration, preprocessing and classes are the file's own word.
-        open_size: whether it is for images of any height and width (for segmentation, of multiples of 32), and not
-            for those of the preprocessing alone.
+        described: whether the file has metadata, so that configuration, preprocessing and classes come from it.
+        open_size: whether the network is for images of any height and width (for segmentation, of multiples of 32),
+            and not only for the size of the preprocessing.
     """
 
     arch: str
@@ -70,22 +78,22 @@ class Checkpoint:
 
     @property
     def side(self) -> int | None:
-        """Side of the input in pixels; ``None`` where it is open."""
+        """Return the side of the input in pixels; ``None`` where it is open."""
         return None if self.open_size else self.preprocessing.image_size
 
     @property
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
-        """Shapes of the input and of what the network gives, in this order; axes that stay open have names."""
+        """Return the shapes of the input and of the outputs by name, in this order; axes that stay open have names."""
         size, config = self.preprocessing.image_size, self.config
         sides: tuple[int | str, ...] = ("height", "width") if self.open_size else (size, size)
-        found: dict[str, tuple[int | str, ...]] = {INPUT_NAME: ("batch", config.in_channels, *sides)}
+        shapes: dict[str, tuple[int | str, ...]] = {INPUT_NAME: ("batch", config.in_channels, *sides)}
         for name, (channels, *fixed) in zip(config.output_names, config.output_shapes(size, size), strict=True):
-            follows = self.open_size and fixed
-            found[name] = ("batch", channels, *((f"{name}_height", f"{name}_width") if follows else fixed))
-        return found
+            is_open = self.open_size and fixed
+            shapes[name] = ("batch", channels, *((f"{name}_height", f"{name}_width") if is_open else fixed))
+        return shapes
 
     def model(self) -> DMFormerBackbone:
-        """The network with these weights, in evaluation mode."""
+        """Return the network with these weights, in evaluation mode."""
         with torch.device("meta"):  # initial weights, which take a second to draw, would only be overwritten
             model = build_network(self.config)
         counters = {
@@ -97,7 +105,7 @@ class Checkpoint:
 
 
 class Metadata(msgspec.Struct, kw_only=True):
-    """What a ``.safetensors`` file of this project says of itself."""
+    """The metadata of a ``.safetensors`` file of this project: a checkpoint without its weights."""
 
     version: int
     arch: str
@@ -149,17 +157,25 @@ def load_checkpoint(
             finite, or does not fit the network.
     """
     path = Path(path)
-    raw, metadata_text, sha256 = _read(path)
+    title = f"checkpoint {str(path)!r}"  # begins every message
+    data = _read(path, title)
     notes: list[str] = []
-    state = _normalise(_unwrap(raw, path, notes), path, notes)
-    metadata = _parse_metadata(metadata_text, path)
+    metadata = None
+    if path.suffix.lower() == ".safetensors":
+        content, metadata = _parse_safetensors(data, title)
+    else:
+        content = _parse_pickle(data, title)
+    state = _normalise(_unwrap(content, title, notes), title, notes)
     try:
         config = _decide_config(state, metadata, arch, options or {}, fallback or {}, notes)
     except UsageError as error:
-        raise UsageError(f"checkpoint {str(path)!r}: {error}") from error
+        raise UsageError(f"{title}: {error}") from error
     if config.task == "features":
-        state = _without_head(state, notes)
-    _check_fit(state, config, path)
+        stages = {name: value for name, value in state.items() if not name.startswith(("norm.", "head.", "decoder."))}
+        if len(stages) < len(state):
+            notes.append(f"task features: {len(state) - len(stages)} tensors of the head were left out")
+        state = stages
+    _check_fit(state, config, title)
     preprocessing = metadata.preprocessing if metadata else default_preprocessing(config)
     if metadata is None:
         notes.append(
@@ -168,7 +184,7 @@ def load_checkpoint(
         )
     if len(preprocessing.channels) != config.in_channels:
         raise UsageError(
-            f"checkpoint {str(path)!r}: its preprocessing gives channels {preprocessing.channels!r}; "
+            f"{title}: its preprocessing gives channels {preprocessing.channels!r}; "
             f"expected as many as the network's {config.in_channels}"
         )
     if image_size is not None:
@@ -180,7 +196,7 @@ def load_checkpoint(
         state=state,
         preprocessing=preprocessing,
         classes=classes,
-        sha256=sha256,
+        sha256=hashlib.sha256(data).hexdigest(),
         notes=tuple(notes),
         training=metadata.training if metadata else {},
         described=metadata is not None,
@@ -189,9 +205,9 @@ def load_checkpoint(
 
 
 def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
-    """ImageNet's evaluation transform; 512 pixels uncropped for segmentation, as on ADE20K.
+    """Return ImageNet's evaluation transform; for segmentation with 512 pixels uncropped, as on ADE20K.
 
-    One input channel is scaled to -1..1 instead.
+    A network of one input channel gets values scaled to -1..1.
     """
     size: dict[str, Any] = {"image_size": 512, "crop_fraction": 1.0} if config.task == "segmentation" else {}
     if config.in_channels == 1:
@@ -199,25 +215,20 @@ def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
     return Preprocessing(**size)
 
 
-def _read(path: Path) -> tuple[Any, str | None, str]:
-    """The file's content, the text of its metadata, and its SHA-256."""
-    suffix = path.suffix.lower()
-    if suffix not in (".safetensors", ".pt", ".pth"):
-        raise UsageError(f"checkpoint {str(path)!r} ends in {path.suffix!r}; expected .safetensors, .pt or .pth")
+def _read(path: Path, title: str) -> bytes:
+    """Read the file, of a kind that is known by its suffix."""
+    if path.suffix.lower() not in (".safetensors", ".pt", ".pth"):
+        raise UsageError(f"{title} ends in {path.suffix!r}; expected .safetensors, .pt or .pth")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}; expected a file") from error
-    sha256 = hashlib.sha256(data).hexdigest()
+        raise UsageError(f"{title} cannot be read: {error.strerror}; expected a file") from error
     if _PAGE.match(data):
-        raise UsageError(f"checkpoint {str(path)!r} is an HTML or XML page, not weights: download it again")
-    if suffix == ".safetensors":
-        state, text = _read_safetensors(data, path)
-        return state, text, sha256
-    return _read_pickle(data, path), None, sha256
+        raise UsageError(f"{title} is an HTML or XML page, not weights: download it again")
+    return data
 
 
-def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _parse_safetensors(data: bytes, title: str) -> tuple[dict[str, Tensor], Metadata | None]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -227,12 +238,27 @@ def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], str |
         header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, msgspec.DecodeError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UsageError(
-            f"checkpoint {str(path)!r} is no whole .safetensors file ({first_line(error)}): copy or download it again"
+            f"{title} is no whole .safetensors file ({first_line(error)}): copy or download it again"
         ) from error
-    return state, (header.get("__metadata__") or {}).get(METADATA_KEY)
+    text = (header.get("__metadata__") or {}).get(METADATA_KEY)
+    return state, None if text is None else _parse_metadata(text, title)
 
 
-def _read_pickle(data: bytes, path: Path) -> Any:
+def _parse_metadata(text: str, title: str) -> Metadata:
+    try:
+        metadata = msgspec.json.decode(text, type=Metadata)
+    except (msgspec.DecodeError, UsageError, RecursionError) as error:
+        reason = " ".join(str(error).split())  # it may quote a name that has line breaks
+        raise UsageError(f"{title}: its metadata is damaged: {reason}") from error
+    if metadata.version != METADATA_VERSION:
+        raise UsageError(
+            f"{title}: metadata version {metadata.version}; expected {METADATA_VERSION}: "
+            "use the version of dmformer that wrote it"
+        )
+    return metadata
+
+
+def _parse_pickle(data: bytes, title: str) -> Any:
     import pickle
 
     try:
@@ -242,56 +268,44 @@ def _read_pickle(data: bytes, path: Path) -> Any:
     except Exception as error:  # damaged bytes raise whatever the code that they reach raises
         if isinstance(error, pickle.UnpicklingError) and _WANTS_CODE.search(str(error)):
             raise UsageError(
-                f"checkpoint {str(path)!r} holds more than weights and wants to run code while loading; "
+                f"{title} holds more than weights and wants to run code while loading; "
                 "it was not loaded: save only its state_dict"
             ) from error
         raise UsageError(
-            f"checkpoint {str(path)!r} is truncated, damaged or no PyTorch checkpoint ({_reason(error)}): "
-            "copy or download it again"
+            f"{title} is truncated, damaged or no PyTorch checkpoint ({_reason(error)}): copy or download it again"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch found wrong, without the advice around it."""
-    text = first_line(error)
-    _, found, reason = str(error).partition("WeightsUnpickler error: ")
-    return ascii((reason.strip().splitlines() or [text])[0] if found else text)[1:-1][:120]
+    """Return what PyTorch says is wrong, without the advice around it."""
+    _, marker, reason = str(error).partition("WeightsUnpickler error: ")
+    lines = reason.strip().splitlines() if marker else []
+    return _shown(lines[0] if lines else first_line(error))[:120]
 
 
-def _unwrap(raw: Any, path: Path, notes: list[str]) -> dict[str, Any]:
-    """The mapping of tensors inside whatever a training script saved."""
-    current, seen = raw, set()
+def _unwrap(content: Any, title: str, notes: list[str]) -> dict[str, Any]:
+    """Return the mapping of tensors inside whatever a training script saved."""
+    current, seen = content, set()
     while isinstance(current, dict) and id(current) not in seen:
         seen.add(id(current))  # a pickle may hold itself
-        found = [key for key in _WRAPPERS if isinstance(current.get(key), dict)]
-        if not found:
+        wrappers = [key for key in _WRAPPERS if isinstance(current.get(key), dict)]
+        if not wrappers:
             break
-        if len(found) > 1:
-            notes.append(f"the checkpoint holds {', '.join(found)}: {found[0]} was taken")
-        current = current[found[0]]
+        if len(wrappers) > 1:
+            notes.append(f"the checkpoint holds {', '.join(wrappers)}: {wrappers[0]} was taken")
+        current = current[wrappers[0]]
     if not isinstance(current, dict) or not any(isinstance(value, Tensor) for value in current.values()):
-        received = (
-            f"keys {', '.join(map(_shown, list(current)[:_LISTED]))}" if isinstance(current, dict) else type(current)
-        )
+        received = str(type(current))
+        if isinstance(current, dict):
+            received = f"keys {', '.join(map(_shown, list(current)[:_MOST_LISTED]))}"
         raise UsageError(
-            f"checkpoint {str(path)!r} holds no weights ({received}); "
-            f"expected tensors by name, or them under {', '.join(_WRAPPERS)}"
+            f"{title} holds no weights ({received}); expected tensors by name, or them under {', '.join(_WRAPPERS)}"
         )
     return current
 
 
-def _strip_prefixes(name: str) -> str:
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name[len(prefix) :], True
-    return name
-
-
 def _is_dense_float(value: Tensor) -> bool:
-    """Whether the file holds every value of the tensor, in a type that float32 can take over."""
+    """Return whether the file holds every value of the tensor, in a type that converts to float32."""
     return (
         value.is_floating_point()
         and value.dtype != torch.float4_e2m1fn_x2  # two values in one byte
@@ -301,52 +315,32 @@ def _is_dense_float(value: Tensor) -> bool:
     )
 
 
-def _normalise(wrapped: dict[str, Any], path: Path, notes: list[str]) -> dict[str, Tensor]:
-    """Plain names, float32, finite values."""
+def _normalise(tensors: dict[str, Any], title: str, notes: list[str]) -> dict[str, Tensor]:
+    """Return the weights under plain names, in float32; refuse what is no tensor, repeated or not finite."""
     state: dict[str, Tensor] = {}
     converted = set()
-    for name, value in wrapped.items():
+    for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UsageError(
-                f"checkpoint {str(path)!r}: entry {name!r} is of type {type(value).__name__}; expected tensors only"
-            )
-        plain = _strip_prefixes(name)
+            raise UsageError(f"{title}: entry {name!r} is of type {type(value).__name__}; expected tensors only")
+        plain = _PREFIXES.sub("", name)
         if plain in state:
-            raise UsageError(f"checkpoint {str(path)!r} holds {plain!r} twice, under different prefixes")
+            raise UsageError(f"{title} holds {plain!r} twice, under different prefixes")
         if plain.endswith(_COUNTER):
             continue
         if not _is_dense_float(value):
-            raise UsageError(
-                f"checkpoint {str(path)!r}: {_shown(plain)} is {value.dtype}, {value.layout}; expected dense floats"
-            )
+            raise UsageError(f"{title}: {_shown(plain)} is {value.dtype}, {value.layout}; expected dense floats")
         if value.dtype != torch.float32:
             converted.add(str(value.dtype).removeprefix("torch."))
         state[plain] = value.detach().to(torch.float32)
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise UsageError(
-            f"checkpoint {str(path)!r}: NaN or infinite values in {_some(broken)}; expected finite weights: "
+            f"{title}: NaN or infinite values in {_some(broken)}; expected finite weights: "
             "the training diverged or the file is damaged"
         )
     if converted:
         notes.append(f"weights of type {', '.join(sorted(converted))} were converted to float32")
     return state
-
-
-def _parse_metadata(text: str | None, path: Path) -> Metadata | None:
-    if text is None:
-        return None
-    try:
-        metadata = msgspec.json.decode(text, type=Metadata)
-    except (msgspec.DecodeError, UsageError, RecursionError) as error:
-        reason = " ".join(str(error).split())  # it may quote a name that has line breaks
-        raise UsageError(f"checkpoint {str(path)!r}: its metadata is damaged: {reason}") from error
-    if metadata.version != METADATA_VERSION:
-        raise UsageError(
-            f"checkpoint {str(path)!r}: metadata version {metadata.version}; expected {METADATA_VERSION}: "
-            "use the version of dmformer that wrote it"
-        )
-    return metadata
 
 
 def _decide_config(
@@ -357,19 +351,19 @@ def _decide_config(
     fallback: Mapping[str, Any],
     notes: list[str],
 ) -> DMFormerConfig:
-    told = metadata.config if metadata is not None else {}
+    from_file = metadata.config if metadata is not None else {}
     if arch is not None:  # the shapes are the variant's; the rest may still come from the file
-        told = {name: value for name, value in told.items() if name in UNTOLD}
-        shaped = {**variant_config(arch).to_dict(), **_class_count(state)}
-    elif set(told) >= {field.name for field in fields(DMFormerConfig)}:
-        shaped = {}
+        from_file = {name: value for name, value in from_file.items() if name in HIDDEN_FIELDS}
+        from_shapes = {**variant_config(arch).to_dict(), **_class_count(state)}
+    elif set(from_file) >= {field.name for field in fields(DMFormerConfig)}:
+        from_shapes = {}
     else:
-        shaped, _ = infer_config(state)
+        from_shapes = infer_config(state)
     if options.get("task") == "features":
-        options = {**options, "decoder": None, "decoder_widths": []}
-    given = {name: value for name, value in fallback.items() if name in UNTOLD} | told | dict(options)
-    config = DMFormerConfig.from_dict({**shaped, **given})
-    assumed = [name for name in UNTOLD if name not in given]
+        options = {**options, **FEATURES_ONLY}
+    given = {name: value for name, value in fallback.items() if name in HIDDEN_FIELDS} | from_file | dict(options)
+    config = DMFormerConfig.from_dict({**from_shapes, **given})
+    assumed = [name for name in HIDDEN_FIELDS if name not in given]
     if assumed:
         values = ", ".join(f"{name}={msgspec.json.encode(config.to_dict()[name]).decode()}" for name in assumed)
         notes.append(f"not told by the checkpoint, so the defaults were assumed: {values}")
@@ -384,48 +378,33 @@ def _class_count(state: dict[str, Tensor]) -> dict[str, int]:
     return {}
 
 
-def _without_head(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The stages' tensors alone."""
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(("norm.", "head.", "decoder."))}
-    if len(kept) < len(state):
-        notes.append(f"task features: {len(state) - len(kept)} tensors of the head were left out")
-    return kept
-
-
-def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, path: Path) -> None:
+def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> None:
     """Compare names and shapes with the network's; meta tensors, so that nothing is allocated for it."""
     try:
         with torch.device("meta"):
             network = build_network(config)
     except (RuntimeError, TypeError) as error:  # a size that no tensor can have
-        raise UsageError(f"checkpoint {str(path)!r}: its configuration asks for a network beyond all memory") from error
+        raise UsageError(f"{title}: its configuration asks for a network beyond all memory") from error
     expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(_COUNTER)}
     received = {name: tuple(value.shape) for name, value in state.items()}
-    missing = sorted(set(expected) - set(received))
-    unexpected = sorted(set(received) - set(expected))
-    reshaped = [
-        f"{name} (received {received[name]}, expected {expected[name]})"
-        for name in sorted(set(expected) & set(received))
-        if received[name] != expected[name]
-    ]
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing: {_some(missing)}")
-    if unexpected:
-        parts.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
-    if reshaped:
-        parts.append(f"{len(reshaped)} of another shape: {_some(reshaped)}")
-    if parts:
-        raise UsageError(
-            f"checkpoint {str(path)!r} does not fit {variant_name(config) or 'the network'}: {'; '.join(parts)}"
-        )
+    differences = {
+        "missing": sorted(set(expected) - set(received)),
+        "unexpected": sorted(set(received) - set(expected)),
+        "of another shape": [
+            f"{name} (received {received[name]}, expected {expected[name]})"
+            for name in sorted(set(expected) & set(received))
+            if received[name] != expected[name]
+        ],
+    }
+    if parts := [f"{len(names)} {kind}: {_some(names)}" for kind, names in differences.items() if names]:
+        raise UsageError(f"{title} does not fit {variant_name(config) or 'the network'}: {'; '.join(parts)}")
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(_shown, names[:_LISTED])) + more
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(map(_shown, names[:_MOST_LISTED])) + more
 
 
 def _shown(name: Any) -> str:
-    """A key of the file on one line, whatever it holds."""
+    """Write a text from the file on one line, whatever it holds."""
     return ascii(str(name))[1:-1]

@@ -18,7 +18,10 @@ t = bias - s·mean (Ioffe and Szegedy, arXiv:1502.03167), and a linear map of a 
 
 One more rewrite holds at one image size only: taps of a dilated kernel that never meet anything but padding are cut.
 
-Modules keep the name that they have in the training form, where they have one there.
+The form is a copy of the network in which modules keep their names: convolutions are replaced; norms, layer scales and
+dropout are removed. They leave no ``nn.Identity`` behind: four of fifteen leaves of a block would be identities, which
+would be timed, rounded and compared as layers are, and the comparison layer by layer wants a tensor for 80 % of them.
+Only the attention, and modules whose ``forward`` names what was removed, have classes of their own here.
 """
 
 from __future__ import annotations
@@ -31,12 +34,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmformer.models.dmformer import DMFormer, LayerScale, Stem
-from dmformer.models.segmentation import ConvNormReLU, DMFormerSegmenter, PixelClassifier, check_sides
+from dmformer.models.segmentation import ConvNormReLU, PixelClassifier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dmformer.models.dmformer import Block, DMFormerBackbone, DynamicMultilevelAttention, Stage
+    from dmformer.models.dmformer import Block, DMFormerBackbone, DynamicMultilevelAttention, FeedForward, Stage
 
 
 class DeployGate(nn.Module):
@@ -53,7 +56,7 @@ class DeployGate(nn.Module):
             for layer, source in ((self.fc1, x), (self.fc1_merged, merged))
             if layer is not None
         ]
-        return torch.sigmoid(self.fc2(F.relu(_sum(parts))))
+        return torch.sigmoid(self.fc2(F.relu(sum(parts[1:], parts[0]))))
 
 
 class DeployAttention(nn.Module):
@@ -81,7 +84,8 @@ class DeployAttention(nn.Module):
         """(N, C, H, W) -> (N, C, H, W)."""
         expanded = self.expand(x)  # (N, C, H, W) -> (N, E, H, W)
         levels = [branch(expanded) for branch in self.branches]
-        merged = F.relu(torch.cat(levels, dim=1) if self.concat else _sum(levels))  # (N, E or branches * E, H, W)
+        # (N, E, H, W) per branch -> (N, E or branches * E, H, W)
+        merged = F.relu(torch.cat(levels, dim=1) if self.concat else sum(levels[1:], levels[0]))
         mixed = self.mix(merged)  # (N, E or branches * E, H, W) -> (N, C, H, W)
         if self.skip is not None:
             mixed = mixed + self.skip(x)
@@ -91,7 +95,7 @@ class DeployAttention(nn.Module):
 class DeployBlock(nn.Module):
     """x + DMA(x), then x + FFN(x): (N, C, H, W) -> (N, C, H, W)."""
 
-    def __init__(self, dma: DeployAttention, ffn: nn.Module) -> None:
+    def __init__(self, dma: DeployAttention, ffn: FeedForward) -> None:
         super().__init__()
         self.dma, self.ffn = dma, ffn
 
@@ -101,41 +105,12 @@ class DeployBlock(nn.Module):
         return x + self.ffn(x)
 
 
-class DeployStage(nn.Module):
-    """Downsampling, then blocks at one resolution."""
+class DeployDMFormer(DMFormer):
+    """A classifier without its last norm: float (N, in_channels, H, W) -> logits (N, num_classes)."""
 
-    def __init__(self, downsample: nn.Module, blocks: Iterable[DeployBlock]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C, H/4, W/4) for the first stage, (N, C, H/2, W/2) for the others."""
-        return self.blocks(self.downsample(x))
-
-
-class DeployBackbone(nn.Module):
-    """The four stages of a network in deploy form."""
-
-    def __init__(self, stages: Iterable[DeployStage]) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-
-    def forward_features(self, x: Tensor) -> list[Tensor]:
-        """The four stage maps: (N, in_channels, H, W) -> (N, widths[i], H/s, W/s) for s of 4, 8, 16, 32."""
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
-
-
-class DeployDMFormer(DeployBackbone):
-    """The deploy form of a classifier: float (N, in_channels, H, W) -> logits (N, num_classes)."""
-
-    def __init__(self, stages: Iterable[DeployStage], head: nn.Linear) -> None:
-        super().__init__(stages)
-        self.head = head
+    def __init__(self, source: DMFormer) -> None:
+        nn.Module.__init__(self)  # the stages and the head are there already
+        self.config, self.stages, self.head = source.config, source.stages, source.head
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits (N, num_classes)."""
@@ -144,35 +119,9 @@ class DeployDMFormer(DeployBackbone):
         return logits
 
 
-class DeployFeatures(DeployBackbone):
-    """The deploy form of a backbone alone: float (N, in_channels, H, W) -> four maps."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(N, in_channels, H, W) -> (N, widths[i], H/s, W/s) for s of 4, 8, 16, 32."""
-        return tuple(self.forward_features(x))
-
-
-class DeploySegmenter(DeployBackbone):
-    """The deploy form of a segmentation network: float (N, in_channels, H, W) -> logits (N, num_classes, H, W)."""
-
-    def __init__(self, stages: Iterable[DeployStage], decoder: nn.Module, up: nn.Module) -> None:
-        super().__init__(stages)
-        self.decoder, self.up = decoder, up
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W).
-
-        Raises:
-            UsageError: a side is no multiple of 32.
-        """
-        check_sides(x)
-        logits: Tensor = self.up(self.decoder(self.forward_features(x)))
-        return logits
-
-
 @torch.no_grad()
-def deploy(model: DMFormerBackbone, image_size: int | None = None) -> DeployBackbone:
-    """The deploy form of a network, which is left as it is.
+def deploy(model: DMFormerBackbone, image_size: int | None = None) -> DMFormerBackbone:
+    """Return the deploy form of a network, which is left as it is.
 
     Everything is folded in float64; the result has the type of the network's weights.
 
@@ -182,45 +131,31 @@ def deploy(model: DMFormerBackbone, image_size: int | None = None) -> DeployBack
             where they reach beyond the last stages' maps.
     """
     dtype = next(model.parameters()).dtype
-    source = copy.deepcopy(model).double()
+    form = copy.deepcopy(model).double()
     side = image_size
-    stages = []
-    for index, module in enumerate(source.stages):
+    for index, module in enumerate(form.stages):
         stage = cast("Stage", module)
         if side is not None:  # the stem's convolutions of stride 2 round up, then down; those between stages down
             side = (side + 1) // 2 // 2 if index == 0 else side // 2
-        blocks = [_block(cast("Block", block), side) for block in stage.blocks]
-        stages.append(DeployStage(_downsample(stage.downsample), blocks))
-    return _with_head(source, stages).to(dtype).eval()
-
-
-def _with_head(source: DMFormerBackbone, stages: list[DeployStage]) -> DeployBackbone:
-    """The stages, with what the network's task puts on them folded."""
-    if isinstance(source, DMFormerSegmenter):
-        return DeploySegmenter(stages, _decoder(source.decoder), source.up)
-    if not isinstance(source, DMFormer):
-        return DeployFeatures(stages)
-    scale, shift = _affine(source.norm)
-    head = source.head
-    head.bias.add_(head.weight @ shift)
-    head.weight.mul_(scale)
-    return DeployDMFormer(stages, head)
-
-
-def _decoder(decoder: nn.Module) -> nn.Module:
-    """The decoder with each norm in the convolution before it, and without dropout."""
-    for module in list(decoder.modules()):
+        _fold_downsample(stage.downsample)
+        stage.blocks = nn.Sequential(*(_block(cast("Block", block), side) for block in stage.blocks))
+    for module in list(form.modules()):
         if isinstance(module, ConvNormReLU):
             conv = cast("nn.Conv2d", module.conv)
             module.conv = _filter(conv).then(_affine(cast("nn.BatchNorm2d", module.norm))).as_conv(conv)
             del module.norm
         elif isinstance(module, PixelClassifier):
             del module.dropout
-    return decoder
+    if isinstance(form, DMFormer):
+        scale, shift = _affine(form.norm)
+        form.head.bias.add_(form.head.weight @ shift)
+        form.head.weight.mul_(scale)
+        form = DeployDMFormer(form)
+    return form.to(dtype).eval()
 
 
 class Affine(NamedTuple):
-    """s·x + t, with one value a channel each."""
+    """The map s·x + t, with one value of s and of t for each channel."""
 
     scale: Tensor
     shift: Tensor
@@ -284,18 +219,15 @@ def _layer_scale(module: nn.Module, like: nn.Conv2d) -> Affine:
     return Affine(gamma, torch.zeros_like(gamma))
 
 
-def _downsample(module: nn.Module) -> nn.Sequential:
-    """In the stem each norm follows its convolution; between stages it comes before."""
-    layers = dict(module.named_children())
-    folded = nn.Sequential()
-    for name, layer in layers.items():
+def _fold_downsample(layers: nn.Module) -> None:
+    """Fold the norms: in the stem each follows its convolution, between stages it comes before."""
+    for name, layer in list(layers.named_children()):
         if isinstance(layer, nn.Conv2d):
-            norm = _affine(cast("nn.BatchNorm2d", layers[name.replace("conv", "norm")]))
-            made = _filter(layer).then(norm) if isinstance(module, Stem) else _filter(layer).of(norm)
-            folded.add_module(name, made.as_conv(layer))
-        elif not isinstance(layer, nn.BatchNorm2d):
-            folded.add_module(name, layer)
-    return folded
+            norm_name = name.replace("conv", "norm")
+            norm = _affine(cast("nn.BatchNorm2d", getattr(layers, norm_name)))
+            folded = _filter(layer).then(norm) if isinstance(layers, Stem) else _filter(layer).of(norm)
+            setattr(layers, name, folded.as_conv(layer))
+            delattr(layers, norm_name)
 
 
 def _block(block: Block, side: int | None) -> DeployBlock:
@@ -357,10 +289,3 @@ def _reached(weight: Tensor, dilation: int, side: int) -> Tensor:
     middle = weight.shape[-1] // 2
     reach = min(middle, (side - 1) // dilation)
     return weight[:, :, middle - reach : middle + reach + 1, middle - reach : middle + reach + 1]
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total

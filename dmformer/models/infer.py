@@ -1,4 +1,4 @@
-"""What the names and shapes of a checkpoint tell about the network it is for."""
+"""Infer the configuration of a network from the names and shapes of its weights."""
 
 from __future__ import annotations
 
@@ -11,26 +11,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Fields that leave no trace in names and shapes, yet change what the network computes.
-UNTOLD = ("dilations", "gate_input", "inner_residual", "batch_norm_eps")
+HIDDEN_FIELDS = ("dilations", "gate_input", "inner_residual", "batch_norm_eps")
 
 
 def variant_name(config: DMFormerConfig) -> str | None:
-    """The variant with these widths, depths and decoder; ``None`` where it is none of them.
+    """Return the variant with these widths, depths and decoder; ``None`` where it is none of them.
 
     A backbone alone (task ``features``) has the name of the classifier that it comes from.
     """
-    for name, variant in VARIANTS.items():
-        if _shape(variant) == _shape(config):
-            return name
-    return None
+
+    def shape(of: DMFormerConfig) -> tuple[object, ...]:
+        return of.widths, of.depths, of.decoder, of.decoder_widths
+
+    return next((name for name, variant in VARIANTS.items() if shape(variant) == shape(config)), None)
 
 
-def _shape(config: DMFormerConfig) -> tuple[object, ...]:
-    return config.widths, config.depths, config.decoder, config.decoder_widths
-
-
-def infer_config(state: dict[str, Tensor]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of :class:`DMFormerConfig` that names and shapes tell, and the names of those they leave open.
+def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of :class:`DMFormerConfig` that names and shapes determine: all but :data:`HIDDEN_FIELDS`.
 
     Raises:
         UsageError: the tensors are not a DMFormer's; the message has the first name that is missing.
@@ -47,7 +44,7 @@ def infer_config(state: dict[str, Tensor]) -> tuple[dict[str, Any], tuple[str, .
         raise UsageError("the checkpoint is no DMFormer: its tensors have the names, but not the shapes") from error
 
 
-def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _infer(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     depths = [0, 0, 0, 0]
     for stage in range(4):
         while any(name.startswith(f"stages.{stage}.blocks.{depths[stage]}.") for name in shapes):
@@ -60,7 +57,7 @@ def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[st
     expanded = shapes[f"{attention}.expand.weight"][0]
     merged = shapes[f"{attention}.reduce.weight"][1]
     stem = shapes["stages.0.downsample.conv1.weight"]
-    told = {
+    config = {
         "widths": widths,
         "depths": depths,
         **_infer_head(shapes),
@@ -74,12 +71,12 @@ def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], tuple[st
         "ffn_ratios": [shapes[f"stages.{i}.blocks.0.ffn.fc1.weight"][0] / widths[i] for i in range(4)],
     }
     if len(kernel_sizes) != len(DMFormerConfig.kernel_sizes):
-        told["dilations"] = list(range(1, len(kernel_sizes) + 1))  # the default's pattern, carried on
-    return told, UNTOLD
+        config["dilations"] = list(range(1, len(kernel_sizes) + 1))  # the default's pattern, carried on
+    return config
 
 
 def _infer_head(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Task, classes and decoder: what follows the stages."""
+    """Infer what follows the stages: task, classes and decoder."""
     if "decoder.fuse.conv.weight" in shapes:
         widths = [shapes["decoder.fuse.conv.weight"][0]]
     elif "decoder.levels.0.conv0.conv.weight" in shapes:

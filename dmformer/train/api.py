@@ -1,43 +1,51 @@
-"""Train a network on a folder of images, and write a checkpoint that the other commands take."""
+"""Train a network on a folder of images, and write a checkpoint that the other commands take.
+
+A run starts from weights that are drawn anew, or from a checkpoint whose head may be another's.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
-from dmformer.models.checkpoint import Checkpoint, save_checkpoint
+from dmformer.files import whole_file
+from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint, save_checkpoint
+from dmformer.models.dmformer import DMFormerConfig, build_network, variant_config
 from dmformer.models.infer import variant_name
 from dmformer.progress import silent
-from dmformer.train.images import find_data
-from dmformer.train.journal import load_snapshot
-from dmformer.train.processes import processes
-from dmformer.train.run import SNAPSHOT_NAME, Plan, Run, train_steps
-from dmformer.train.start import build, find_start
+from dmformer.train.images import find_data_set
+from dmformer.train.journal import LOG_NAME, SNAPSHOT_NAME, load_snapshot
+from dmformer.train.processes import join_processes
+from dmformer.train.run import Run, TrainingPlan, train_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dmformer.models.dmformer import DMFormerBackbone
     from dmformer.progress import Progress
-    from dmformer.train.images import Data
+    from dmformer.train.images import DataSet
     from dmformer.train.journal import Row
     from dmformer.train.recipe import Recipe
-    from dmformer.train.start import Start
 
+DEFAULT_ARCH = "dmformer_s"
 CHECKPOINT_NAME = "model.safetensors"
-# What may change when a run is resumed: it changes nothing of the result.
-_FREE = ("accumulate", "workers")
+# Fields of the recipe that may change when a run is resumed, for the result does not depend on them.
+_FREE_FIELDS = ("accumulate", "workers")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run has made.
+class TrainingResult:
+    """What a finished run has made.
 
     Attributes:
-        checkpoint: the file; of the last step, and of the averaged weights where the recipe averages them.
+        checkpoint: the file, with the weights of the last step, averaged where the recipe averages them.
         scores: accuracy on the validation images, shares from 0 to 1 by name.
-        images: how many were trained on, and how many validated on.
+        images: number of training images and of validation images.
         first: whether this is the process that wrote the file.
     """
 
@@ -58,33 +66,34 @@ def train(
     stage: Progress = silent,
     say: Callable[[str], None] = lambda _: None,
     report: Callable[[Row], None] = lambda _: None,
-) -> Trained:
+) -> TrainingResult:
     """Train a network; under ``torchrun``, together with the other processes.
 
     Args:
         data: folder with ``train/CLASS/…`` and ``val/CLASS/…``, or for segmentation in ADE20K's layout.
         output: folder for the checkpoint, the log and the snapshot; new or empty, unless the run is resumed.
         recipe: hyper-parameters.
-        weights: a checkpoint to start from.
+        weights: a checkpoint to start from; by default weights are drawn anew.
         resume: go on from the snapshot in ``output``; the weights at the end are those of a run without interruption.
         device: ``cpu``, ``cuda`` or ``cuda:N``; by default a GPU where there is one.
-        stage: told of each interval, in the first process.
+        stage: shows the progress of each interval, in the first process.
         say: called with notes, in the first process.
         report: called with each row of the log, in the first process.
 
     Raises:
         UsageError: the data, the weights or the recipe cannot be used; ``output`` has something in it; or the run to
             be resumed is another.
-        UnavailableError: the device or a package is not there.
+        UnavailableError: the device or a package is missing.
         StageFailed: the loss is not finite, or a file cannot be written.
     """
     start = find_start(recipe, weights)
-    found = find_data(data, start.config.task, start.preprocessing)
-    model, notes = build(start, found.classes, recipe.seed)
-    with processes(device) as group:
-        plan = Plan(recipe, len(found.training), group.world)
-        identity = _identity(recipe, found, start, plan)
-        run = Run(model, recipe, found, start.preprocessing, plan, group)
+    images = find_data_set(data, start.config.task, start.preprocessing)
+    model, notes = initial_network(start, images.classes, recipe.seed)
+    counts = len(images.training), len(images.validation)
+    with join_processes(device) as group:
+        plan = TrainingPlan(recipe, counts[0], group.world)
+        identity = _identity(recipe, images, start, plan)
+        run = Run(model, recipe, images, start.preprocessing, plan, group)
         first = 0
         if resume:
             state = load_snapshot(output / SNAPSHOT_NAME, identity, group.device)
@@ -95,55 +104,133 @@ def train(
             _prepare(output, resume=resume)
             for note in notes:
                 say(note)
-            size = len(found.training), len(found.validation)
-            say(f"{size[0]} images to train on, {size[1]} to validate on, {len(found.classes)} classes")
+            say(f"{counts[0]} images to train on, {counts[1]} to validate on, {len(images.classes)} classes")
         row = train_steps(run, first, output, identity, stage if group.first else silent, report)
         scores = run.validate() if row is None else row.scores
         if group.first:
-            _write(output / CHECKPOINT_NAME, run, _training(data, recipe, found, start, scores))
+            description = {
+                "data": f"{data.resolve().name}, {counts[0]} images",
+                "recipe": {"command": "dmformer train", **recipe.to_dict()},
+                "held_out_images": counts[1],
+                **{f"held_out_{name}": round(value, 6) for name, value in scores.items()},
+            }
+            if start.weights is not None:
+                description["started_from_sha256"] = start.weights.sha256
+            _write_checkpoint(output / CHECKPOINT_NAME, run, description)
         group.wait()
-    return Trained(output / CHECKPOINT_NAME, scores, (len(found.training), len(found.validation)), group.first)
+    return TrainingResult(output / CHECKPOINT_NAME, scores, counts, group.first)
 
 
-def _identity(recipe: Recipe, data: Data, start: Start, plan: Plan) -> dict[str, Any]:
-    """What decides the result: of JSON types, and compared when a run is resumed."""
-    values = {name: value for name, value in recipe.to_dict().items() if name not in _FREE}
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        config: configuration of the network; the data decide its number of classes.
+        preprocessing: how images become inputs.
+        weights: a checkpoint to take tensors from; ``None`` where all are drawn.
+    """
+
+    config: DMFormerConfig
+    preprocessing: Preprocessing
+    weights: Checkpoint | None
+
+
+def find_start(recipe: Recipe, weights: Path | None) -> Start:
+    """Return what the recipe and the checkpoint to start from decide: configuration and preprocessing.
+
+    Raises:
+        UsageError: the checkpoint cannot be used, or its stages are not those of the architecture asked for.
+    """
+    options = {**recipe.model, "drop_path": recipe.drop_path}
+    checkpoint = None if weights is None else load_checkpoint(weights)
+    if checkpoint is None:
+        config = variant_config(recipe.arch or DEFAULT_ARCH, **options)
+    else:
+        config = _config_for(checkpoint, recipe.arch, options)
+    if config.task == "features":
+        raise UsageError("task features has nothing to train; expected a classifier or a segmentation network")
+    usual = default_preprocessing(config)
+    if checkpoint is not None and checkpoint.config.task == config.task:
+        usual = checkpoint.preprocessing
+    preprocessing = recipe.preprocessing or usual
+    if len(preprocessing.channels) != config.in_channels:
+        raise UsageError(
+            f"preprocessing gives channels {preprocessing.channels!r}; "
+            f"expected as many as the network's {config.in_channels}"
+        )
+    if preprocessing.channels == "L" and (recipe.randaugment_operations or recipe.color_jitter):
+        raise UsageError("RandAugment and color_jitter need three channels; expected both 0 with channels 'L'")
+    return Start(config, preprocessing, checkpoint)
+
+
+def _config_for(checkpoint: Checkpoint, arch: str | None, options: dict[str, object]) -> DMFormerConfig:
+    """Return the checkpoint's configuration, with the head of the architecture where one is named."""
+    config = checkpoint.config
+    if arch is not None:
+        wanted = variant_config(arch)
+        if (wanted.widths, wanted.depths) != (config.widths, config.depths):
+            raise UsageError(f"--weights holds {checkpoint.arch}; expected the stages of {arch}")
+        config = replace(config, **{name: getattr(wanted, name) for name in ("task", "decoder", "decoder_widths")})
+    return DMFormerConfig.from_dict({**config.to_dict(), **options})
+
+
+def initial_network(start: Start, classes: tuple[str, ...], seed: int) -> tuple[DMFormerBackbone, list[str]]:
+    """Return the network with as many outputs as classes, on the CPU, and notes on what the checkpoint gave.
+
+    Tensors of the stages are taken as they are; those of the head where they are of the same shape, and those of the
+    last layer where the classes are the same.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_network(replace(start.config, num_classes=len(classes)))
+    if start.weights is None:
+        return model, []
+    fresh = model.state_dict()
+    taken = {
+        name: tensor for name, tensor in start.weights.state.items()
+        if name in fresh and fresh[name].shape == tensor.shape
+    }  # fmt: skip
+    if start.weights.classes not in ((), classes):  # as many, but others
+        taken = {
+            name: tensor for name, tensor in taken.items() if not name.startswith(("head.", "decoder.classifier."))
+        }
+    drawn = [name for name in fresh if name not in taken and not name.endswith(".num_batches_tracked")]
+    if missing := [name for name in drawn if name.startswith("stages.")]:
+        raise UsageError(f"--weights does not fit the network's stages: {', '.join(missing[:3])}")
+    model.load_state_dict(taken, strict=False)
+    if not drawn:
+        return model, ["every tensor was taken from --weights"]
+    heads = ", ".join(sorted({name.split(".")[0] for name in drawn}))
+    note = f"{len(taken)} tensors were taken from --weights; {len(drawn)} of {heads} are drawn anew"
+    return model, [f"{note} ({start.weights.config.num_classes} classes there, {len(classes)} here)"]
+
+
+def _identity(recipe: Recipe, images: DataSet, start: Start, plan: TrainingPlan) -> dict[str, Any]:
+    """Return what decides the result, in JSON types: it must be the same when a run is resumed."""
+    values = {name: value for name, value in recipe.to_dict().items() if name not in _FREE_FIELDS}
     sha256 = None if start.weights is None else start.weights.sha256
-    of_data = {"data (SHA-256 of its names)": data.fingerprint, "--weights (SHA-256)": sha256}
+    of_data = {"data (SHA-256 of its names)": images.fingerprint, "--weights (SHA-256)": sha256}
     return {**values, **of_data, "images in a part of a step": plan.part}
 
 
 def _prepare(output: Path, *, resume: bool) -> None:
-    """The folder, without what a killed run left half written."""
+    """Make the folder, and remove what a killed run left half written."""
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is not empty; expected a new folder, or --resume to go on with the run in it")
     try:
         output.mkdir(parents=True, exist_ok=True)
         for stale in output.glob(".*"):
-            if stale.name.startswith((f".{SNAPSHOT_NAME}.", f".{CHECKPOINT_NAME}.", ".log.jsonl.")):
+            if stale.name.startswith(tuple(f".{name}" for name in (SNAPSHOT_NAME, CHECKPOINT_NAME, LOG_NAME))):
                 stale.unlink()
     except OSError as error:
         raise UsageError(f"{output}: {error.strerror}; expected a folder that can be written") from error
 
 
-def _training(data: Path, recipe: Recipe, found: Data, start: Start, scores: dict[str, float]) -> dict[str, Any]:
-    """What the checkpoint says of how it was made."""
-    said: dict[str, Any] = {
-        "data": f"{data.resolve().name}, {len(found.training)} images",
-        "recipe": {"command": "dmformer train", **recipe.to_dict()},
-        "held_out_images": len(found.validation),
-        **{f"held_out_{name}": round(value, 6) for name, value in scores.items()},
-    }
-    if start.weights is not None:
-        said["started_from_sha256"] = start.weights.sha256
-    return said
-
-
-def _write(path: Path, run: Run, training: dict[str, Any]) -> None:
-    model, config = run.result, run.model.config
-    state = {k: v.cpu() for k, v in model.state_dict().items() if not k.endswith(".num_batches_tracked")}
+def _write_checkpoint(path: Path, run: Run, description: dict[str, Any]) -> None:
+    config = run.model.config
+    state = {k: v.cpu() for k, v in run.result.state_dict().items() if not k.endswith(".num_batches_tracked")}
     arch = variant_name(config) or "custom"
-    checkpoint = Checkpoint(arch, config, state, run.preprocessing, run.data.classes, training=training)
-    temporary = path.with_name(f".{path.name}.new")
-    save_checkpoint(temporary, checkpoint)
-    temporary.replace(path)
+    checkpoint = Checkpoint(arch, config, state, run.preprocessing, run.data.classes, training=description)
+    with whole_file(path) as staging:
+        save_checkpoint(staging, checkpoint)

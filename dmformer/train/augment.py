@@ -34,27 +34,27 @@ _TRIES = 10  # to find a crop that fits, as torchvision and mmsegmentation have 
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of several numbers, well mixed."""
+    """Mix several numbers into one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's generator of the CPU starts from the seed inside the block, and is left as it was."""
+    """Seed PyTorch's generator of the CPU for the length of the block; afterwards it goes on as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 class Augmentation:
-    """The random view of one image that the recipe asks for: Pillow images in, uint8 arrays out."""
+    """Draws random views of single images as the recipe says: Pillow images in, uint8 arrays out."""
 
     def __init__(self, recipe: Recipe, preprocessing: Preprocessing) -> None:
         self.recipe, self.preprocessing = recipe, preprocessing
         self.layers = _kornia_layers(recipe)
 
     def classification(self, image: Image, seed: int) -> NDArray[np.uint8]:
-        """A random part of the image, flipped and changed by chance: uint8 (size, size, C)."""
+        """Return a random part of the image, flipped and changed by chance: uint8 (size, size, C)."""
         draw = np.random.default_rng(seed)
         if self.recipe.crop_scale == (1.0, 1.0):
             pixels = self.preprocessing.pixels(image)
@@ -62,12 +62,12 @@ class Augmentation:
             pixels = self._random_crop(self.preprocessing.upright(image), draw)
         if draw.random() < self.recipe.horizontal_flip:
             pixels = pixels[:, ::-1]
-        return self._changed(pixels, int(draw.integers(2**63)))
+        return self._augment(pixels, int(draw.integers(2**63)))
 
     def segmentation(
         self, image: Image, labels: NDArray[np.uint8], seed: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """A random part of the image at a random size: uint8 (size, size, C), and its labels (size, size)."""
+        """Return a random part of the image at a random size, uint8 (size, size, C), and its labels (size, size)."""
         draw = np.random.default_rng(seed)
         pixels, labels = self._resized(self.preprocessing.upright(image), labels, draw)
         for _ in range(_TRIES):
@@ -80,7 +80,7 @@ class Augmentation:
         pixels = pixels[top : top + size, left : left + size]
         if draw.random() < self.recipe.horizontal_flip:
             pixels, part = pixels[:, ::-1], part[:, ::-1]
-        return self._changed(pixels, int(draw.integers(2**63))), np.ascontiguousarray(part)
+        return self._augment(pixels, int(draw.integers(2**63))), np.ascontiguousarray(part)
 
     def _random_crop(self, image: Image, draw: np.random.Generator) -> NDArray[np.uint8]:
         """The crop of Szegedy et al. (arXiv:1409.4842): its area and its ratio are random."""
@@ -104,7 +104,7 @@ class Augmentation:
     def _resized(
         self, image: Image, labels: NDArray[np.uint8], draw: np.random.Generator
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """The whole image at a random size; a side that is shorter than the input's is filled with ignored grey."""
+        """Resize the image at random; where a side is then shorter than the input's, add ignored grey pixels."""
         from PIL.Image import Resampling, fromarray
 
         size, (width, height) = self.preprocessing.image_size, image.size
@@ -118,8 +118,8 @@ class Augmentation:
         filled = np.pad(pixels, [*missing, (0, 0)], constant_values=max(0, min(255, grey)))
         return filled, np.pad(found, missing, constant_values=IGNORED)
 
-    def _changed(self, pixels: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-        """What Kornia makes of the pixels (H, W, C)."""
+    def _augment(self, pixels: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+        """Apply Kornia's layers to the pixels (H, W, C)."""
         if not self.layers:
             return np.ascontiguousarray(pixels)
         x = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].float() / 255  # (1, C, H, W)
@@ -156,7 +156,7 @@ def _kornia_layers(recipe: Recipe) -> list[Any]:
 
 
 class BatchAugmentation:
-    """What is done to a whole batch on its device: mixup or CutMix, and erasing."""
+    """Changes a batch on its device: mixup or CutMix, and erasing."""
 
     def __init__(self, recipe: Recipe, classes: int) -> None:
         self.recipe, self.classes = recipe, classes
@@ -166,7 +166,7 @@ class BatchAugmentation:
             self.erase = kornia.RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 3.3), p=recipe.erasing)
 
     def __call__(self, inputs: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs (N, C, H, W) and labels (N,) -> inputs, and targets (N, classes) whose rows sum to 1."""
+        """Change inputs (N, C, H, W); make of labels (N,) targets (N, classes) whose rows sum to 1."""
         draw = np.random.default_rng(seed)
         if self.erase is not None:
             with seeded(int(draw.integers(2**63))):
@@ -189,7 +189,7 @@ class BatchAugmentation:
 
 
 def _box(height: int, width: int, share: float, draw: np.random.Generator) -> tuple[int, int, int, int]:
-    """A rectangle that covers at most 1 - share of the image: top, bottom, left, right."""
+    """Draw a rectangle that covers at most 1 - share of the image: top, bottom, left, right."""
     down, across = (round(side * (1 - share) ** 0.5) for side in (height, width))
     y, x = int(draw.integers(height)), int(draw.integers(width))
     top, left = max(0, y - down // 2), max(0, x - across // 2)

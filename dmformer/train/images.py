@@ -1,4 +1,4 @@
-"""Training and validation images: what is in the folders, and how batches are made of them."""
+"""Training and validation images: the data set in a folder, and how batches are made of it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+    from PIL.Image import Image
     from torch import Tensor
 
     from dmformer.data.preprocessing import Preprocessing
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Images with what belongs to each: the index of its class, or the file with those of its pixels."""
+class LabelledImages:
+    """Paths of images, with a label of each: the index of its class, or the file with the classes of its pixels."""
 
     paths: tuple[Path, ...]
     labels: tuple[Any, ...]
@@ -40,30 +41,29 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSet:
     """A data set: names of its classes, images to train on and images to validate on."""
 
     classes: tuple[str, ...]
-    training: Labelled
-    validation: Labelled
+    training: LabelledImages
+    validation: LabelledImages
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the names of the classes and files: another one is another data set."""
+        """Return the SHA-256 of the names of classes and files, by which two data sets are told apart."""
         names = [*self.classes, *(str(p.name) for p in (*self.training.paths, *self.validation.paths))]
         return hashlib.sha256("\0".join(names).encode()).hexdigest()
 
 
-def find_data(folder: Path, task: Task, preprocessing: Preprocessing) -> Data:
-    """The data set in a folder: ``train`` and ``val`` with a subfolder for each class, or ADE20K's layout.
+def find_data_set(folder: Path, task: Task, preprocessing: Preprocessing) -> DataSet:
+    """Find the data set in a folder: ``train`` and ``val`` with a subfolder for each class, or ADE20K's layout.
 
     Raises:
         UsageError: a part is missing or empty, there are fewer than two classes, or validation has a class of its own.
     """
     if task == "segmentation":
-        training, validation = (annotated_set(folder, part) for part in ("training", "validation"))
-        parts = [Labelled(each.images, each.annotations) for each in (training, validation)]
-        return Data(training.classes, *parts)
+        annotated = [annotated_set(folder, part) for part in ("training", "validation")]
+        return DataSet(annotated[0].classes, *(LabelledImages(each.images, each.annotations) for each in annotated))
     train, val = folder / "train", folder / "val"
     for part in (train, val):
         if not part.is_dir():
@@ -74,14 +74,18 @@ def find_data(folder: Path, task: Task, preprocessing: Preprocessing) -> Data:
     if strange := sorted(set(held) - set(classes)):
         raise UsageError(f"{val}: {', '.join(strange[:5])} not in {train}; expected classes that are trained on")
     training_set, validation_set = (image_set(part, preprocessing, classes, len(classes)) for part in (train, val))
-    assert training_set.labels is not None
     if validation_set.labels is None:
         raise UsageError(f"{val}: no class folders; expected them named as in {train}")
-    present = set(training_set.labels.tolist())
+    assert training_set.labels is not None
+    training, validation = training_set.labels.tolist(), validation_set.labels.tolist()
+    present = set(training)
     if empty := [name for index, name in enumerate(classes) if index not in present]:
         raise UsageError(f"{train / empty[0]}: no image in it; expected some of every class")
-    parts = [Labelled(each.paths, tuple(each.labels.tolist())) for each in (training_set, validation_set)]  # type: ignore[union-attr]
-    return Data(tuple(classes), *parts)
+    return DataSet(
+        tuple(classes),
+        LabelledImages(training_set.paths, tuple(training)),
+        LabelledImages(validation_set.paths, tuple(validation)),
+    )
 
 
 class Place(NamedTuple):
@@ -121,39 +125,40 @@ class StepSampler(Sampler[list[Place]]):
 
 
 class _Images(ABC):
-    """Images that are decoded as they are asked for.
+    """Images that are decoded when they are read.
 
-    A file that cannot be read is given back as the exception: raised in a worker process it would lose its one line.
+    A file that cannot be read gives the exception as its item: raised in a worker process, it would lose its one line.
     """
 
-    def __init__(self, labelled: Labelled, preprocessing: Preprocessing, classes: int | None) -> None:
-        self.labelled, self.preprocessing, self.classes = labelled, preprocessing, classes
+    def __init__(self, images: LabelledImages, preprocessing: Preprocessing, classes: int | None) -> None:
+        self.images, self.preprocessing, self.classes = images, preprocessing, classes
 
     def __len__(self) -> int:
-        return len(self.labelled)
-
-    @abstractmethod
-    def read(self, key: Any) -> tuple[NDArray[np.uint8], Any]:
-        """One image as uint8 (size, size, C), and its label or labels."""
+        return len(self.images)
 
     def __getitem__(self, key: Any) -> tuple[NDArray[np.uint8], Any] | UsageError:
+        index = key.image if isinstance(key, Place) else key
         try:
-            return self.read(key)
+            return self.view(key, *self._read(index))
         except UsageError as error:
-            path = str(self.labelled.paths[key.image if isinstance(key, Place) else key])
+            path = str(self.images.paths[index])
             return error if path in str(error) or ": annotation" in str(error) else UsageError(f"{path}: {error}")
 
-    def pixel_labels(self, index: int, image_size: tuple[int, int]) -> NDArray[np.uint8]:
-        """The annotation of an image of so many pixels (width, height)."""
-        assert self.classes is not None
-        path = self.labelled.labels[index]
-        labels = load_labels(path, self.classes)
-        if labels.shape[::-1] != image_size:
-            raise UsageError(f"{path}: annotation of {labels.shape[::-1]} pixels for an image of {image_size}")
-        return labels
+    def _read(self, index: int) -> tuple[Image, Any]:
+        image, label = self.preprocessing.upright(open_image(self.images.paths[index])), self.images.labels[index]
+        if self.classes is None:
+            return image, label
+        labels = load_labels(label, self.classes)  # the label is a file
+        if labels.shape[::-1] != image.size:
+            raise UsageError(f"{label}: annotation of {labels.shape[::-1]} pixels for an image of {image.size}")
+        return image, labels
+
+    @abstractmethod
+    def view(self, key: Any, image: Image, label: Any) -> tuple[NDArray[np.uint8], Any]:
+        """Return what the network sees of an image, uint8 (size, size, C), with its class or labels (size, size)."""
 
     def collate(self, rows: Sequence[Any]) -> tuple[Tensor, Tensor] | UsageError:
-        """Inputs (N, C, H, W) in float32, and labels in int64: (N,), or (N, H, W) for pixels."""
+        """Make a batch: inputs (N, C, H, W) in float32, and labels in int64: (N,), or (N, H, W) for pixels."""
         for row in rows:
             if isinstance(row, UsageError):
                 return row
@@ -162,28 +167,27 @@ class _Images(ABC):
 
 
 class TrainingImages(_Images, Dataset[Any]):
-    """Random views: the one of an image in an epoch follows from the seed, the epoch and the image alone."""
+    """Random views of images; the seed, the epoch and the image alone decide each view."""
 
-    def __init__(self, labelled: Labelled, recipe: Recipe, preprocessing: Preprocessing, classes: int | None) -> None:
-        super().__init__(labelled, preprocessing, classes)
+    def __init__(
+        self, images: LabelledImages, recipe: Recipe, preprocessing: Preprocessing, classes: int | None
+    ) -> None:
+        super().__init__(images, preprocessing, classes)
         self.seed, self.augmentation = recipe.seed, Augmentation(recipe, preprocessing)
 
-    def read(self, key: Place) -> tuple[NDArray[np.uint8], Any]:
-        """One random view."""
+    def view(self, key: Place, image: Image, label: Any) -> tuple[NDArray[np.uint8], Any]:
+        """Draw the random view of an image in an epoch."""
         seed = seed_of(self.seed, *key)
-        image = self.preprocessing.upright(open_image(self.labelled.paths[key.image]))
         if self.classes is None:
-            return self.augmentation.classification(image, seed), self.labelled.labels[key.image]
-        return self.augmentation.segmentation(image, self.pixel_labels(key.image, image.size), seed)
+            return self.augmentation.classification(image, seed), label
+        return self.augmentation.segmentation(image, label, seed)
 
 
 class ValidationImages(_Images, Dataset[Any]):
-    """What the network sees at deployment."""
+    """Images as the network sees them at deployment."""
 
-    def read(self, key: int) -> tuple[NDArray[np.uint8], Any]:
-        """One image by the preprocessing alone."""
-        image = self.preprocessing.upright(open_image(self.labelled.paths[key]))
+    def view(self, key: int, image: Image, label: Any) -> tuple[NDArray[np.uint8], Any]:
+        """Apply the preprocessing alone."""
+        del key
         pixels = self.preprocessing.pixels(image)
-        if self.classes is None:
-            return pixels, self.labelled.labels[key]
-        return pixels, self.preprocessing.label_pixels(self.pixel_labels(key, image.size))
+        return pixels, label if self.classes is None else self.preprocessing.label_pixels(label)

@@ -1,9 +1,9 @@
-"""The log of a run: a line of JSON for each validation, and TensorBoard's file where that is installed.
+"""What a run keeps in its folder: its log, and a snapshot from which it goes on after it was killed.
 
-What a run needs to go on after it was killed, and how it is kept.
+The log has a line of JSON for each validation; where TensorBoard is installed, its file is written as well.
 
 Random draws are functions of the seed, the step and the image, and the learning rate is one of the step, so that no
-generator, sampler or scheduler has a state: the step says it all. What is left is the weights, their average, the
+generator, sampler or scheduler has a state: the step number is enough. A snapshot adds the weights, their average, the
 optimizer and the scale of the loss.
 """
 
@@ -18,32 +18,28 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from dmformer.errors import StageFailed, UsageError, first_line
+from dmformer.errors import UsageError, first_line
+from dmformer.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+LOG_NAME = "log.jsonl"
+SNAPSHOT_NAME = "last.pt"
+_SNAPSHOT_VERSION = 1
 
-VERSION = 1
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file: after a crash there is the old one or the new one, whole.
+def _replace_file(path: Path, data: bytes) -> None:
+    """Replace a file: after a crash of the machine there is the old one or the new one, whole.
 
     Raises:
-        StageFailed: it cannot be written.
+        StageFailed: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StageFailed(f"{path} could not be written: {error.strerror}") from error
+    with whole_file(path) as staging, staging.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_snapshot(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -51,34 +47,38 @@ def save_snapshot(path: Path, identity: Mapping[str, Any], state: Mapping[str, A
 
     Args:
         path: the file, which is replaced.
-        identity: what makes the run the run that it is, of JSON types; compared when it is resumed.
+        identity: what decides the result of the run, of JSON types; compared when the run is resumed.
         state: tensors, numbers and containers of them.
 
     Raises:
-        StageFailed: it cannot be written.
+        StageFailed: the file cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, "identity": dict(identity), "state": dict(state)}, buffer)
-    write_atomically(path, buffer.getvalue())
+    torch.save({"version": _SNAPSHOT_VERSION, "identity": dict(identity), "state": dict(state)}, buffer)
+    _replace_file(path, buffer.getvalue())
 
 
 def load_snapshot(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The state of the run that ``identity`` describes; read without running code from the file.
+    """Return the state of the run that ``identity`` describes, read without running code from the file.
 
     Raises:
-        UsageError: there is none, it is damaged, or it is of a run that is another in some way: all are named.
+        UsageError: there is no snapshot, it is damaged, or it is of a run with another identity: all differences are
+            named.
     """
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        version, before, state = content["version"], content["identity"], content["state"]
+        version, before = content["version"], content["identity"]
+        state: dict[str, Any] = content["state"]
     except FileNotFoundError as error:
         raise UsageError(f"nothing to resume: no {path}; expected the folder of a run that was interrupted") from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"snapshot {path} cannot be read ({first_line(error)}); start anew in another folder"
         ) from error
-    if version != VERSION:
-        raise UsageError(f"snapshot {path} is of version {version}; expected {VERSION}: resume with the older dmformer")
+    if version != _SNAPSHOT_VERSION:
+        raise UsageError(
+            f"snapshot {path} is of version {version}; expected {_SNAPSHOT_VERSION}: resume with the older dmformer"
+        )
     changed = [
         f"{name} is {identity.get(name)!r}, was {before.get(name)!r}"
         for name in sorted({*identity, *before})
@@ -86,15 +86,11 @@ def load_snapshot(path: Path, identity: Mapping[str, Any], device: torch.device)
     ]
     if changed:
         raise UsageError(f"--resume: {'; '.join(changed)}; expected the options that the run was started with")
-    found: dict[str, Any] = state
-    return found
-
-
-LOG_NAME = "log.jsonl"
+    return state
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was found after some step; shares from 0 to 1.
+    """One line of the log: a validation; accuracies are shares from 0 to 1.
 
     Attributes:
         step: optimizer steps done.
@@ -120,13 +116,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def scores(self) -> dict[str, float]:
-        """The measures of accuracy that there are."""
+        """Return the accuracies of the task by name."""
         named = {name: getattr(self, name) for name in ("top1", "top5", "miou", "pixel_accuracy")}
         return {name: value for name, value in named.items() if value is not None}
 
 
 class Journal:
-    """Writes rows into a folder; those beyond the step from which a run goes on are dropped."""
+    """The log in a folder; when a run goes on from a step, the rows after that step are dropped."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.path = folder / LOG_NAME
@@ -138,13 +134,13 @@ class Journal:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def add(self, row: Row) -> None:
-        """Write one more row, so that the file is whole at any time.
+        """Add a row, and write the log anew, so that the file is whole at any time.
 
         Raises:
             StageFailed: the file cannot be written.
         """
         self.rows.append(row)
-        write_atomically(self.path, b"".join(msgspec.json.encode(each) + b"\n" for each in self.rows))
+        _replace_file(self.path, b"".join(msgspec.json.encode(each) + b"\n" for each in self.rows))
         if self.board is not None:
             for name, value in {"loss": row.loss, "learning_rate": row.learning_rate, **row.scores}.items():
                 self.board.add_scalar(name, value, row.step)
@@ -157,7 +153,7 @@ class Journal:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a log; none where there is no file."""
+    """Return the rows of a log; none where there is no file."""
     if not path.is_file():
         return []
     return [msgspec.json.decode(line, type=Row) for line in path.read_bytes().splitlines()]

@@ -23,9 +23,9 @@ class Processes:
     """This process among those of the run.
 
     Attributes:
-        rank: its number.
-        world: how many there are.
-        device: what it computes on.
+        rank: number of this process, from 0.
+        world: number of processes.
+        device: the device that this process computes on.
     """
 
     rank: int
@@ -34,11 +34,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files and messages."""
+        """Return whether this process is the one that writes files and messages."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum values over all processes, in place."""
         if self.world > 1:
             distributed.all_reduce(values)
         return values
@@ -50,21 +50,21 @@ class Processes:
                 self.total(buffer).div_(self.world)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has come to this call."""
         if self.world > 1:
             distributed.barrier()
 
 
 @contextmanager
-def processes(device: str | None) -> Iterator[Processes]:
+def join_processes(device: str | None) -> Iterator[Processes]:
     """Join the other processes of the run, by ``torchrun``'s environment variables, for the length of the block.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``; ``None`` takes a GPU where there is one, for each process its own.
 
     Raises:
-        UsageError: no such device.
-        UnavailableError: it is not there.
+        UsageError: the device is none to train on.
+        UnavailableError: this machine does not have the device.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), world)

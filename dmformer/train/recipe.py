@@ -1,4 +1,4 @@
-"""What a training run is made of: the recipe, its file format and the recipes that ship.
+"""Recipes: the hyper-parameters of a training run, their file format, and the recipes that ship.
 
 The defaults are the paper's recipe on ImageNet where it states one (AdamW, learning rate 1e-3 for 1,024 images a step,
 cosine decay, 300 epochs), and DeiT's for what it does not state (Touvron et al., arXiv:2012.12877, which the macro
@@ -36,7 +36,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         arch: variant to train; ``None`` takes that of the weights to start from, or ``dmformer_s``.
         model: fields of the network's configuration, beside those that follow from the rest of the recipe.
-        seed: of every random draw.
+        seed: seed of every random draw.
         preprocessing: how images become inputs at deployment; ``None`` takes that of the weights, or the task's usual.
         epochs: passes over the training images.
         steps: optimizer steps instead of epochs.
@@ -45,31 +45,31 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         accumulate: parts in which each process computes its share of a step, one after the other.
         learning_rate: the largest, for ``learning_rate_batch`` images a step; it is scaled linearly with them (Goyal
             et al., arXiv:1706.02677).
-        learning_rate_batch: see there; ``None`` takes the rate as it is.
+        learning_rate_batch: images of a step for which the learning rates are given.
         schedule: how the rate falls after the warm-up: half a cosine, or (1 - progress)^poly_power.
         poly_power: 0.9 is DeepLab's, 1 a straight line.
         min_learning_rate: what the rate does not fall below, for ``learning_rate_batch`` images.
         warmup_epochs: epochs in which the rate rises linearly.
         warmup_steps: the same in steps; replaces ``warmup_epochs``.
-        weight_decay: AdamW's, on weights of two and more dimensions.
+        weight_decay: weight decay of AdamW, on weights of two and more dimensions.
         clip_norm: gradients are scaled down to this L2 norm; ``None`` leaves them.
         precision: type of the forward and backward pass; weights stay in float32.
-        ema_decay: of the moving average of the weights, which is validated and saved in their place; 0 makes none.
-            Choose it for the length of the run: it averages over about 1 / (1 - decay) steps.
-        drop_path: stochastic depth's largest rate.
+        ema_decay: decay of the moving average of the weights, which is validated and saved in their place; 0 makes
+            none. Choose it for the length of the run: it averages over about 1 / (1 - decay) steps.
+        drop_path: largest rate of stochastic depth.
         label_smoothing: share of the target that is spread over all classes.
         sync_batch_norm: BatchNorm over the images of all processes (GPUs only).
-        horizontal_flip: probability.
+        horizontal_flip: probability that an image is flipped.
         crop_scale: share of the image's area that a random crop covers (classification).
-        crop_ratio: its width over its height (classification).
+        crop_ratio: width of a random crop over its height (classification).
         randaugment_operations: operations for each image (Cubuk et al., arXiv:1909.13719); 0 is none.
-        randaugment_magnitude: of 30.
+        randaugment_magnitude: strength of the operations, of at most 30.
         rotation_degrees: largest random rotation.
         shift: largest random shift, as a share of the side.
-        zoom: largest random change of size, as a share.
+        zoom: largest random change of size, as a share of it.
         erasing: probability that a rectangle is erased (Zhong et al., arXiv:1708.04896).
-        mixup: parameter of the Beta distribution (Zhang et al., arXiv:1710.09412); 0 is none.
-        cutmix: likewise (Yun et al., arXiv:1905.04899). With both, each batch gets one of the two by chance.
+        mixup: parameter of mixup's Beta distribution (Zhang et al., arXiv:1710.09412); 0 is none.
+        cutmix: parameter of CutMix's (Yun et al., arXiv:1905.04899). With both, each batch gets one of them by chance.
         resize_range: the image's shorter side over the input's before a random crop (segmentation).
         largest_class: a crop in which one class covers more than this share is drawn again (segmentation).
         color_jitter: largest random change of brightness, contrast and saturation, and a sixth of it in hue.
@@ -124,18 +124,18 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise UsageError(f"recipe: crop_scale goes up to {self.crop_scale[1]}; expected at most 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary of JSON types; :func:`make_recipe` reads it back."""
-        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return built
+        """Return a dictionary of JSON types; :func:`make_recipe` reads it back."""
+        fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return fields
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The fields that a recipe sets: a TOML file, or a shipped recipe by its name.
+    """Read the fields that a recipe sets: a TOML file, or a shipped recipe by its name.
 
     Raises:
         UsageError: no such file or recipe, no TOML, or a key that is no field of a recipe.
@@ -153,7 +153,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A recipe of a dictionary of JSON types; what it does not name keeps its default.
+    """Make a recipe of a dictionary of JSON types; fields that it does not name keep their defaults.
 
     Raises:
         UsageError: an unknown key, all of which are named, or a value that is not of its type or range.

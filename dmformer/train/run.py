@@ -1,4 +1,4 @@
-"""One training run: batches in, steps, validation, snapshots, a checkpoint out.
+"""The steps of a training run: batches in; validations, log rows and snapshots out.
 
 The plumbing is PyTorch's own: DistributedDataParallel, autocast and GradScaler, AveragedModel, DataLoader. Accelerate
 and Lightning Fabric were considered; what they add to these is the choice of a device, for which they bring HTTP
@@ -8,6 +8,7 @@ without running code from it.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from dmformer.data.annotated import IGNORED
 from dmformer.errors import StageFailed, UsageError
 from dmformer.train.augment import BatchAugmentation, seed_of
 from dmformer.train.images import StepSampler, TrainingImages, ValidationImages
-from dmformer.train.journal import Journal, Row, save_snapshot
-from dmformer.train.start import learning_rate, loss_of, make_optimizer
+from dmformer.train.journal import SNAPSHOT_NAME, Journal, Row, save_snapshot
 from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
 
 if TYPE_CHECKING:
@@ -35,16 +37,25 @@ if TYPE_CHECKING:
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.models.dmformer import DMFormerBackbone
     from dmformer.progress import Progress
-    from dmformer.train.images import Data
+    from dmformer.train.images import DataSet
     from dmformer.train.processes import Processes
     from dmformer.train.recipe import Recipe
 
-SNAPSHOT_NAME = "last.pt"
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Plan:
-    """How many steps there are, and how each is shared out."""
+class TrainingPlan:
+    """How many steps a run has, and how each is divided among the processes.
+
+    Attributes:
+        part: images of one forward pass of one process.
+        epoch: steps of one pass over the images.
+        steps: steps of the run.
+        interval: steps between validations.
+
+    Raises:
+        UsageError: the batch cannot be divided so, or there are fewer images than in one batch.
+    """
 
     def __init__(self, recipe: Recipe, images: int, world: int) -> None:
         parts = recipe.accumulate * world
@@ -61,14 +72,57 @@ class Plan:
         self.interval = recipe.interval or self.epoch
 
 
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Make AdamW with weight decay on matrices and kernels only: not on biases, norms and scales."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.squeeze().ndim > 1]
+    others = [p for p in parameters if p.squeeze().ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Return the rate of a step: linear warm-up, then the schedule; it depends on the step alone and needs no state.
+
+    Args:
+        recipe: has the rates for ``learning_rate_batch`` images.
+        step: number of the step, from 0.
+        steps: number of steps of the whole run.
+        steps_per_epoch: length of an epoch, for a warm-up that is given in epochs.
+    """
+    scale = recipe.batch_size / recipe.learning_rate_batch
+    highest, lowest = recipe.learning_rate * scale, recipe.min_learning_rate * scale
+    warmup = recipe.warmup_steps if recipe.warmup_steps is not None else round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return highest * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    remaining = (
+        (1 + math.cos(math.pi * progress)) / 2 if recipe.schedule == "cosine" else (1 - progress) ** recipe.poly_power
+    )
+    return lowest + (highest - lowest) * remaining
+
+
+def loss_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    """Return the cross entropy of images (N, classes) or of pixels (N, classes, H, W).
+
+    Targets are shares of the classes that sum to 1, (N, classes), or the labels of pixels, (N, H, W).
+    """
+    if targets.is_floating_point():
+        return F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+    total = F.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORED, label_smoothing=recipe.label_smoothing, reduction="sum"
+    )
+    return total / (targets != IGNORED).sum().clamp(min=1)  # an image without any label counts for nothing
+
+
 class Run:
     """A network in training, with everything that changes from step to step.
 
     Args:
-        model: on the CPU.
-        recipe: of the run.
+        model: the network to train, on the CPU.
+        recipe: hyper-parameters.
         data: images and classes.
-        preprocessing: of validation images, and the size and colours of all.
+        preprocessing: how validation images become inputs; training images have its size and colours.
         plan: how many steps there are.
         group: this process among the others.
     """
@@ -77,13 +131,13 @@ class Run:
         self,
         model: DMFormerBackbone,
         recipe: Recipe,
-        data: Data,
+        data: DataSet,
         preprocessing: Preprocessing,
-        plan: Plan,
+        plan: TrainingPlan,
         group: Processes,
     ) -> None:
         self.recipe, self.data, self.preprocessing, self.plan, self.group = recipe, data, preprocessing, plan, group
-        self.pixels = model.config.task == "segmentation"
+        self.pixel_classes = len(data.classes) if model.config.task == "segmentation" else None
         if recipe.sync_batch_norm and group.world > 1:
             if group.device.type != "cuda":
                 raise UsageError("sync_batch_norm on the CPU; expected GPUs: set it to false")
@@ -94,9 +148,8 @@ class Run:
             ids = [group.device] if group.device.type == "cuda" else None
             self.network = DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
         self.optimizer = make_optimizer(model, recipe)
-        kind = group.device.type
-        self.scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "fp16")
-        self.mixing = BatchAugmentation(recipe, len(data.classes)) if not self.pixels else None
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "fp16")
+        self.mixing = None if self.pixel_classes else BatchAugmentation(recipe, len(data.classes))
         self.average: AveragedModel | None = None
         if recipe.ema_decay:
             averaging = get_ema_multi_avg_fn(recipe.ema_decay)
@@ -104,23 +157,23 @@ class Run:
 
     @property
     def result(self) -> nn.Module:
-        """The network to validate and to save: the average, where there is one."""
+        """Return the network to validate and to save: the average, where there is one."""
         return self.model if self.average is None else self.average.module
 
     def step(self, step: int, batches: Iterator[Any]) -> Tensor:
-        """One optimizer step; returns this process's loss."""
+        """Do one optimizer step, and return this process's loss."""
         self.network.train()
         recipe, parts = self.recipe, self.recipe.accumulate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, self.plan.steps, self.plan.epoch)
         total = torch.zeros((), device=self.group.device)
         for index in range(parts):
-            inputs, labels = self._moved(next(batches))
+            inputs, labels = self._on_device(next(batches))
             part = index * self.group.world + self.group.rank
             if self.mixing is not None:
                 inputs, labels = self.mixing(inputs, labels, seed_of(recipe.seed, step, part, 1))
             torch.manual_seed(seed_of(recipe.seed, step, part, 2))  # of stochastic depth and dropout
-            with self._together(last=index == parts - 1):
+            with self._gradient_exchange(last=index == parts - 1):
                 with self._autocast():
                     logits = self.network(inputs)
                 loss = loss_of(logits, labels, recipe) / parts
@@ -136,14 +189,14 @@ class Run:
             self.average.update_parameters(self.model)
         return total
 
-    def _moved(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
         if isinstance(batch, UsageError):  # an image that a worker could not read
             raise batch
         inputs, labels = batch
         return inputs.to(self.group.device, non_blocking=True), labels.to(self.group.device, non_blocking=True)
 
-    def _together(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are exchanged after the last part of a step only."""
+    def _gradient_exchange(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Let the processes exchange gradients after the last part of a step only."""
         if isinstance(self.network, DistributedDataParallel) and not last:
             return self.network.no_sync()
         return nullcontext()
@@ -153,61 +206,46 @@ class Run:
         return torch.autocast(kind, _TYPES[precision], enabled=precision != "fp32")
 
     def validate(self) -> dict[str, float]:
-        """Accuracy on the validation images, shared out over the processes: shares from 0 to 1 by name."""
+        """Return the accuracy on the validation images of all processes: shares from 0 to 1 by name."""
         self.group.average_buffers(self.model)
         if self.average is not None:
             self.group.average_buffers(self.average.module)
         model = self.result.eval()
-        counts = np.zeros(1, np.int64)
-        for logits, labels in self._answers(model):
-            counts = counts + (self._confusion(logits, labels) if self.pixels else _hits(logits, labels))
-        counts = self.group.total(torch.from_numpy(counts).to(self.group.device)).cpu().numpy()
-        if not self.pixels:
-            return {"top1": float(counts[0] / counts[2]), "top5": float(counts[1] / counts[2])}
-        found = pixel_accuracy(counts)
-        if found.miou is None or found.pixel_accuracy is None:
-            raise UsageError("no pixel of the validation images has a class; expected annotations with numbers above 0")
-        return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy}
-
-    def _answers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        images = ValidationImages(self.data.validation, self.preprocessing, self._pixel_classes)
+        images = ValidationImages(self.data.validation, self.preprocessing, self.pixel_classes)
         own = range(self.group.rank, len(images), self.group.world)
-        loader: DataLoader[Any] = DataLoader(
-            images,
-            self.plan.part,
-            sampler=own,
-            collate_fn=images.collate,
-            num_workers=self.recipe.workers,
-        )
+        counts = np.zeros(1, np.int64)
         with torch.inference_mode():
-            for batch in loader:
-                inputs, labels = self._moved(batch)
+            for batch in self._loader(images, batch_size=self.plan.part, sampler=own):
+                inputs, labels = self._on_device(batch)
                 with self._autocast():
-                    yield model(inputs), labels
+                    logits = model(inputs)
+                counts = counts + self._count(logits, labels)
+        counts = self.group.total(torch.from_numpy(counts).to(self.group.device)).cpu().numpy()
+        if not self.pixel_classes:
+            return {"top1": float(counts[0] / counts[2]), "top5": float(counts[1] / counts[2])}
+        accuracy = pixel_accuracy(counts)
+        if accuracy.miou is None or accuracy.pixel_accuracy is None:
+            raise UsageError("no pixel of the validation images has a class; expected annotations with numbers above 0")
+        return {"miou": accuracy.miou, "pixel_accuracy": accuracy.pixel_accuracy}
 
-    @property
-    def _pixel_classes(self) -> int | None:
-        return len(self.data.classes) if self.pixels else None
-
-    def _confusion(self, logits: Tensor, labels: Tensor) -> Any:
-        return confusion_matrix(logits.argmax(1).cpu().numpy(), labels.cpu().numpy(), len(self.data.classes))
+    def _count(self, logits: Tensor, labels: Tensor) -> Any:
+        """Count pixels by class and answer, or images: right, with their class among the first five, and all."""
+        if self.pixel_classes:
+            return confusion_matrix(logits.argmax(1).cpu().numpy(), labels.cpu().numpy(), self.pixel_classes)
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        return np.array([int(best[:, 0].sum()), int(best.any(1).sum()), len(labels)], np.int64)
 
     def batches(self, steps: range) -> Iterator[Any]:
-        """The parts of some steps that this process computes."""
-        images = TrainingImages(self.data.training, self.recipe, self.preprocessing, self._pixel_classes)
+        """Return the parts of some steps that this process computes."""
+        images = TrainingImages(self.data.training, self.recipe, self.preprocessing, self.pixel_classes)
         sampler = StepSampler(len(images), self.recipe, steps, self.group.rank, self.group.world)
-        return iter(
-            DataLoader(
-                images,
-                batch_sampler=sampler,
-                collate_fn=images.collate,
-                num_workers=self.recipe.workers,
-                pin_memory=self.group.device.type == "cuda",
-            )
-        )
+        return iter(self._loader(images, batch_sampler=sampler, pin_memory=self.group.device.type == "cuda"))
+
+    def _loader(self, images: TrainingImages | ValidationImages, **options: Any) -> DataLoader[Any]:
+        return DataLoader(images, collate_fn=images.collate, num_workers=self.recipe.workers, **options)
 
     def state(self) -> dict[str, Any]:
-        """What changes from step to step."""
+        """Return what changes from step to step."""
         return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -216,18 +254,12 @@ class Run:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state."""
+        """Go back to a state that :meth:`state` returned."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
-
-def _hits(logits: Tensor, labels: Tensor) -> Any:
-    """How many are right, how many have their class among the first five, and how many there are."""
-    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return np.array([int(best[:, 0].sum()), int(best.any(1).sum()), len(labels)], np.int64)
 
 
 def train_steps(
@@ -242,11 +274,11 @@ def train_steps(
 
     Args:
         run: the network, in the state of that step.
-        first: steps done.
-        folder: for the log and the snapshot.
-        identity: of the snapshots.
-        stage: told of each interval.
-        report: called with each row.
+        first: number of steps that are done.
+        folder: where the log and the snapshot are written.
+        identity: what decides the result, for the snapshots.
+        stage: shows the progress of each interval.
+        report: called with each row of the log.
 
     Returns:
         The last row; ``None`` where nothing was left to do.

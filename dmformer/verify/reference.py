@@ -44,14 +44,14 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
     require("torch", extra="export", purpose="comparing with a checkpoint")
     from dmformer.models.checkpoint import load_checkpoint
     from dmformer.models.dmformer import FEATURES_ONLY
-    from dmformer.models.infer import UNTOLD
+    from dmformer.models.infer import HIDDEN_FIELDS
 
     config = bundle.manifest.model.config
     options = FEATURES_ONLY if bundle.manifest.model.task == "features" else {}
     if weights is not None:
         # What neither names nor shapes nor the file's metadata tell is taken from the bundle: a plain .pth could not
         # be compared otherwise.
-        fallback = {name: config[name] for name in UNTOLD if name in config}
+        fallback = {name: config[name] for name in HIDDEN_FIELDS if name in config}
         found = load_checkpoint(weights, options=options, fallback=fallback)
         ours = found.config.to_dict()
         for field in ("task", "in_channels", "num_classes"):
