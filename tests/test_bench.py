@@ -14,11 +14,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import dmformer
+from dmformer import process
 from dmformer.bench import api, measure
-from dmformer.bench import limits as machine_limits
 from dmformer.bench.plan import Configuration, Request, plan_bench
-from dmformer.bench.worker import Answer, Job
-from dmformer.bench.worker import run as run_job
+from dmformer.bench.worker import TimingOrder, measure_configuration
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, StageFailed, UsageError
@@ -121,9 +120,9 @@ WRONGS = {
     "raises": ("raise RuntimeError('out of luck')", "the process failed: RuntimeError: out of luck"),
     "exits": ("sys.exit(3)", "the process failed: no message"),
     "hangs": ("time.sleep(600)", "did not end within"),
-    "says so": ("open(job['answer'], 'w').write('{\"error\": \"no luck\"}'); sys.exit()", "^no luck$"),
+    "says so": ("open(result, 'w').write('[\"UsageError\", \"no luck\"]'); sys.exit()", "^no luck$"),
     "no answer": ("sys.exit()", "ended without an answer"),
-    "half an answer": ("open(job['answer'], 'w').write('{\"measure'); sys.exit()", "ended without an answer"),
+    "half an answer": ("open(result, 'w').write('[\"\", {'); sys.exit()", "ended without an answer"),
 }
 
 
@@ -176,15 +175,15 @@ def test_only_the_first_round_proves_the_precision(exported: ExportResult, worke
 
 def stopping(orders: Orders, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the process after so many is at work."""
-    scripted = api.Child
+    scripted = process.Child
 
     class Stopped(scripted):  # type: ignore[misc,valid-type]
-        def work(self, order: bytes, timeout_s: float) -> None:
-            if len(orders) == after and "configuration" in json.loads(order):
+        def call(self, order: Any, result: Any, timeout_s: float) -> Any:
+            if len(orders) == after and isinstance(order, TimingOrder):
                 raise KeyboardInterrupt
-            super().work(order, timeout_s)
+            return super().call(order, result, timeout_s)
 
-    monkeypatch.setattr(api, "Child", Stopped)
+    monkeypatch.setattr(process, "Child", Stopped)
 
 
 @pytest.mark.parametrize(
@@ -250,24 +249,33 @@ def test_the_demonstration_is_expected_to_take_less_than_a_minute(exported: Expo
 # --- the noise floor --------------------------------------------------------------------------------------------------
 
 
-Rounds = Callable[[dict[str, list[Answer]]], None]
+Rounds = Callable[[dict[str, list[api.Timed]]], None]
 
 
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> Rounds:
     """Answer in the processes' place, for each runtime in the order of its runs."""
 
-    def replace(answers: dict[str, list[Answer]]) -> None:
+    def replace(answers: dict[str, list[api.Timed]]) -> None:
         left = {runtime: iter(found) for runtime, found in answers.items()}
-        monkeypatch.setattr(api._Work, "measure", lambda _, row, **__: next(left[row.runtime]))
-        monkeypatch.setattr(api._Work, "limits", lambda _: machine_limits.Answer(error="not asked"))
+
+        def answer(_function: str, order: Any, *_: object) -> Any:
+            found = next(left[order.configuration.runtime]) if isinstance(order, TimingOrder) else LOST
+            if isinstance(found, StageFailed):
+                raise found
+            return found
+
+        monkeypatch.setattr(api, "call", answer)
 
     return replace
 
 
-def timed(*medians: int) -> list[Answer]:
-    """Answers with these medians; a lonely slow call would move a mean."""
-    return [Answer(measurement=measurement([median] * 9 + [50 * median])) for median in medians]
+LOST = StageFailed("no luck")
+
+
+def timed(*medians: int) -> list[api.Timed]:
+    """Measurements with these medians; a lonely slow call would move a mean."""
+    return [measurement([median] * 9 + [50 * median]) for median in medians]
 
 
 def test_the_noise_floor_is_the_median_over_rounds_of_the_distance_from_1(
@@ -286,19 +294,16 @@ def test_a_machine_without_noise_has_a_floor_of_0(exported: ExportResult, rounds
     assert dmformer.bench(exported.output, runtimes=["ort"]).noise_floor == 0
 
 
-LOST = [Answer(error="no luck")]
-
-
 @pytest.mark.parametrize(
     ("answers", "status"),
     [
-        pytest.param([*LOST, *timed(5, 5, 5)], "failed", id="first run, round 1"),
-        pytest.param([*timed(5, 5), *LOST, *timed(5, 5)], "failed", id="first run, round 2"),
-        pytest.param([*timed(5, 5, 5, 5, 5), *LOST], "ok", id="second run, round 3"),
+        pytest.param([LOST, *timed(5, 5, 5)], "failed", id="first run, round 1"),
+        pytest.param([*timed(5, 5), LOST, *timed(5, 5)], "failed", id="first run, round 2"),
+        pytest.param([*timed(5, 5, 5, 5, 5), LOST], "ok", id="second run, round 3"),
     ],
 )
 def test_there_is_no_noise_floor_where_the_first_configuration_failed(
-    exported: ExportResult, rounds: Rounds, answers: list[Answer], status: str
+    exported: ExportResult, rounds: Rounds, answers: list[api.Timed], status: str
 ) -> None:
     rounds({"onnxruntime": answers, "openvino": timed(4, 4, 4)})
     found = dmformer.bench(exported.output, runtimes=["ort", "ov"])
@@ -307,7 +312,7 @@ def test_there_is_no_noise_floor_where_the_first_configuration_failed(
 
 
 def test_another_configuration_that_failed_leaves_the_noise_floor(exported: ExportResult, rounds: Rounds) -> None:
-    rounds({"onnxruntime": timed(5, 6, 5, 6, 5, 6), "openvino": LOST})
+    rounds({"onnxruntime": timed(5, 6, 5, 6, 5, 6), "openvino": [LOST]})
     assert dmformer.bench(exported.output, runtimes=["ort", "ov"]).noise_floor == pytest.approx(0.2)
 
 
@@ -344,25 +349,23 @@ def asked_of(artifact: Artifact, **changed: Any) -> Configuration:
 def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_bundle(bundle)
     (artifact,) = opened.artifacts("onnx")
-    job = Job(
+    order = TimingOrder(
         bundle=str(bundle), manifest_sha256=opened.manifest_sha256, configuration=asked_of(artifact), images=(),
         duration_s=0.0, least_calls=1, limit_s=60,
-        prove_precision=True, profile=False, answer="unused",
+        prove_precision=True,
     )  # fmt: skip
     monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    proven = run_job(job).measurement
-    assert proven is not None
+    proven = measure_configuration(order)
     assert proven.device == "CPUExecutionProvider"
     assert set(proven.layers) == {"fp32"}
-    unproven = run_job(msgspec.structs.replace(job, prove_precision=False)).measurement
-    assert unproven is not None
+    unproven = measure_configuration(msgspec.structs.replace(order, prove_precision=False))
     assert unproven.layers == {}
     with pytest.raises(StageFailed, match="the bundle changed"):
-        run_job(msgspec.structs.replace(job, manifest_sha256="0" * 64))
+        measure_configuration(msgspec.structs.replace(order, manifest_sha256="0" * 64))
     with (bundle / artifact.files[0].path).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):
-        run_job(job)
+        measure_configuration(order)
 
 
 def test_a_promise_that_is_not_kept_is_a_failed_row(bundle: Path) -> None:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dmformer.errors import DMFormerError
 from dmformer.runtimes import registry
 from dmformer.task import STRIDES
 
@@ -60,23 +56,16 @@ class Limits(Struct, frozen=True, kw_only=True):
     peaks: tuple[Peak, ...] = ()
 
 
-class Order(Struct, frozen=True, kw_only=True):
-    """What to measure, and where to write it; ``peaks`` are runtimes and precisions."""
+class LimitsOrder(Struct, frozen=True, kw_only=True):
+    """What to measure: with how many threads, and of which runtimes at which precisions the peaks too."""
 
     threads: int
-    peaks: tuple[tuple[str, str], ...]
-    answer: str
+    peaks: tuple[tuple[str, str], ...] = ()
 
 
-class Answer(Struct, frozen=True, kw_only=True):
-    """The limits, or the line that says why there are none."""
-
-    limits: Limits | None = None
-    error: str | None = None
-
-
-def measure_limits(threads: int, peaks: tuple[tuple[str, str], ...] = ()) -> Limits:
+def measure_limits(order: LimitsOrder) -> Limits:
     """Measure in this process, whose :data:`THREAD_VARIABLES` must have been set before NumPy was imported."""
+    threads = order.threads
     rng = np.random.default_rng(0)
     left, right = rng.random((2, _MATRIX, _MATRIX), dtype=np.float32)
     product = np.empty_like(left)
@@ -91,7 +80,7 @@ def measure_limits(threads: int, peaks: tuple[tuple[str, str], ...] = ()) -> Lim
         bytes_per_s = 2 * _COPY_BYTES / _best(copy)
     flops = 2 * _MATRIX**3 / _best(lambda: np.matmul(left, right, out=product))
     found = []
-    for runtime, precision in peaks:
+    for runtime, precision in order.peaks:
         gops = registry.available_adapter(registry.entry(runtime)).peak_gops(precision, threads)
         if gops is not None:
             found.append(Peak(runtime=runtime, precision=precision, gops=gops))
@@ -160,17 +149,3 @@ def _gops(limits: Limits, runtime: str, precision: str) -> float | None:
 def environment_for(threads: int) -> dict[str, str]:
     """The environment of a process that measures with so many threads."""
     return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-
-
-def main() -> None:
-    """Read the order, measure, write the answer."""
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    try:
-        answer = Answer(limits=measure_limits(order.threads, order.peaks))
-    except (DMFormerError, MemoryError) as error:
-        answer = Answer(error=str(error) or "not enough memory")
-    Path(order.answer).write_bytes(msgspec.json.encode(answer))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,7 @@
-"""The process that one round of one configuration runs in: a job in by standard input, a file out."""
+"""What the process of one round of one configuration does."""
 
 from __future__ import annotations
 
-import sys
 import time
 from itertools import cycle
 from pathlib import Path
@@ -16,7 +15,7 @@ from dmformer.bench.profile import Profile, profile
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import load_pixels
-from dmformer.errors import DMFormerError, StageFailed
+from dmformer.errors import StageFailed
 from dmformer.serve.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -29,11 +28,19 @@ if TYPE_CHECKING:
     from dmformer.runtimes.base import Runtime
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One round to measure or to profile, and where to write the answer.
+class TimingOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """One round of one configuration to measure, or to profile.
 
-    ``images`` are files; without them the golden inputs are used. ``limit_s`` bounds all calls together, loading
-    included, from the start of the process.
+    Attributes:
+        bundle: its folder.
+        manifest_sha256: of the bundle that is meant.
+        configuration: what to time.
+        images: files that are the input; without them the golden inputs are.
+        duration_s: least time of the steady state, in seconds.
+        least_calls: least number of timed calls.
+        limit_s: bounds all calls together, loading included, from when the order arrives.
+        prove_precision: whether to read back in which precision the layers run.
+        brief: whether medians are enough.
     """
 
     bundle: str
@@ -44,45 +51,47 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     least_calls: int
     limit_s: float
     prove_precision: bool
-    profile: bool
-    answer: str
     brief: bool = False
 
+    def choice(self) -> Choice:
+        """Return the artifact and its runtime, after making sure that the bundle is the one that was meant.
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for, or the line that says why there is none."""
-
-    measurement: Measurement | None = None
-    profile: Profile | None = None
-    error: str | None = None
-
-
-def run(job: Job) -> Answer:
-    """Measure or profile, after making sure that the bundle is the one that was meant."""
-    deadline_s = time.perf_counter() + job.limit_s
-    bundle = own_bundle(Path(job.bundle))  # the process that sent the job opened it under the policy
-    if bundle.manifest_sha256 != job.manifest_sha256:
-        raise StageFailed(
-            f"manifest {bundle.manifest_sha256[:12]}…; expected {job.manifest_sha256[:12]}…: the bundle changed"
-        )
-    wanted = job.configuration
-    (choice,), _ = select(bundle, [wanted.runtime], [wanted.precision])
-    if job.profile:
-        made = batches(_inputs(bundle, job.images), wanted.batch)
-        return Answer(profile=profile(choice.runtime(wanted.threads), made))
-    promised = choice.artifact.promised_share if job.prove_precision else None
-    extent = Extent(job.duration_s, job.least_calls, deadline_s, job.brief)
-    return Answer(measurement=measure(_streams(choice, job), extent, promised))
+        Raises:
+            StageFailed: the bundle is another one.
+        """
+        bundle = own_bundle(Path(self.bundle))  # the process that sent the order opened it under the policy
+        if bundle.manifest_sha256 != self.manifest_sha256:
+            raise StageFailed(
+                f"manifest {bundle.manifest_sha256[:12]}…; expected {self.manifest_sha256[:12]}…: the bundle changed"
+            )
+        (choice,), _ = select(bundle, [self.configuration.runtime], [self.configuration.precision])
+        return choice
 
 
-def _streams(choice: Choice, job: Job) -> list[tuple[Runtime, Ask]]:
-    wanted = job.configuration
+def measure_configuration(order: TimingOrder) -> Measurement:
+    """Measure one round."""
+    deadline_s = time.perf_counter() + order.limit_s
+    choice = order.choice()
+    promised = choice.artifact.promised_share if order.prove_precision else None
+    extent = Extent(order.duration_s, order.least_calls, deadline_s, order.brief)
+    return measure(_streams(choice, order), extent, promised)
+
+
+def profile_configuration(order: TimingOrder) -> Profile:
+    """Find out where the time of an inference goes."""
+    choice = order.choice()
+    inputs = batches(_inputs(choice.bundle, order.images), order.configuration.batch)
+    return profile(choice.runtime(order.configuration.threads), inputs)
+
+
+def _streams(choice: Choice, order: TimingOrder) -> list[tuple[Runtime, Ask]]:
+    wanted = order.configuration
     if wanted.mode == "end-to-end":
         predictor = Predictor(choice, wanted.threads, batch=wanted.batch)
-        paths = [Path(image) for image in job.images]
+        paths = [Path(image) for image in order.images]
         turns = cycle([paths[(start + row) % len(paths)] for row in range(wanted.batch)] for start in range(len(paths)))
         return [(predictor.runtime, lambda: predictor.predict(next(turns)))]
-    inputs = _inputs(choice.bundle, job.images)
+    inputs = _inputs(choice.bundle, order.images)
     name = choice.bundle.manifest.inputs[0].name
     runtimes = [choice.runtime(wanted.threads) for _ in range(wanted.streams)]
     return [(runtime, network_alone(runtime, name, inputs, wanted.batch)) for runtime in runtimes]
@@ -94,17 +103,3 @@ def _inputs(bundle: Bundle, images: tuple[str, ...]) -> NDArray[np.float32]:
         return bundle.golden().inputs
     preprocessing = bundle.manifest.preprocessing
     return preprocessing.normalize(load_pixels([Path(image) for image in images], preprocessing))
-
-
-def main() -> None:
-    """Read the job, measure, write the answer."""
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    try:
-        answer = run(job)
-    except DMFormerError as error:
-        answer = Answer(error=str(error))
-    Path(job.answer).write_bytes(msgspec.json.encode(answer))
-
-
-if __name__ == "__main__":
-    main()
