@@ -15,9 +15,9 @@ from jsonschema import Draft202012Validator
 
 import dmformer
 from dmformer import process
-from dmformer.bench import api, measure
-from dmformer.bench.plan import Configuration, Request, plan_bench
-from dmformer.bench.worker import TimingOrder, measure_configuration
+from dmformer.bench import api
+from dmformer.bench.measure import measure_configuration
+from dmformer.bench.plan import BRIEF_WARM_UP, WARM_UP, BenchRequest, Configuration, TimingOrder, plan_bench
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, StageFailed, UsageError
@@ -101,13 +101,13 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
 def test_arguments_that_cannot_be_used(
     exported: ExportResult, arguments: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "run", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "run_plan", lambda *_, **__: pytest.fail("the work was begun"))
     with pytest.raises(UsageError, match=expected):
         dmformer.bench(exported.output, **arguments)
 
 
 def test_a_damaged_file_is_found_before_anything_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "run", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "run_plan", lambda *_, **__: pytest.fail("the work was begun"))
     with (bundle / "onnx/fp32/model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):
@@ -217,15 +217,15 @@ def test_limits_that_cannot_be_measured_are_told(
 
 
 def test_a_plan_announces_what_it_takes(exported: ExportResult) -> None:
-    plan = plan_bench(exported.output, Request(runtimes=["ov", "ort"], rounds=4, limit_s=50, profile=True))
+    plan = plan_bench(exported.output, BenchRequest(runtimes=["ov", "ort"], rounds=4, limit_s=50, profile=True))
     assert plan.processes == 4 * (2 + 1 + 1) + 2
     assert plan.longest_s == 50 * plan.processes
     assert 10 < plan.expected_s < 60
-    assert plan_bench(exported.output, Request(batches=[1 << 16])).expected_s > 2 * plan.expected_s
+    assert plan_bench(exported.output, BenchRequest(batches=[1 << 16])).expected_s > 2 * plan.expected_s
 
 
 def test_medians_alone_take_few_calls_and_no_limits(exported: ExportResult, worker: Worker) -> None:
-    usual, brief = (plan_bench(exported.output, Request(brief=brief)) for brief in (False, True))
+    usual, brief = (plan_bench(exported.output, BenchRequest(brief=brief)) for brief in (False, True))
     assert (usual.least_calls, brief.least_calls) == (22, 3)
     assert usual.processes - brief.processes == usual.rounds
     assert brief.expected_s < usual.expected_s
@@ -237,26 +237,26 @@ def test_medians_alone_take_few_calls_and_no_limits(exported: ExportResult, work
         return silent(name, parts)
 
     found = dmformer.bench(exported.output, runtimes=["ov", "ort"], brief=True, stage=stage)
-    assert all(order["brief"] for order in orders)
+    assert all(order["warm_up"] == msgspec.structs.asdict(BRIEF_WARM_UP) for order in orders)
     assert stages == [("timing, 9 processes", 9)]  # three rounds of two rows, and of one of them once more
     assert (found.limits, found.results[0].share_of_limit, found.notes) == (None, None, ())
 
 
 def test_the_demonstration_is_expected_to_take_less_than_a_minute(exported: ExportResult) -> None:
-    assert plan_bench(exported.output, Request()).expected_s < 60
+    assert plan_bench(exported.output, BenchRequest()).expected_s < 60
 
 
 # --- the noise floor --------------------------------------------------------------------------------------------------
 
 
-Rounds = Callable[[dict[str, list[api.Timed]]], None]
+Rounds = Callable[[dict[str, list[api.RoundResult]]], None]
 
 
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> Rounds:
     """Answer in the processes' place, for each runtime in the order of its runs."""
 
-    def replace(answers: dict[str, list[api.Timed]]) -> None:
+    def replace(answers: dict[str, list[api.RoundResult]]) -> None:
         left = {runtime: iter(found) for runtime, found in answers.items()}
 
         def answer(_function: str, order: Any, *_: object) -> Any:
@@ -273,7 +273,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Rounds:
 LOST = StageFailed("no luck")
 
 
-def timed(*medians: int) -> list[api.Timed]:
+def timed(*medians: int) -> list[api.RoundResult]:
     """Measurements with these medians; a lonely slow call would move a mean."""
     return [measurement([median] * 9 + [50 * median]) for median in medians]
 
@@ -303,7 +303,7 @@ def test_a_machine_without_noise_has_a_floor_of_0(exported: ExportResult, rounds
     ],
 )
 def test_there_is_no_noise_floor_where_the_first_configuration_failed(
-    exported: ExportResult, rounds: Rounds, answers: list[api.Timed], status: str
+    exported: ExportResult, rounds: Rounds, answers: list[api.RoundResult], status: str
 ) -> None:
     rounds({"onnxruntime": answers, "openvino": timed(4, 4, 4)})
     found = dmformer.bench(exported.output, runtimes=["ort", "ov"])
@@ -346,15 +346,14 @@ def asked_of(artifact: Artifact, **changed: Any) -> Configuration:
     return Configuration(**(fields | {"artifact_sha256": artifact.sha256} | changed))
 
 
-def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_checks_the_artifact_it_times(bundle: Path) -> None:
     opened = open_bundle(bundle)
     (artifact,) = opened.artifacts("onnx")
     order = TimingOrder(
         bundle=str(bundle), manifest_sha256=opened.manifest_sha256, configuration=asked_of(artifact), images=(),
         duration_s=0.0, least_calls=1, limit_s=60,
-        prove_precision=True,
+        prove_precision=True, warm_up=msgspec.structs.replace(WARM_UP, least_s=0.0),
     )  # fmt: skip
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
     proven = measure_configuration(order)
     assert proven.device == "CPUExecutionProvider"
     assert set(proven.layers) == {"fp32"}

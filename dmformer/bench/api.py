@@ -6,18 +6,17 @@ import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
 from dmformer.bench.limits import Limits, LimitsOrder, environment_for, least_work
 from dmformer.bench.measure import Measurement
-from dmformer.bench.plan import Plan, Request, plan_bench
+from dmformer.bench.plan import BenchPlan, BenchRequest, TimingOrder, plan_bench
 from dmformer.bench.profile import Profile
 from dmformer.bench.report import BenchReport, Result, median_limits, standings, summarise
 from dmformer.bench.statistics import noise_floor
-from dmformer.bench.worker import TimingOrder
 from dmformer.errors import DMFormerError
 from dmformer.machine import describe_machine
 from dmformer.process import call
@@ -27,13 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dmformer.bench.plan import Configuration
+    from dmformer.bench.report import Baseline
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Advance, Progress
 
 ROUNDS = DEFAULT_ROUNDS
 _KILL_AFTER = 2  # times the limit of a process's calls: what loads longer than it may call is stuck
 
-Timed = Measurement | DMFormerError  # of one round
+T = TypeVar("T")
+RoundResult = Measurement | DMFormerError
 
 
 def bench(
@@ -84,7 +85,7 @@ def bench(
         UnavailableError: a runtime that was named, or every one, cannot run on this machine.
         UsageError: an argument cannot be used.
     """
-    request = Request(
+    request = BenchRequest(
         runtimes=runtimes,
         precisions=precisions,
         batches=batches,
@@ -98,7 +99,7 @@ def bench(
         profile=profile,
         brief=brief,
     )
-    return run(plan_bench(bundle, request), stage)
+    return run_plan(plan_bench(bundle, request), stage)
 
 
 @dataclass
@@ -115,9 +116,9 @@ class _Run:
         partial: whether it was stopped.
     """
 
-    plan: Plan
+    plan: BenchPlan
     folder: Path
-    timed: list[list[Timed]] = field(init=False)
+    timed: list[list[RoundResult]] = field(init=False)
     limits: list[Limits | None] = field(default_factory=list)
     profiles: dict[int, Profile | DMFormerError] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -144,11 +145,14 @@ class _Run:
                 rounds = self.timed[-1 if place == plan.twin and again else place]
                 again = again or place == plan.twin
                 if not any(isinstance(each, DMFormerError) for each in (*rounds, *self.timed[place])):
-                    rounds.append(self._measure(plan.configurations[place], first=not rounds))
+                    # The first round proves the precision.
+                    order = self._order(plan.configurations[place], prove_precision=not rounds)
+                    rounds.append(self._call("dmformer.bench.measure:measure_configuration", order, Measurement))
                 advance()
         for place in plan.profiled:
             if self.timed[place] and isinstance(self.timed[place][-1], Measurement):
-                self.profiles[place] = self._profile(plan.configurations[place])
+                order = self._order(plan.configurations[place])
+                self.profiles[place] = self._call("dmformer.bench.profile:profile_configuration", order, Profile)
             advance()
 
     def _measure_limits(self) -> None:
@@ -156,31 +160,13 @@ class _Run:
         cores = max(row.cores for row in rows)
         peaks = dict.fromkeys((row.runtime, row.precision) for row in rows if row.precision != "fp32")
         order = LimitsOrder(threads=cores, peaks=tuple(peaks))
-        function, limit_s = "dmformer.bench.limits:measure_limits", self.plan.limit_s
-        try:
-            self.limits.append(call(function, order, Limits, limit_s, environment_for(cores)))
-        except DMFormerError as error:
-            self.limits.append(None)
-            note = f"the machine's limits were not measured: {error}"
-            if note not in self.notes:
-                self.notes.append(note)
+        limits = self._call("dmformer.bench.limits:measure_limits", order, Limits, environment_for(cores))
+        if isinstance(limits, DMFormerError):
+            note = f"the machine's limits were not measured: {limits}"
+            self.notes += [] if note in self.notes else [note]
+        self.limits.append(limits if isinstance(limits, Limits) else None)
 
-    def _measure(self, row: Configuration, *, first: bool) -> Timed:
-        """One round of one configuration; the first one proves the precision."""
-        order = self._order(row, prove_precision=first)
-        try:
-            return call("dmformer.bench.worker:measure_configuration", order, Measurement, self.plan.limit_s)
-        except DMFormerError as error:
-            return error
-
-    def _profile(self, row: Configuration) -> Profile | DMFormerError:
-        order = self._order(row, prove_precision=False)
-        try:
-            return call("dmformer.bench.worker:profile_configuration", order, Profile, self.plan.limit_s)
-        except DMFormerError as error:
-            return error
-
-    def _order(self, row: Configuration, *, prove_precision: bool) -> TimingOrder:
+    def _order(self, row: Configuration, *, prove_precision: bool = False) -> TimingOrder:
         plan = self.plan
         return TimingOrder(
             bundle=str(plan.bundle.root.absolute()),
@@ -191,8 +177,31 @@ class _Run:
             least_calls=plan.least_calls,
             limit_s=plan.limit_s / _KILL_AFTER,
             prove_precision=prove_precision,
-            brief=plan.brief,
+            warm_up=plan.warm_up,
         )
+
+    def _call(
+        self, function: str, order: msgspec.Struct, result: type[T], environment: dict[str, str] | None = None
+    ) -> T | DMFormerError:
+        try:
+            return call(function, order, result, self.plan.limit_s, environment)
+        except DMFormerError as error:
+            return error
+
+    def results(self) -> tuple[Result, ...]:
+        """Return a row for each configuration."""
+        manifest = self.plan.bundle.manifest
+        artifacts = {artifact.sha256: artifact for artifact in manifest.artifacts}
+        rows = []
+        for place, (row, rounds) in enumerate(zip(self.plan.configurations, self.timed, strict=False)):
+            work = least_work(manifest, artifacts[row.artifact_sha256], row.batch)
+            result = _result(row, rounds, self.limits, work)
+            profile = self.profiles.get(place)
+            if isinstance(profile, DMFormerError):
+                rows.append(msgspec.structs.replace(result, profile_reason=str(profile)))
+            else:
+                rows.append(msgspec.structs.replace(result, profile=profile))
+        return tuple(rows)
 
     def _golden_images(self) -> tuple[str, ...]:
         """Write the bundle's golden images to files, from which the mode ``end-to-end`` begins."""
@@ -206,60 +215,58 @@ class _Run:
         return tuple(paths)
 
 
-def run(plan: Plan, stage: Progress = silent) -> BenchReport:
-    """Carry a plan out; see :func:`bench`."""
+def run_plan(
+    plan: BenchPlan, stage: Progress = silent, *, baseline: Baseline | None = None, command: str | None = None
+) -> BenchReport:
+    """Carry a plan out.
+
+    Args:
+        plan: what to do.
+        stage: told about the run; it advances with each process.
+        baseline: an earlier run, which the report compares with.
+        command: the command line that the run is of, for the report.
+
+    Returns:
+        See :func:`bench`.
+    """
     environment = describe_machine()
     begun = datetime.now(timezone.utc)
     with (
         tempfile.TemporaryDirectory(prefix="dmformer-") as folder,
         stage(f"timing, {plan.processes} processes", plan.processes) as advance,
     ):
-        found = _Run(plan, Path(folder))
+        run = _Run(plan, Path(folder))
         try:
-            found.carry_out(advance)
+            run.carry_out(advance)
         except KeyboardInterrupt:
-            found.partial = True
-    return _report(found, environment, begun)
-
-
-def _report(found: _Run, environment: dict[str, object], begun: datetime) -> BenchReport:
-    plan = found.plan
-    manifest = plan.bundle.manifest
-    artifacts = {artifact.sha256: artifact for artifact in manifest.artifacts}
-    results = []
-    for place, (row, rounds) in enumerate(zip(plan.configurations, found.timed, strict=False)):
-        work = least_work(manifest, artifacts[row.artifact_sha256], row.batch)
-        result = _result(row, rounds, found.limits, work)
-        profile = found.profiles.get(place)
-        if isinstance(profile, DMFormerError):
-            result = msgspec.structs.replace(result, profile_reason=str(profile))
-        else:
-            result = msgspec.structs.replace(result, profile=profile)
-        results.append(result)
-    twin, again = results[plan.twin], _result(plan.configurations[plan.twin], found.timed[-1], (), None)
+            run.partial = True
+    results = run.results()
+    twin, again = results[plan.twin], _result(plan.configurations[plan.twin], run.timed[-1], (), None)
     noise = noise_floor(twin.call_ns, again.call_ns) if twin.timed and again.timed else None
     if twin.timed and again.status == "failed":
-        found.notes.append(f"no noise floor: {twin.title}, timed once more, failed: {again.reason}")
-    return BenchReport(
+        run.notes.append(f"no noise floor: {twin.title}, timed once more, failed: {again.reason}")
+    report = BenchReport(
         environment=environment,
-        results=tuple(results),
-        limits=median_limits(found.limits),
+        results=results,
+        limits=median_limits(run.limits),
         noise_floor=noise,
         twin=plan.twin,
         standings=standings(results, noise),
         rounds=plan.rounds,
-        partial=found.partial,
-        arch=manifest.model.arch,
+        partial=run.partial,
+        arch=plan.bundle.manifest.model.arch,
         measured_at=begun.isoformat(timespec="seconds"),
         images=f"{len(plan.images)} files, the first {plan.images[0]}" if plan.images else None,
         skipped=plan.skipped,
-        notes=(*plan.notes, *found.notes),
+        notes=(*plan.notes, *run.notes),
+        command=command,
     )
+    return msgspec.structs.replace(report, comparison=baseline.compare(report)) if baseline is not None else report
 
 
 def _result(
     row: Configuration,
-    rounds: Sequence[Timed],
+    rounds: Sequence[RoundResult],
     limits: Sequence[Limits | None],
     work: tuple[float, float] | None,
 ) -> Result:

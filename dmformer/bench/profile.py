@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
+from dmformer.bench.measure import batches
+from dmformer.bench.plan import TimingOrder  # noqa: TC001 - the process reads its order by it
 from dmformer.runtimes.layers import is_compute, module_path
 
 if TYPE_CHECKING:
@@ -59,7 +61,18 @@ class Profile(Struct, frozen=True, kw_only=True):
     elementwise_ms: float
 
 
-def profile(runtime: Runtime, inputs: Sequence[NDArray[np.float32]]) -> Profile:
+def profile_configuration(order: TimingOrder) -> Profile:
+    """Profile one configuration.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        StageFailed: the bundle is not the one that was meant, or the engine failed.
+    """
+    choice, row = order.choice(), order.configuration
+    return profile_runtime(choice.runtime(row.threads), batches(order.inputs(choice.bundle), row.batch))
+
+
+def profile_runtime(runtime: Runtime, inputs: Sequence[NDArray[np.float32]]) -> Profile:
     """Profile a runtime that is not open yet, on batches (N, C, H, W) in turns.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from msgspec import Struct
 
-from dmformer.bench.measure import SAMPLES_FOR
+from dmformer.bench.plan import SAMPLES_FOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
