@@ -182,14 +182,14 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
 
 
 def batches(inputs: NDArray[np.float32], batch: int) -> list[NDArray[np.float32]]:
-    """Batches, each starting one row further on: parts of one array, so that making them takes no time and no room."""
+    """Return batches, each starting one row further on: views of one array, which take no time and no room to make."""
     count = len(inputs)
     rows = np.ascontiguousarray(inputs[np.arange(count + batch - 1) % count])
     return [rows[start : start + batch] for start in range(count)]
 
 
 def network_alone(runtime: Runtime, name: str, inputs: NDArray[np.float32], batch: int) -> Ask:
-    """A call of the network with the next batch of ``inputs`` (N, C, H, W)."""
+    """Return what calls the network with the next batch of ``inputs`` (N, C, H, W)."""
     feeds = cycle({name: array} for array in batches(inputs, batch))
     return lambda: runtime.run(next(feeds))
 

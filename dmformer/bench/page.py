@@ -50,7 +50,7 @@ class Picture(Struct, frozen=True, kw_only=True):
 
 
 class Table(Struct, frozen=True, kw_only=True):
-    """Figures."""
+    """A table of the page; ``text_last`` says that the last column is text."""
 
     title: str
     rows: Sequence[Sequence[str]]

@@ -121,7 +121,7 @@ def _paths(kernels: Sequence[Kernel]) -> list[str]:
 
     That is the next one; for onnxruntime's ReorderOutput the one before.
     """
-    found = ["" if _is(kernel, _LAYOUT) else kernel_module(kernel.name) for kernel in kernels]
+    paths = ["" if _is(kernel, _LAYOUT) else kernel_module(kernel.name) for kernel in kernels]
     places = range(len(kernels))
     own = [place for place in places if not _is(kernels[place], _LAYOUT)]
     for place in set(places) - set(own):
@@ -129,12 +129,12 @@ def _paths(kernels: Sequence[Kernel]) -> list[str]:
         after = [other for other in own if other > place]
         follows = kernels[place].operator == "ReorderOutput" or not after
         if before or after:
-            found[place] = found[before[-1] if follows and before else after[0]]
-    return found
+            paths[place] = paths[before[-1] if follows and before else after[0]]
+    return paths
 
 
 def kernel_module(name: str) -> str:
-    """The module that a kernel computes, from its name; nothing for what is outside of all modules.
+    """Return the module that a kernel computes, from its name; an empty string for what is outside of all modules.
 
     ``stages.0.blocks.0.dma.expand/Conv/WithoutBiases`` and ``/stages.0/blocks/blocks.0/dma/expand/Conv_output_0_nchwc``
     -> ``stages.0.blocks.0.dma.expand``: kernels are named after nodes, or, in onnxruntime, after what they give.

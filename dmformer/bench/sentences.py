@@ -17,7 +17,7 @@ def digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time in seconds up to two minutes, then in minutes."""
     return f"{digits(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 

@@ -91,7 +91,7 @@ def bench(
     """Time a bundle's runtimes: each row in processes of its own, beside what the machine can do at best."""
     from dmformer.bench import api, page
     from dmformer.bench.plan import BenchRequest, plan_bench
-    from dmformer.bench.sentences import duration as in_words
+    from dmformer.bench.sentences import format_duration
 
     present.check_json_target(json_file)
     if html is not None:
@@ -114,7 +114,8 @@ def bench(
     plan = plan_bench(present.bundle_named(bundle), request)
     if earlier is not None:
         earlier.check_model(plan.bundle.manifest.model.arch)
-    present.say(f"{plan.processes} processes, about {in_words(plan.expected_s)}, at most {in_words(plan.longest_s)}")
+    about, most = format_duration(plan.expected_s), format_duration(plan.longest_s)
+    present.say(f"{plan.processes} processes, about {about}, at most {most}")
     with present.stages() as shown:
         report = api.run_plan(plan, shown.stage, baseline=earlier, command=shlex.join(["dmformer", *sys.argv[1:]]))
     present.write_json(report, json_file)
