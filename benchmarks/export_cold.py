@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from dmformer.bench.limits import measure_limits
+from dmformer.bench.limits import LimitsOrder, measure_limits
 from dmformer.machine import usable_cores
 
 HERE = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def _write_crops(folder: Path) -> None:
 
 def _gflops() -> float:
     """What this machine attains just now in a large product of matrices."""
-    return measure_limits(usable_cores()).gflops
+    return measure_limits(LimitsOrder(threads=usable_cores())).gflops
 
 
 if __name__ == "__main__":

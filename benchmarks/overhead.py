@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import dmformer
-from dmformer.bench.measure import WARM_UP_S, network_alone
+from dmformer.bench.measure import network_alone
+from dmformer.bench.plan import WARM_UP
 from dmformer.bench.statistics import Ratio, paired_ratio
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import select
@@ -103,7 +104,7 @@ def take_turns(way: str, bundle: Path, runtime: str, threads: int) -> None:
     """What a process does: load, warm up, say so; then a turn for each line that comes, its median in nanoseconds."""
     images = open_bundle(bundle).golden().inputs
     call = through_bench(bundle, runtime, threads, images) if way == "ours" else BARE[runtime](bundle, threads, images)
-    list(_timed(call, WARM_UP_S))
+    list(_timed(call, WARM_UP.least_s))
     print("ready", flush=True)
     for _ in sys.stdin:
         print(np.median(list(_timed(call, TURN_S))), flush=True)

@@ -1,10 +1,10 @@
-"""A module of this package in a process of its own: native code that crashes or hangs becomes an error of a stage.
-
-The command line in a child process, so that a crash of native code becomes one line and an exit code.
+"""Child processes: the whole command line in one (:func:`supervise`), and one function in one (:func:`call`).
 
 Engines parse what a bundle holds in C++, and a file that means harm can make them crash: OpenVINO 2026.4 ends by SIGFPE
-on an input of 2^31 columns. A process cannot outlive that, and its parent can. Linux only, where the parent can tell
-what the terminal sent, which its child has got as well; elsewhere the command line runs as it is.
+on an input of 2^31 columns. A process cannot outlive that, and its parent can: a crash of the command line becomes one
+line and an exit code, a crash or hang of a function becomes an error of its stage.
+
+This module is imported before anything else is, so what takes long to import stands inside functions.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
-from dmformer.errors import StageFailed
+from dmformer import errors
+from dmformer.errors import DMFormerError, StageFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+Result = TypeVar("Result")
 
 _CRASHES = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
@@ -42,6 +44,9 @@ def announce(path: Path) -> Path:
 
 def supervise(main: Callable[[], None]) -> None:
     """Run the command line in a child process and end as it ended; legal while there is one thread.
+
+    On Linux only, where the parent can tell what the terminal sent, which its child has got as well; elsewhere the
+    command line runs as it is.
 
     Args:
         main: the command line, which ends by raising :class:`SystemExit`.
@@ -62,18 +67,18 @@ def supervise(main: Callable[[], None]) -> None:
         main()
         return
     while True:
-        told = signal.sigwaitinfo(waited_for)
-        if told.si_signo == signal.SIGCHLD:
+        received = signal.sigwaitinfo(waited_for)
+        if received.si_signo == signal.SIGCHLD:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 _end_as(os.waitstatus_to_exitcode(status))
-        elif told.si_code <= 0:  # sent by a process to this one; the terminal tells every process of the group
-            os.kill(child, told.si_signo)
+        elif received.si_code <= 0:  # sent by a process to this one; the terminal tells every process of the group
+            os.kill(child, received.si_signo)
 
 
 def _end_with(parent: int) -> None:
-    """Stop when the parent is killed: nobody would be left to tell."""
+    """Let this process be ended when its parent is killed: nobody would be left to report to."""
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -82,6 +87,7 @@ def _end_with(parent: int) -> None:
 
 
 def _end_as(code: int) -> NoReturn:
+    """End this process as its child ended, with one line where that was a crash."""
     if code >= 0:
         os._exit(code)  # the child has flushed and cleaned up
     _remove_announced()
@@ -101,7 +107,7 @@ def _end_as(code: int) -> NoReturn:
 
 
 def _remove_announced() -> None:
-    """What the child would have removed."""
+    """Remove the temporary files and folders that the child would have removed."""
     assert _announced is not None
     for name in os.pread(_announced, os.fstat(_announced).st_size, 0).split(b"\0")[:-1]:
         path = Path(os.fsdecode(name))
@@ -112,19 +118,33 @@ def _remove_announced() -> None:
 
 
 class Child:
-    """A process that runs a module, started at once; it waits for its work on standard input.
+    """A process for one call of one function, started at once: it imports the function and waits for its order.
 
-    A context manager: leaving it ends the process.
+    The order goes in by standard input, the result comes back in a file (native libraries print to standard output),
+    both as JSON. A context manager: leaving it ends the process.
 
     Args:
-        module: of this package, run as ``__main__``.
+        function: ``module:function``, which takes an order of the type that its parameter is annotated with, and
+            returns a result; both are what msgspec encodes.
+        prepare: ``module:function`` without parameters, called before the order is there: for imports that take long.
         inherit: file descriptors that the process gets too, under the same numbers.
         environment: of the process; otherwise that of this one.
     """
 
-    def __init__(self, module: str, inherit: Sequence[int] = (), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        function: str,
+        *,
+        prepare: str = "",
+        inherit: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        import tempfile
+
+        self._folder = tempfile.TemporaryDirectory(prefix="dmformer-")
+        self._result = Path(self._folder.name) / "result.json"
         self._process = subprocess.Popen(
-            self.command(module),
+            self.command(function, prepare, str(self._result)),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -133,16 +153,16 @@ class Child:
         )
 
     @staticmethod
-    def command(module: str) -> list[str]:
-        """The command that runs a module of this package.
+    def command(function: str, prepare: str, result: str) -> list[str]:
+        """The command that answers a call of a function.
 
         ``python -m`` would look for modules in the working folder first, which is the user's.
         """
         code = (
             "import sys; sys.path[:1] = [folder for folder in sys.path[:1] if folder]; "
-            f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+            "from dmformer.process import _answer; _answer(*sys.argv[1:])"
         )
-        return [sys.executable, "-c", code]
+        return [sys.executable, "-c", code, function, prepare, result]
 
     def __enter__(self) -> Self:
         return self
@@ -154,23 +174,65 @@ class Child:
             self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stderr):
-            with suppress(OSError, ValueError):  # another thread may still be in work()
+            with suppress(OSError, ValueError):  # another thread may still be in call()
                 if pipe is not None:
                     pipe.close()
+        self._folder.cleanup()
 
-    def work(self, order: bytes, timeout_s: float) -> None:
-        """Hand the work over and wait for the process to end. Legal once.
+    def call(self, order: Any, result: type[Result], timeout_s: float) -> Result:
+        """Hand the order over, wait for the process to end, and return what the function returned. Legal once.
+
+        Args:
+            order: the function's argument.
+            result: type of what it returns.
+            timeout_s: seconds that it may take.
 
         Raises:
-            StageFailed: it was ended by a signal, failed, or took longer than ``timeout_s`` seconds.
+            DMFormerError: the function raised it; the class and the message are the function's.
+            StageFailed: it raised something else, or the process crashed, took too long or left no result.
         """
+        import msgspec
+
         try:
-            _, said = self._process.communicate(order, timeout_s)
+            _, messages = self._process.communicate(msgspec.json.encode(order), timeout_s)
         except subprocess.TimeoutExpired as error:
             raise StageFailed(f"the process did not end within {timeout_s:.0f} s") from error
         code = self._process.returncode
         if code < 0:
             raise StageFailed(f"the process was ended by signal {-code} ({signal.Signals(-code).name})")
         if code > 0:
-            lines = said.decode(errors="replace").strip().splitlines() or ["no message"]
+            lines = messages.decode(errors="replace").strip().splitlines() or ["no message"]
             raise StageFailed(f"the process failed: {lines[-1]}")
+        try:
+            failure, content = msgspec.json.decode(self._result.read_bytes(), type=tuple[str, msgspec.Raw])
+            if not failure:
+                return msgspec.json.decode(content, type=result)
+            message = msgspec.json.decode(content, type=str)
+        except (OSError, msgspec.DecodeError) as error:
+            raise StageFailed("the process ended without an answer") from error
+        raise getattr(errors, failure)(message)
+
+
+def call(
+    function: str, order: Any, result: type[Result], timeout_s: float, environment: Mapping[str, str] | None = None
+) -> Result:
+    """Call a function in a process of its own that is started for it; see :class:`Child`."""
+    with Child(function, environment=environment) as child:
+        return child.call(order, result, timeout_s)
+
+
+def _answer(function: str, prepare: str, result: str) -> None:
+    """What the process does: read the order, call the function, write ``[class of the failure or "", content]``."""
+    from pkgutil import resolve_name
+
+    import msgspec
+
+    work = resolve_name(function)
+    if prepare:
+        resolve_name(prepare)()
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=next(iter(get_type_hints(work).values()), Any))
+    try:
+        answer = ("", work(order))
+    except DMFormerError as error:
+        answer = (type(error).__name__, str(error))
+    Path(result).write_bytes(msgspec.json.encode(answer))

@@ -14,11 +14,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import dmformer
-from dmformer.bench import api, measure
-from dmformer.bench import limits as machine_limits
-from dmformer.bench.plan import Configuration, Request, plan_bench
-from dmformer.bench.worker import Answer, Job
-from dmformer.bench.worker import run as run_job
+from dmformer import process
+from dmformer.bench import api
+from dmformer.bench.measure import measure_configuration
+from dmformer.bench.plan import BRIEF_WARM_UP, WARM_UP, BenchRequest, Configuration, TimingOrder, plan_bench
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, StageFailed, UsageError
@@ -102,13 +101,13 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
 def test_arguments_that_cannot_be_used(
     exported: ExportResult, arguments: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "run", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "run_plan", lambda *_, **__: pytest.fail("the work was begun"))
     with pytest.raises(UsageError, match=expected):
         dmformer.bench(exported.output, **arguments)
 
 
 def test_a_damaged_file_is_found_before_anything_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "run", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(api, "run_plan", lambda *_, **__: pytest.fail("the work was begun"))
     with (bundle / "onnx/fp32/model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):
@@ -121,9 +120,9 @@ WRONGS = {
     "raises": ("raise RuntimeError('out of luck')", "the process failed: RuntimeError: out of luck"),
     "exits": ("sys.exit(3)", "the process failed: no message"),
     "hangs": ("time.sleep(600)", "did not end within"),
-    "says so": ("open(job['answer'], 'w').write('{\"error\": \"no luck\"}'); sys.exit()", "^no luck$"),
+    "says so": ("open(result, 'w').write('[\"UsageError\", \"no luck\"]'); sys.exit()", "^no luck$"),
     "no answer": ("sys.exit()", "ended without an answer"),
-    "half an answer": ("open(job['answer'], 'w').write('{\"measure'); sys.exit()", "ended without an answer"),
+    "half an answer": ("open(result, 'w').write('[\"\", {'); sys.exit()", "ended without an answer"),
 }
 
 
@@ -176,15 +175,15 @@ def test_only_the_first_round_proves_the_precision(exported: ExportResult, worke
 
 def stopping(orders: Orders, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the process after so many is at work."""
-    scripted = api.Child
+    scripted = process.Child
 
     class Stopped(scripted):  # type: ignore[misc,valid-type]
-        def work(self, order: bytes, timeout_s: float) -> None:
-            if len(orders) == after and "configuration" in json.loads(order):
+        def call(self, order: Any, result: Any, timeout_s: float) -> Any:
+            if len(orders) == after and isinstance(order, TimingOrder):
                 raise KeyboardInterrupt
-            super().work(order, timeout_s)
+            return super().call(order, result, timeout_s)
 
-    monkeypatch.setattr(api, "Child", Stopped)
+    monkeypatch.setattr(process, "Child", Stopped)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +217,15 @@ def test_limits_that_cannot_be_measured_are_told(
 
 
 def test_a_plan_announces_what_it_takes(exported: ExportResult) -> None:
-    plan = plan_bench(exported.output, Request(runtimes=["ov", "ort"], rounds=4, limit_s=50, profile=True))
+    plan = plan_bench(exported.output, BenchRequest(runtimes=["ov", "ort"], rounds=4, limit_s=50, profile=True))
     assert plan.processes == 4 * (2 + 1 + 1) + 2
     assert plan.longest_s == 50 * plan.processes
     assert 10 < plan.expected_s < 60
-    assert plan_bench(exported.output, Request(batches=[1 << 16])).expected_s > 2 * plan.expected_s
+    assert plan_bench(exported.output, BenchRequest(batches=[1 << 16])).expected_s > 2 * plan.expected_s
 
 
 def test_medians_alone_take_few_calls_and_no_limits(exported: ExportResult, worker: Worker) -> None:
-    usual, brief = (plan_bench(exported.output, Request(brief=brief)) for brief in (False, True))
+    usual, brief = (plan_bench(exported.output, BenchRequest(brief=brief)) for brief in (False, True))
     assert (usual.least_calls, brief.least_calls) == (22, 3)
     assert usual.processes - brief.processes == usual.rounds
     assert brief.expected_s < usual.expected_s
@@ -238,36 +237,45 @@ def test_medians_alone_take_few_calls_and_no_limits(exported: ExportResult, work
         return silent(name, parts)
 
     found = dmformer.bench(exported.output, runtimes=["ov", "ort"], brief=True, stage=stage)
-    assert all(order["brief"] for order in orders)
+    assert all(order["warm_up"] == msgspec.structs.asdict(BRIEF_WARM_UP) for order in orders)
     assert stages == [("timing, 9 processes", 9)]  # three rounds of two rows, and of one of them once more
     assert (found.limits, found.results[0].share_of_limit, found.notes) == (None, None, ())
 
 
 def test_the_demonstration_is_expected_to_take_less_than_a_minute(exported: ExportResult) -> None:
-    assert plan_bench(exported.output, Request()).expected_s < 60
+    assert plan_bench(exported.output, BenchRequest()).expected_s < 60
 
 
 # --- the noise floor --------------------------------------------------------------------------------------------------
 
 
-Rounds = Callable[[dict[str, list[Answer]]], None]
+Rounds = Callable[[dict[str, list[api.RoundResult]]], None]
 
 
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> Rounds:
     """Answer in the processes' place, for each runtime in the order of its runs."""
 
-    def replace(answers: dict[str, list[Answer]]) -> None:
+    def replace(answers: dict[str, list[api.RoundResult]]) -> None:
         left = {runtime: iter(found) for runtime, found in answers.items()}
-        monkeypatch.setattr(api._Work, "measure", lambda _, row, **__: next(left[row.runtime]))
-        monkeypatch.setattr(api._Work, "limits", lambda _: machine_limits.Answer(error="not asked"))
+
+        def answer(_function: str, order: Any, *_: object) -> Any:
+            found = next(left[order.configuration.runtime]) if isinstance(order, TimingOrder) else LOST
+            if isinstance(found, StageFailed):
+                raise found
+            return found
+
+        monkeypatch.setattr(api, "call", answer)
 
     return replace
 
 
-def timed(*medians: int) -> list[Answer]:
-    """Answers with these medians; a lonely slow call would move a mean."""
-    return [Answer(measurement=measurement([median] * 9 + [50 * median])) for median in medians]
+LOST = StageFailed("no luck")
+
+
+def timed(*medians: int) -> list[api.RoundResult]:
+    """Measurements with these medians; a lonely slow call would move a mean."""
+    return [measurement([median] * 9 + [50 * median]) for median in medians]
 
 
 def test_the_noise_floor_is_the_median_over_rounds_of_the_distance_from_1(
@@ -286,19 +294,16 @@ def test_a_machine_without_noise_has_a_floor_of_0(exported: ExportResult, rounds
     assert dmformer.bench(exported.output, runtimes=["ort"]).noise_floor == 0
 
 
-LOST = [Answer(error="no luck")]
-
-
 @pytest.mark.parametrize(
     ("answers", "status"),
     [
-        pytest.param([*LOST, *timed(5, 5, 5)], "failed", id="first run, round 1"),
-        pytest.param([*timed(5, 5), *LOST, *timed(5, 5)], "failed", id="first run, round 2"),
-        pytest.param([*timed(5, 5, 5, 5, 5), *LOST], "ok", id="second run, round 3"),
+        pytest.param([LOST, *timed(5, 5, 5)], "failed", id="first run, round 1"),
+        pytest.param([*timed(5, 5), LOST, *timed(5, 5)], "failed", id="first run, round 2"),
+        pytest.param([*timed(5, 5, 5, 5, 5), LOST], "ok", id="second run, round 3"),
     ],
 )
 def test_there_is_no_noise_floor_where_the_first_configuration_failed(
-    exported: ExportResult, rounds: Rounds, answers: list[Answer], status: str
+    exported: ExportResult, rounds: Rounds, answers: list[api.RoundResult], status: str
 ) -> None:
     rounds({"onnxruntime": answers, "openvino": timed(4, 4, 4)})
     found = dmformer.bench(exported.output, runtimes=["ort", "ov"])
@@ -307,7 +312,7 @@ def test_there_is_no_noise_floor_where_the_first_configuration_failed(
 
 
 def test_another_configuration_that_failed_leaves_the_noise_floor(exported: ExportResult, rounds: Rounds) -> None:
-    rounds({"onnxruntime": timed(5, 6, 5, 6, 5, 6), "openvino": LOST})
+    rounds({"onnxruntime": timed(5, 6, 5, 6, 5, 6), "openvino": [LOST]})
     assert dmformer.bench(exported.output, runtimes=["ort", "ov"]).noise_floor == pytest.approx(0.2)
 
 
@@ -341,28 +346,25 @@ def asked_of(artifact: Artifact, **changed: Any) -> Configuration:
     return Configuration(**(fields | {"artifact_sha256": artifact.sha256} | changed))
 
 
-def test_the_worker_checks_the_artifact_it_times(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_checks_the_artifact_it_times(bundle: Path) -> None:
     opened = open_bundle(bundle)
     (artifact,) = opened.artifacts("onnx")
-    job = Job(
+    order = TimingOrder(
         bundle=str(bundle), manifest_sha256=opened.manifest_sha256, configuration=asked_of(artifact), images=(),
         duration_s=0.0, least_calls=1, limit_s=60,
-        prove_precision=True, profile=False, answer="unused",
+        prove_precision=True, warm_up=msgspec.structs.replace(WARM_UP, least_s=0.0),
     )  # fmt: skip
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    proven = run_job(job).measurement
-    assert proven is not None
+    proven = measure_configuration(order)
     assert proven.device == "CPUExecutionProvider"
     assert set(proven.layers) == {"fp32"}
-    unproven = run_job(msgspec.structs.replace(job, prove_precision=False)).measurement
-    assert unproven is not None
+    unproven = measure_configuration(msgspec.structs.replace(order, prove_precision=False))
     assert unproven.layers == {}
     with pytest.raises(StageFailed, match="the bundle changed"):
-        run_job(msgspec.structs.replace(job, manifest_sha256="0" * 64))
+        measure_configuration(msgspec.structs.replace(order, manifest_sha256="0" * 64))
     with (bundle / artifact.files[0].path).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckFailed):
-        run_job(job)
+        measure_configuration(order)
 
 
 def test_a_promise_that_is_not_kept_is_a_failed_row(bundle: Path) -> None:

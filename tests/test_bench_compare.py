@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from dmformer.bench.compare import Baseline
 from dmformer.bench.limits import Limits
-from dmformer.bench.report import BenchReport, Result, standings
-from dmformer.bench.words import comparison, verdicts
+from dmformer.bench.report import Baseline, BenchReport, Result, standings
+from dmformer.bench.sentences import comparison, verdicts
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.machine import cpu_model, describe_machine
 from tests.test_bench_figures import row

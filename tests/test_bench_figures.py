@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from dmformer.bench.limits import Limits, Peak, attainable_ms, environment_for, least_work, measure_limits
+from dmformer.bench.limits import Limits, LimitsOrder, Peak, attainable_ms, environment_for, least_work, measure_limits
 from dmformer.bench.measure import Measurement
 from dmformer.bench.plan import Configuration
 from dmformer.bench.report import Result, median_limits, standings, summarise
@@ -211,7 +211,7 @@ def test_the_limits_of_a_run_are_medians() -> None:
 
 
 def test_limits_are_measured() -> None:
-    found = measure_limits(1, (("openvino", "int8"), ("onnxruntime", "int8")))
+    found = measure_limits(LimitsOrder(threads=1, peaks=(("openvino", "int8"), ("onnxruntime", "int8"))))
     assert found.threads == 1
     assert 0.5 < found.gflops < 5_000
     assert 0.1 < found.gbytes_per_s < 2_000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dmformer
-from dmformer.bench.profile import OUTSIDE, kernel_module, profile, summarise_kernels
+from dmformer.bench.profile import OUTSIDE, kernel_module, profile_runtime, summarise_kernels
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import select
 from dmformer.runtimes.base import Kernel
@@ -73,7 +73,7 @@ def test_kernels_are_sorted() -> None:
 def test_real_kernels_are_of_the_network(exported: ExportResult, runtime: str) -> None:
     bundle = open_bundle(exported.output)
     (choice,), _ = select(bundle, [runtime])
-    found = profile(choice.runtime(1), [bundle.golden().inputs[:2]])
+    found = profile_runtime(choice.runtime(1), [bundle.golden().inputs[:2]])
     assert list(found.modules) == ["stages.0", "stages.1", "stages.2", "stages.3", OUTSIDE]
     assert all({"dma", "ffn", "downsample"} <= set(found.modules[f"stages.{number}"].parts) for number in range(4))
     assert "head" in found.modules[OUTSIDE].parts

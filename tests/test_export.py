@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -59,7 +60,7 @@ def fake_onnxsim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> 
     """Put another onnxsim before the installed one, for child processes."""
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake/onnxsim.py").write_text(FAKE_ONNXSIM.format(body=body), encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"), prepend=os.pathsep)
 
 
 def test_the_graph_is_named_typed_and_open_in_the_batch(graph: onnx.ModelProto) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from dmformer.bench import measure
 from dmformer.bench.measure import Extent, Measurement, network_alone, settled
+from dmformer.bench.plan import BRIEF_WARM_UP, WARM_UP
 from dmformer.errors import StageFailed
 from dmformer.runtimes.base import Details, TensorSpec
 from tests.fakes import FakeRuntime
@@ -43,8 +45,11 @@ def test_settled(latencies: list[int], expected: bool) -> None:
     assert settled(latencies) is expected
 
 
-def test_a_warm_up_that_never_settles_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+QUICK = msgspec.structs.replace(WARM_UP, least_s=0.0)
+QUICK_AND_BRIEF = msgspec.structs.replace(BRIEF_WARM_UP, least_s=0.0)
+
+
+def test_a_warm_up_that_never_settles_gives_up() -> None:
     latencies = iter(range(1_000, 100_000_000, 1_000))
     calls: list[int] = []
 
@@ -52,20 +57,19 @@ def test_a_warm_up_that_never_settles_gives_up(monkeypatch: pytest.MonkeyPatch) 
         calls.append(next(latencies) ** 2)
         return calls[-1]
 
-    assert measure._warm_up(call, Extent(0, 0)) is False
-    assert len(calls) == measure.WARM_UP_CALLS
+    assert measure._warm_up(call, Extent(0, 0, warm_up=QUICK)) is False
+    assert len(calls) == WARM_UP.least_calls
 
 
-def test_a_brief_warm_up_takes_fewer_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "BRIEF_WARM_UP_S", 0.0)
+def test_a_brief_warm_up_takes_fewer_calls() -> None:
     calls: list[int] = []
 
     def call() -> int:
         calls.append(1000)
         return calls[-1]
 
-    assert measure._warm_up(call, Extent(0, 0, brief=True)) is True
-    assert len(calls) == measure.BRIEF_WARM_UP_CALLS < measure.WARM_UP_CALLS
+    assert measure._warm_up(call, Extent(0, 0, warm_up=QUICK_AND_BRIEF)) is True
+    assert len(calls) == BRIEF_WARM_UP.least_calls < WARM_UP.least_calls
 
 
 # --- timing one runtime -----------------------------------------------------------------------------------------------
@@ -106,13 +110,12 @@ def timed(
 ) -> Measurement:
     """One stream over :data:`ROWS`."""
     asked = network_alone(runtime, "x", ROWS, batch)
-    return measure.measure([(runtime, asked)], Extent(duration_s, least_calls), promised)
+    return measure.measure([(runtime, asked)], Extent(duration_s, least_calls, warm_up=QUICK), promised)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No least time of warm-up, and one that settles at once."""
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    """A warm-up that settles at once."""
     monkeypatch.setattr(measure, "settled", lambda latencies, _window: len(latencies) >= 1)
 
 
@@ -122,7 +125,7 @@ def test_calls_are_counted_apart(batch: int, least_calls: int) -> None:
     runtime = Fake()
     found = timed(runtime, batch, least_calls=least_calls)
     assert len(found.latencies_ns) == least_calls
-    assert len(runtime.seen) == 1 + measure.WARM_UP_CALLS + least_calls
+    assert len(runtime.seen) == 1 + WARM_UP.least_calls + least_calls
     assert all(len(array) == batch for array in runtime.seen)
     assert all(sample > 0 for sample in found.latencies_ns)
     assert runtime.closed == 1
@@ -233,7 +236,7 @@ class Slow(Fake):
 
 def side_by_side(runtimes: list[Any], least_calls: int = 12) -> Measurement:
     streams = [(runtime, network_alone(runtime, "x", ROWS, 1)) for runtime in runtimes]
-    return measure.measure(streams, Extent(0.0, least_calls))
+    return measure.measure(streams, Extent(0.0, least_calls, warm_up=QUICK))
 
 
 @pytest.mark.usefixtures("quick")
@@ -244,7 +247,7 @@ def test_streams_run_at_once() -> None:
     assert max(runtime.most for runtime in runtimes) == 3
     assert len(found.latencies_ns) >= 12
     assert 0 < found.wall_ns < sum(found.latencies_ns)
-    assert all(len(runtime.seen) > measure.WARM_UP_CALLS for runtime in runtimes)
+    assert all(len(runtime.seen) > WARM_UP.least_calls for runtime in runtimes)
     assert [runtime.closed for runtime in runtimes] == [1, 1, 1]
 
 

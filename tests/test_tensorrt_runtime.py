@@ -16,7 +16,7 @@ from dmformer.bundle.golden import load_golden
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import select
 from dmformer.errors import StageFailed, UnavailableError, UsageError
-from dmformer.export.formats.tensorrt_build import complaints, explained, strongly_typed
+from dmformer.export.formats.tensorrt import complaints, strongly_typed, with_advice
 from dmformer.files import hash_file
 from dmformer.runtimes import cuda, flavours
 from dmformer.runtimes.base import TensorSpec
@@ -414,8 +414,8 @@ def test_complaints_without_a_node() -> None:
 
 
 def test_what_to_do_is_said_where_it_is_known() -> None:
-    assert "--workspace" in explained("Requested amount of GPU memory could not be allocated")
-    assert explained("something else") == "something else"
+    assert "--workspace" in with_advice("Requested amount of GPU memory could not be allocated")
+    assert with_advice("something else") == "something else"
 
 
 def test_layers_are_read_from_the_inspector_of_every_flavour() -> None:

@@ -11,28 +11,30 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
-from dmformer.bench import limits as machine_limits
-from dmformer.bench.limits import Limits, environment_for, least_work
-from dmformer.bench.plan import Plan, Request, plan_bench
+from dmformer.bench.limits import Limits, LimitsOrder, environment_for, least_work
+from dmformer.bench.measure import Measurement
+from dmformer.bench.plan import BenchPlan, BenchRequest, TimingOrder, plan_bench
+from dmformer.bench.profile import Profile
 from dmformer.bench.report import BenchReport, Result, median_limits, standings, summarise
 from dmformer.bench.statistics import noise_floor
-from dmformer.bench.worker import Answer, Job
-from dmformer.errors import StageFailed
+from dmformer.errors import DMFormerError
 from dmformer.machine import describe_machine
-from dmformer.process import Child
+from dmformer.process import call
 from dmformer.progress import silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dmformer.bench.plan import Configuration
+    from dmformer.bench.report import Baseline
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Advance, Progress
 
 ROUNDS = DEFAULT_ROUNDS
 _KILL_AFTER = 2  # times the limit of a process's calls: what loads longer than it may call is stuck
 
-Told = TypeVar("Told", Answer, machine_limits.Answer)
+T = TypeVar("T")
+RoundResult = Measurement | DMFormerError
 
 
 def bench(
@@ -83,7 +85,7 @@ def bench(
         UnavailableError: a runtime that was named, or every one, cannot run on this machine.
         UsageError: an argument cannot be used.
     """
-    request = Request(
+    request = BenchRequest(
         runtimes=runtimes,
         precisions=precisions,
         batches=batches,
@@ -97,92 +99,76 @@ def bench(
         profile=profile,
         brief=brief,
     )
-    return run(plan_bench(bundle, request), stage)
+    return run_plan(plan_bench(bundle, request), stage)
 
 
 @dataclass
-class _Found:
-    """What the processes of a run gave so far; the last list of answers is of the twin, timed once more."""
+class _Run:
+    """A run under way: how its processes are started, and what they gave so far.
 
-    answers: list[list[Answer]]
+    Attributes:
+        plan: what to do.
+        folder: for files that do not outlive the run.
+        timed: rounds of each configuration, and at the end of the twin, timed once more.
+        limits: of the machine, in each round.
+        profiles: by place of the configuration.
+        notes: what else is to be known.
+        partial: whether it was stopped.
+    """
+
+    plan: BenchPlan
+    folder: Path
+    timed: list[list[RoundResult]] = field(init=False)
     limits: list[Limits | None] = field(default_factory=list)
-    profiles: dict[int, Answer] = field(default_factory=dict)
+    profiles: dict[int, Profile | DMFormerError] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     partial: bool = False
 
-
-def run(plan: Plan, stage: Progress = silent) -> BenchReport:
-    """Carry a plan out; see :func:`bench`."""
-    environment = describe_machine()
-    begun = datetime.now(timezone.utc)
-    found = _Found([[] for _ in range(len(plan.configurations) + 1)])
-    with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
-        work = _Work(plan, Path(folder))
-        name = f"timing, {plan.processes} processes"
-        with stage(name, plan.processes) as advance:
-            try:
-                _fill(found, work, advance)
-            except KeyboardInterrupt:
-                found.partial = True
-    return _report(plan, found, environment, begun)
-
-
-def _fill(found: _Found, work: _Work, advance: Advance) -> None:
-    plan = work.plan
-    for number in range(plan.rounds):
-        if all(answers and answers[-1].error for answers in found.answers[:-1]):
-            break
-        if not plan.brief:
-            told = work.limits()
-            found.limits.append(told.limits)
-            note = f"the machine's limits were not measured: {told.error}"
-            if told.error and note not in found.notes:
-                found.notes.append(note)
-            advance()
-        again = False
-        for place in plan.order(number):
-            answers = found.answers[-1 if place == plan.twin and again else place]
-            again = again or place == plan.twin
-            failed = any(told.error for told in (*answers, *found.answers[place]))
-            if not failed:  # a configuration that failed is not tried again
-                answers.append(work.measure(plan.configurations[place], first=not answers))
-            advance()
-    for place in plan.profiled:
-        if found.answers[place][-1].measurement:
-            found.profiles[place] = work.profile(plan.configurations[place])
-        advance()
-
-
-class _Work:
-    """Starts the processes of a run."""
-
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan = plan
-        self.folder = folder
-        self.answer = folder / "answer.json"
-        self.images = tuple(str(path.absolute()) for path in plan.images)
-        if not self.images and any(row.mode == "end-to-end" for row in plan.configurations):
+    def __post_init__(self) -> None:
+        rows = self.plan.configurations
+        self.timed = [[] for _ in range(len(rows) + 1)]
+        self.images = tuple(str(path.absolute()) for path in self.plan.images)
+        if not self.images and any(row.mode == "end-to-end" for row in rows):
             self.images = self._golden_images()
-        self.cores = max(row.cores for row in plan.configurations)
-        peaks = ((row.runtime, row.precision) for row in plan.configurations if row.precision != "fp32")
-        self.peaks = tuple(dict.fromkeys(peaks))
 
-    def limits(self) -> machine_limits.Answer:
-        """The machine's limits, now."""
-        order = machine_limits.Order(threads=self.cores, peaks=self.peaks, answer=str(self.answer))
-        return self._ask("dmformer.bench.limits", order, machine_limits.Answer, environment_for(self.cores))
-
-    def measure(self, row: Configuration, *, first: bool) -> Answer:
-        """One round of one configuration; the first one proves the precision."""
-        return self._work(row, prove_precision=first, profile=False)
-
-    def profile(self, row: Configuration) -> Answer:
-        """Where its time goes."""
-        return self._work(row, prove_precision=False, profile=True)
-
-    def _work(self, row: Configuration, *, prove_precision: bool, profile: bool) -> Answer:
+    def carry_out(self, advance: Advance) -> None:
+        """Start one process after the other."""
         plan = self.plan
-        job = Job(
+        for number in range(plan.rounds):
+            if all(rounds and isinstance(rounds[-1], DMFormerError) for rounds in self.timed[:-1]):
+                break
+            if not plan.brief:
+                self._measure_limits()
+                advance()
+            again = False
+            for place in plan.order(number):
+                rounds = self.timed[-1 if place == plan.twin and again else place]
+                again = again or place == plan.twin
+                if not any(isinstance(each, DMFormerError) for each in (*rounds, *self.timed[place])):
+                    # The first round proves the precision.
+                    order = self._order(plan.configurations[place], prove_precision=not rounds)
+                    rounds.append(self._call("dmformer.bench.measure:measure_configuration", order, Measurement))
+                advance()
+        for place in plan.profiled:
+            if self.timed[place] and isinstance(self.timed[place][-1], Measurement):
+                order = self._order(plan.configurations[place])
+                self.profiles[place] = self._call("dmformer.bench.profile:profile_configuration", order, Profile)
+            advance()
+
+    def _measure_limits(self) -> None:
+        rows = self.plan.configurations
+        cores = max(row.cores for row in rows)
+        peaks = dict.fromkeys((row.runtime, row.precision) for row in rows if row.precision != "fp32")
+        order = LimitsOrder(threads=cores, peaks=tuple(peaks))
+        limits = self._call("dmformer.bench.limits:measure_limits", order, Limits, environment_for(cores))
+        if isinstance(limits, DMFormerError):
+            note = f"the machine's limits were not measured: {limits}"
+            self.notes += [] if note in self.notes else [note]
+        self.limits.append(limits if isinstance(limits, Limits) else None)
+
+    def _order(self, row: Configuration, *, prove_precision: bool = False) -> TimingOrder:
+        plan = self.plan
+        return TimingOrder(
             bundle=str(plan.bundle.root.absolute()),
             manifest_sha256=plan.bundle.manifest_sha256,
             configuration=row,
@@ -191,83 +177,105 @@ class _Work:
             least_calls=plan.least_calls,
             limit_s=plan.limit_s / _KILL_AFTER,
             prove_precision=prove_precision,
-            brief=plan.brief,
-            profile=profile,
-            answer=str(self.answer),
+            warm_up=plan.warm_up,
         )
-        return self._ask("dmformer.bench.worker", job, Answer)
 
-    def _ask(
-        self,
-        module: str,
-        order: msgspec.Struct,
-        kind: type[Told],
-        environment: dict[str, str] | None = None,
-    ) -> Told:
-        self.answer.unlink(missing_ok=True)  # of the process before
+    def _call(
+        self, function: str, order: msgspec.Struct, result: type[T], environment: dict[str, str] | None = None
+    ) -> T | DMFormerError:
         try:
-            with Child(module, environment=environment) as child:
-                child.work(msgspec.json.encode(order), self.plan.limit_s)
-        except StageFailed as error:
-            return kind(error=str(error))
-        try:
-            return msgspec.json.decode(self.answer.read_bytes(), type=kind)
-        except (OSError, msgspec.DecodeError):
-            return kind(error="the process ended without an answer")
+            return call(function, order, result, self.plan.limit_s, environment)
+        except DMFormerError as error:
+            return error
+
+    def results(self) -> tuple[Result, ...]:
+        """Return a row for each configuration."""
+        manifest = self.plan.bundle.manifest
+        artifacts = {artifact.sha256: artifact for artifact in manifest.artifacts}
+        rows = []
+        for place, (row, rounds) in enumerate(zip(self.plan.configurations, self.timed, strict=False)):
+            work = least_work(manifest, artifacts[row.artifact_sha256], row.batch)
+            result = _result(row, rounds, self.limits, work)
+            profile = self.profiles.get(place)
+            if isinstance(profile, DMFormerError):
+                rows.append(msgspec.structs.replace(result, profile_reason=str(profile)))
+            else:
+                rows.append(msgspec.structs.replace(result, profile=profile))
+        return tuple(rows)
 
     def _golden_images(self) -> tuple[str, ...]:
+        """Write the bundle's golden images to files, from which the mode ``end-to-end`` begins."""
         from PIL import Image
 
-        found = []
+        paths = []
         for number, pixels in enumerate(self.plan.bundle.golden().images):
             path = self.folder / f"{number}.png"
             Image.fromarray(pixels.squeeze()).save(path)
-            found.append(str(path))
-        return tuple(found)
+            paths.append(str(path))
+        return tuple(paths)
 
 
-def _report(plan: Plan, found: _Found, environment: dict[str, object], begun: datetime) -> BenchReport:
-    manifest = plan.bundle.manifest
-    artifacts = {artifact.sha256: artifact for artifact in manifest.artifacts}
-    results = []
-    for place, (row, answers) in enumerate(zip(plan.configurations, found.answers, strict=False)):
-        work = least_work(manifest, artifacts[row.artifact_sha256], row.batch)
-        result = _result(row, answers, found.limits, work)
-        if (told := found.profiles.get(place)) is not None:
-            result = msgspec.structs.replace(result, profile=told.profile, profile_reason=told.error)
-        results.append(result)
-    twin, again = results[plan.twin], _result(plan.configurations[plan.twin], found.answers[-1], (), None)
+def run_plan(
+    plan: BenchPlan, stage: Progress = silent, *, baseline: Baseline | None = None, command: str | None = None
+) -> BenchReport:
+    """Carry a plan out.
+
+    Args:
+        plan: what to do.
+        stage: told about the run; it advances with each process.
+        baseline: an earlier run, which the report compares with.
+        command: the command line that the run is of, for the report.
+
+    Returns:
+        See :func:`bench`.
+    """
+    environment = describe_machine()
+    begun = datetime.now(timezone.utc)
+    with (
+        tempfile.TemporaryDirectory(prefix="dmformer-") as folder,
+        stage(f"timing, {plan.processes} processes", plan.processes) as advance,
+    ):
+        run = _Run(plan, Path(folder))
+        try:
+            run.carry_out(advance)
+        except KeyboardInterrupt:
+            run.partial = True
+    results = run.results()
+    twin, again = results[plan.twin], _result(plan.configurations[plan.twin], run.timed[-1], (), None)
     noise = noise_floor(twin.call_ns, again.call_ns) if twin.timed and again.timed else None
     if twin.timed and again.status == "failed":
-        found.notes.append(f"no noise floor: {twin.title}, timed once more, failed: {again.reason}")
-    return BenchReport(
+        run.notes.append(f"no noise floor: {twin.title}, timed once more, failed: {again.reason}")
+    report = BenchReport(
         environment=environment,
-        results=tuple(results),
-        limits=median_limits(found.limits),
+        results=results,
+        limits=median_limits(run.limits),
         noise_floor=noise,
         twin=plan.twin,
         standings=standings(results, noise),
         rounds=plan.rounds,
-        partial=found.partial,
-        arch=manifest.model.arch,
+        partial=run.partial,
+        arch=plan.bundle.manifest.model.arch,
         measured_at=begun.isoformat(timespec="seconds"),
         images=f"{len(plan.images)} files, the first {plan.images[0]}" if plan.images else None,
         skipped=plan.skipped,
-        notes=(*plan.notes, *found.notes),
+        notes=(*plan.notes, *run.notes),
+        command=command,
     )
+    return msgspec.structs.replace(report, comparison=baseline.compare(report)) if baseline is not None else report
 
 
 def _result(
     row: Configuration,
-    answers: Sequence[Answer],
+    rounds: Sequence[RoundResult],
     limits: Sequence[Limits | None],
     work: tuple[float, float] | None,
 ) -> Result:
     planned = Result(**msgspec.structs.asdict(row), status="not run")
-    for answer in answers:
-        if answer.measurement is None:
-            return msgspec.structs.replace(planned, status="failed", reason=answer.error)
-    rounds = [answer.measurement for answer in answers if answer.measurement]
-    if not rounds:
+    measured = []
+    for each in rounds:
+        if isinstance(each, DMFormerError):
+            return msgspec.structs.replace(planned, status="failed", reason=str(each))
+        measured.append(each)
+    if not measured:
         return msgspec.structs.replace(planned, reason="stopped before its first round ended")
-    return summarise(planned, rounds, limits, work)
+    return summarise(planned, measured, limits, work)

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dmformer.errors import DMFormerError
 from dmformer.runtimes import registry
 from dmformer.task import STRIDES
 
@@ -45,7 +41,7 @@ class Peak(Struct, frozen=True, kw_only=True):
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """Of the machine, with so many threads.
+    """What the machine attains with so many threads.
 
     Attributes:
         threads: of the matrix product and of the copy.
@@ -60,23 +56,16 @@ class Limits(Struct, frozen=True, kw_only=True):
     peaks: tuple[Peak, ...] = ()
 
 
-class Order(Struct, frozen=True, kw_only=True):
-    """What to measure, and where to write it; ``peaks`` are runtimes and precisions."""
+class LimitsOrder(Struct, frozen=True, kw_only=True):
+    """What to measure: with how many threads, and of which runtimes at which precisions the peaks too."""
 
     threads: int
-    peaks: tuple[tuple[str, str], ...]
-    answer: str
+    peaks: tuple[tuple[str, str], ...] = ()
 
 
-class Answer(Struct, frozen=True, kw_only=True):
-    """The limits, or the line that says why there are none."""
-
-    limits: Limits | None = None
-    error: str | None = None
-
-
-def measure_limits(threads: int, peaks: tuple[tuple[str, str], ...] = ()) -> Limits:
-    """Measure in this process, whose :data:`THREAD_VARIABLES` must have been set before NumPy was imported."""
+def measure_limits(order: LimitsOrder) -> Limits:
+    """Measure in this process, in which NumPy was imported after its :data:`THREAD_VARIABLES` were set."""
+    threads = order.threads
     rng = np.random.default_rng(0)
     left, right = rng.random((2, _MATRIX, _MATRIX), dtype=np.float32)
     product = np.empty_like(left)
@@ -90,12 +79,12 @@ def measure_limits(threads: int, peaks: tuple[tuple[str, str], ...] = ()) -> Lim
 
         bytes_per_s = 2 * _COPY_BYTES / _best(copy)
     flops = 2 * _MATRIX**3 / _best(lambda: np.matmul(left, right, out=product))
-    found = []
-    for runtime, precision in peaks:
+    peaks = []
+    for runtime, precision in order.peaks:
         gops = registry.available_adapter(registry.entry(runtime)).peak_gops(precision, threads)
         if gops is not None:
-            found.append(Peak(runtime=runtime, precision=precision, gops=gops))
-    return Limits(threads=threads, gflops=flops / 1e9, gbytes_per_s=bytes_per_s / 1e9, peaks=tuple(found))
+            peaks.append(Peak(runtime=runtime, precision=precision, gops=gops))
+    return Limits(threads=threads, gflops=flops / 1e9, gbytes_per_s=bytes_per_s / 1e9, peaks=tuple(peaks))
 
 
 def _best(work: Callable[[], object]) -> float:
@@ -110,27 +99,24 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def least_work(manifest: Manifest, artifact: Artifact, batch: int) -> tuple[float, float]:
-    """Operations and bytes that one call cannot do without.
+    """Return the operations and bytes that one call cannot do without.
 
     Returns:
         Two operations for each multiply-accumulate of the network; the artifact's largest file, which is its weights,
         read once, with the images in and the answers out. What layers hand to one another may stay in caches.
     """
     weights = max(file.bytes for file in artifact.files)
-    values = sum(math.prod(shape) for shape in _shapes(manifest))
+    side = manifest.preprocessing.image_size  # what is open in the manifest has the size of the preprocessing
+    strides = (1, *(STRIDES if manifest.model.task == "features" else (1,)))
+    values = sum(
+        math.prod(size if isinstance(size, int) else side // stride for size in tensor.shape[1:])
+        for tensor, stride in zip((*manifest.inputs, *manifest.outputs), strides, strict=True)
+    )
     return 2.0 * manifest.model.macs * batch, float(weights + 4 * values * batch)
 
 
-def _shapes(manifest: Manifest) -> list[tuple[int, ...]]:
-    """Of the input and the outputs for one image, those that are open at the size of the preprocessing."""
-    side = manifest.preprocessing.image_size
-    strides = (1, *(STRIDES if manifest.model.task == "features" else (1,)))
-    rows = zip((*manifest.inputs, *manifest.outputs), strides, strict=True)
-    return [tuple(size if isinstance(size, int) else side // stride for size in row.shape[1:]) for row, stride in rows]
-
-
 def attainable_ms(limits: Limits, runtime: str, layers: Mapping[str, int], work: tuple[float, float]) -> float | None:
-    """The least milliseconds of one call on this machine, all threads used.
+    """Return the least milliseconds that one call can take on this machine, all threads used.
 
     Args:
         limits: of the machine.
@@ -142,35 +128,14 @@ def attainable_ms(limits: Limits, runtime: str, layers: Mapping[str, int], work:
     Returns:
         ``None`` where the rate at one of the precisions is not known.
     """
-    rates = [_gops(limits, runtime, precision) for precision in layers]
-    known = [rate for rate in rates if rate is not None]
-    if not known or len(known) < len(rates):
+    gops = {peak.precision: peak.gops for peak in limits.peaks if peak.runtime == runtime} | {"fp32": limits.gflops}
+    if not layers or not layers.keys() <= gops.keys():
         return None
     operations, least_bytes = work
-    return 1e3 * max(operations / (max(known) * 1e9), least_bytes / (limits.gbytes_per_s * 1e9))
-
-
-def _gops(limits: Limits, runtime: str, precision: str) -> float | None:
-    if precision == "fp32":
-        return limits.gflops
-    wanted = (runtime, precision)
-    return next((peak.gops for peak in limits.peaks if (peak.runtime, peak.precision) == wanted), None)
+    quickest = max(gops[precision] for precision in layers)
+    return 1e3 * max(operations / (quickest * 1e9), least_bytes / (limits.gbytes_per_s * 1e9))
 
 
 def environment_for(threads: int) -> dict[str, str]:
-    """The environment of a process that measures with so many threads."""
+    """Return the environment of a process that measures with so many threads."""
     return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-
-
-def main() -> None:
-    """Read the order, measure, write the answer."""
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    try:
-        answer = Answer(limits=measure_limits(order.threads, order.peaks))
-    except (DMFormerError, MemoryError) as error:
-        answer = Answer(error=str(error) or "not enough memory")
-    Path(order.answer).write_bytes(msgspec.json.encode(answer))
-
-
-if __name__ == "__main__":
-    main()

@@ -21,33 +21,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct
 
+from dmformer.bench.plan import WARM_UP, TimingOrder, WarmUp
 from dmformer.errors import StageFailed
 from dmformer.machine import gpu_state
 from dmformer.runtimes.layers import shortfall
+from dmformer.serve.predictor import Predictor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from dmformer.bundle.select import Choice
     from dmformer.runtimes.base import Runtime
 
     Ask = Callable[[], object]
 
-# Samples below which a percentile is not known with 99 % confidence (MLPerf LoadGen, early stopping).
-SAMPLES_FOR = {"p50": 7, "p90": 64, "p99": 662}
-
-WARM_UP_S = 1.0
-WARM_UP_CALLS = 20
-WARM_UP_LIMIT = 6  # gives up on stability after so many times the least warm-up
-# The same where medians alone are wanted.
-BRIEF_WARM_UP_S = 0.5
-BRIEF_WARM_UP_CALLS = 9
-BRIEF_WARM_UP_LIMIT = 2
 STABLE_WINDOWS = 3
 STABLE_WITHIN = 0.03
-_WINDOW_CALLS = 5
-_BRIEF_WINDOW_CALLS = 3
 
 
 class Measurement(Struct, frozen=True, kw_only=True):
@@ -92,13 +83,13 @@ class Extent:
         duration_s: least time of the steady state, in seconds.
         least_calls: least number of timed calls.
         deadline_s: when to stop in any case, on the clock of ``time.perf_counter``.
-        brief: a short warm-up, which is enough for a median.
+        warm_up: what comes before the timed calls.
     """
 
     duration_s: float
     least_calls: int
     deadline_s: float = float("inf")
-    brief: bool = False
+    warm_up: WarmUp = WARM_UP
 
     @property
     def over(self) -> bool:
@@ -108,13 +99,42 @@ class Extent:
 
 @dataclass
 class _Steady:
-    """What the steady state gave."""
+    """The timed calls; the fields are those of :class:`Measurement`."""
 
     stable: bool
     latencies_ns: list[int] = field(default_factory=list)
     device_ns: list[int] = field(default_factory=list)
     wall_ns: int = 0
     cut: bool = False
+
+
+def measure_configuration(order: TimingOrder) -> Measurement:
+    """Measure one round of one configuration.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        StageFailed: the bundle is not the one that was meant, or the runtime failed.
+    """
+    deadline_s = time.perf_counter() + order.limit_s
+    choice = order.choice()
+    promised = choice.artifact.promised_share if order.prove_precision else None
+    extent = Extent(order.duration_s, order.least_calls, deadline_s, order.warm_up)
+    return measure(_streams(choice, order), extent, promised)
+
+
+def _streams(choice: Choice, order: TimingOrder) -> list[tuple[Runtime, Ask]]:
+    row = order.configuration
+    if row.mode == "end-to-end":
+        predictor = Predictor(choice, row.threads, batch=row.batch)
+        paths = [Path(image) for image in order.images]
+        turns = cycle(
+            [paths[(start + offset) % len(paths)] for offset in range(row.batch)] for start in range(len(paths))
+        )
+        return [(predictor.runtime, lambda: predictor.predict(next(turns)))]
+    inputs = order.inputs(choice.bundle)
+    name = choice.bundle.manifest.inputs[0].name
+    runtimes = [choice.runtime(row.threads) for _ in range(row.streams)]
+    return [(runtime, network_alone(runtime, name, inputs, row.batch)) for runtime in runtimes]
 
 
 def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: float | None = None) -> Measurement:
@@ -162,14 +182,14 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
 
 
 def batches(inputs: NDArray[np.float32], batch: int) -> list[NDArray[np.float32]]:
-    """Batches, each starting one row further on: parts of one array, so that making them takes no time and no room."""
+    """Return batches, each starting one row further on: views of one array, which take no time and no room to make."""
     count = len(inputs)
     rows = np.ascontiguousarray(inputs[np.arange(count + batch - 1) % count])
     return [rows[start : start + batch] for start in range(count)]
 
 
 def network_alone(runtime: Runtime, name: str, inputs: NDArray[np.float32], batch: int) -> Ask:
-    """A call of the network with the next batch of ``inputs`` (N, C, H, W)."""
+    """Return what calls the network with the next batch of ``inputs`` (N, C, H, W)."""
     feeds = cycle({name: array} for array in batches(inputs, batch))
     return lambda: runtime.run(next(feeds))
 
@@ -182,17 +202,17 @@ def _timed(ask: Ask) -> int:
 
 def _alone(runtime: Runtime, ask: Ask, extent: Extent) -> _Steady:
     """One call after the other, in this thread."""
-    found = _Steady(_warm_up(lambda: _timed(ask), extent))
+    steady = _Steady(_warm_up(lambda: _timed(ask), extent))
     begun = time.perf_counter()
-    while len(found.latencies_ns) < extent.least_calls or time.perf_counter() - begun < extent.duration_s:
-        if found.latencies_ns and extent.over:
-            found.cut = True
+    while len(steady.latencies_ns) < extent.least_calls or time.perf_counter() - begun < extent.duration_s:
+        if steady.latencies_ns and extent.over:
+            steady.cut = True
             break
-        found.latencies_ns.append(_timed(ask))
+        steady.latencies_ns.append(_timed(ask))
         if (taken := runtime.device_ns) is not None:
-            found.device_ns.append(taken)
-    found.wall_ns = sum(found.latencies_ns)
-    return found
+            steady.device_ns.append(taken)
+    steady.wall_ns = sum(steady.latencies_ns)
+    return steady
 
 
 def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
@@ -250,27 +270,24 @@ def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
 
 
 def _warm_up(call: Callable[[], int], extent: Extent) -> bool:
-    """Call until time, calls and stability are reached; False if the last never was."""
-    least_s, least_calls, window, limit = WARM_UP_S, WARM_UP_CALLS, _WINDOW_CALLS, WARM_UP_LIMIT
-    if extent.brief:
-        least_s, least_calls, window = BRIEF_WARM_UP_S, BRIEF_WARM_UP_CALLS, _BRIEF_WINDOW_CALLS
-        limit = BRIEF_WARM_UP_LIMIT
+    """Call until time, calls and stability are reached; return False if stability never was."""
+    warm_up = extent.warm_up
     latencies: list[int] = []
     begun = time.perf_counter()
     latest = begun + (extent.deadline_s - begun) / 2  # the rest is for what is measured
     while time.perf_counter() < latest:
         latencies.append(call())
         elapsed = time.perf_counter() - begun
-        if elapsed < least_s or len(latencies) < least_calls:
+        if elapsed < warm_up.least_s or len(latencies) < warm_up.least_calls:
             continue
-        if settled(latencies, window):
+        if settled(latencies, warm_up.window_calls):
             return True
-        if elapsed > limit * least_s:
+        if elapsed > warm_up.limit * warm_up.least_s:
             return False
     return False
 
 
-def settled(latencies: list[int], least_window: int = _WINDOW_CALLS) -> bool:
+def settled(latencies: list[int], least_window: int = WARM_UP.window_calls) -> bool:
     """Whether the medians of the last three windows agree within 3 %.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run will time, in which order, and how long it may take; made and checked before anything is started."""
+"""What a run will time, in which order, and how long it may take: checked before any process is started."""
 
 from __future__ import annotations
 
@@ -11,19 +11,50 @@ from typing import TYPE_CHECKING, Literal, cast
 from msgspec import Struct
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
-from dmformer.bench.measure import BRIEF_WARM_UP_CALLS, BRIEF_WARM_UP_S, SAMPLES_FOR, WARM_UP_CALLS, WARM_UP_S
-from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.bundle.reader import Bundle, open_bundle, own_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import list_images, load_pixels
-from dmformer.errors import UsageError
+from dmformer.errors import StageFailed, UsageError
 from dmformer.machine import check_threads, usable_cores
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from dmformer.bundle.select import Choice
 
 
 Mode = Literal["compute", "end-to-end", "throughput"]
 MODES: tuple[Mode, ...] = ("compute", "end-to-end", "throughput")
+
+# Samples below which a percentile is not known with 99 % confidence (MLPerf LoadGen, early stopping).
+SAMPLES_FOR = {"p50": 7, "p90": 64, "p99": 662}
+
+MOST_IMAGES = 64
+_START_S = {"torch": 3.0}  # imports and load, where it takes long
+_USUAL_START_S = 1.0
+_LIMITS_S = 2.0
+_USUAL_RATE = 4e10  # operations a second of a core: for the estimate alone
+
+
+class WarmUp(Struct, frozen=True, kw_only=True):
+    """When the calls before the timed ones may end: after time and calls, once the latencies are stable.
+
+    Attributes:
+        least_s: least time, in seconds.
+        least_calls: least number of calls.
+        window_calls: least number of calls in a window, of which the last three must agree.
+        limit: gives up on stability after so many times the least time.
+    """
+
+    least_s: float
+    least_calls: int
+    window_calls: int
+    limit: int
+
+
+WARM_UP = WarmUp(least_s=1.0, least_calls=20, window_calls=5, limit=6)
+BRIEF_WARM_UP = WarmUp(least_s=0.5, least_calls=9, window_calls=3, limit=2)  # where medians alone are wanted
 
 
 class Configuration(Struct, frozen=True, kw_only=True):
@@ -61,16 +92,56 @@ class Configuration(Struct, frozen=True, kw_only=True):
         return f"{self.runtime} {self.precision} batch {self.batch}{mode}{streams}"
 
 
-MOST_IMAGES = 64
-_START_S = {"torch": 3.0}  # imports and load, where it takes long
-_USUAL_START_S = 1.0
-_LIMITS_S = 2.0
-_USUAL_RATE = 4e10  # operations a second of a core: for the estimate alone
+class TimingOrder(Struct, frozen=True, kw_only=True):
+    """One round of one configuration to measure, or to profile.
+
+    Attributes:
+        bundle: its folder.
+        manifest_sha256: of the bundle that is meant.
+        configuration: what to time.
+        images: files that are the input; without them the golden inputs are.
+        duration_s: least time of the steady state, in seconds.
+        least_calls: least number of timed calls.
+        limit_s: bounds all calls together, loading included, from when the order arrives.
+        prove_precision: whether to read back in which precision the layers run.
+        warm_up: what comes before the timed calls.
+    """
+
+    bundle: str
+    manifest_sha256: str
+    configuration: Configuration
+    images: tuple[str, ...]
+    duration_s: float
+    least_calls: int
+    limit_s: float
+    prove_precision: bool
+    warm_up: WarmUp
+
+    def choice(self) -> Choice:
+        """Return the artifact and its runtime, after making sure that the bundle is the one that was meant.
+
+        Raises:
+            StageFailed: the bundle is another one.
+        """
+        bundle = own_bundle(Path(self.bundle))  # the process that sent the order opened it under the policy
+        if bundle.manifest_sha256 != self.manifest_sha256:
+            raise StageFailed(
+                f"manifest {bundle.manifest_sha256[:12]}…; expected {self.manifest_sha256[:12]}…: the bundle changed"
+            )
+        (choice,), _ = select(bundle, [self.configuration.runtime], [self.configuration.precision])
+        return choice
+
+    def inputs(self, bundle: Bundle) -> NDArray[np.float32]:
+        """Return what the network sees of the images, (N, C, H, W)."""
+        if not self.images:
+            return bundle.golden().inputs
+        preprocessing = bundle.manifest.preprocessing
+        return preprocessing.normalize(load_pixels([Path(image) for image in self.images], preprocessing))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run.
+class BenchPlan:
+    """A run of the benchmark.
 
     Attributes:
         bundle: what is timed.
@@ -113,8 +184,13 @@ class Plan:
         return runs[start:] + runs[:start]
 
     @property
+    def warm_up(self) -> WarmUp:
+        """What comes before the timed calls of each process."""
+        return BRIEF_WARM_UP if self.brief else WARM_UP
+
+    @property
     def least_calls(self) -> int:
-        """Of each process, so that the 90th percentile is known, or the median where that is enough."""
+        """Least number of timed calls of each process: the 90th percentile is known, or the median if brief."""
         return -(-SAMPLES_FOR["p50" if self.brief else "p90"] // self.rounds)
 
     @property
@@ -142,14 +218,13 @@ class Plan:
 
     def _process_s(self, row: Configuration) -> float:
         call_s = 2 * self.bundle.manifest.model.macs * row.batch / (_USUAL_RATE * row.threads)
-        least_s, calls = (BRIEF_WARM_UP_S, BRIEF_WARM_UP_CALLS) if self.brief else (WARM_UP_S, WARM_UP_CALLS)
-        warm_up = max(least_s, calls * call_s)
+        warm_up = max(self.warm_up.least_s, self.warm_up.least_calls * call_s)
         steady = max(self.duration_s / self.rounds, self.least_calls * call_s)
         return _START_S.get(row.runtime, _USUAL_START_S) + min(warm_up + steady, self.limit_s / 2)
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchRequest:
     """What a user may choose; :func:`dmformer.bench` describes each field."""
 
     runtimes: Sequence[str] = ()
@@ -166,7 +241,7 @@ class Request:
     brief: bool = False
 
 
-def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
+def plan_bench(bundle: str | Path | Bundle, request: BenchRequest) -> BenchPlan:
     """Check everything that can be checked before the work.
 
     Raises:
@@ -175,18 +250,26 @@ def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
         UsageError: an argument cannot be used.
     """
     _check(request)
-    found = tuple(list_images(Path(request.images))[:MOST_IMAGES]) if request.images is not None else ()
+    images = tuple(list_images(Path(request.images))[:MOST_IMAGES]) if request.images is not None else ()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    if found:
-        load_pixels(found, opened.manifest.preprocessing)  # one that cannot be read is found before anything is timed
+    if images:
+        load_pixels(images, opened.manifest.preprocessing)  # one that cannot be read is found before anything is timed
     chosen, skipped = select(opened, request.runtimes, request.precisions)
     for choice in chosen:
         opened.load_path(choice.artifact)
     cores = request.threads if request.threads is not None else usable_cores()
-    return Plan(
+    return BenchPlan(
         bundle=opened,
         configurations=tuple(
-            _configuration(choice, batch, mode, count, cores)
+            Configuration(
+                runtime=choice.entry.name,
+                precision=choice.artifact.precision,
+                batch=batch,
+                threads=max(1, cores // count),
+                mode=mode,
+                streams=count,
+                artifact_sha256=choice.artifact.sha256,
+            )
             for mode in _modes(request)
             for count in (_streams(request.streams, cores) if mode == "throughput" else [1])
             for choice in chosen
@@ -195,7 +278,7 @@ def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
         rounds=request.rounds,
         duration_s=request.duration_s,
         limit_s=request.limit_s,
-        images=found,
+        images=images,
         profile=request.profile,
         brief=request.brief,
         skipped=tuple(skipped),
@@ -203,7 +286,7 @@ def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
     )
 
 
-def _check(request: Request) -> None:
+def _check(request: BenchRequest) -> None:
     if not request.batches or min(request.batches) < 1:
         raise UsageError(f"batch sizes {list(request.batches)}; expected at least 1")
     if request.rounds < 1:
@@ -216,7 +299,7 @@ def _check(request: Request) -> None:
         raise UsageError(f"a profile of mode {', '.join(request.modes)}; expected --mode compute with --profile")
 
 
-def _modes(request: Request) -> list[Mode]:
+def _modes(request: BenchRequest) -> list[Mode]:
     named, streams = request.modes, request.streams
     for mode in named:
         if mode not in MODES:
@@ -229,20 +312,8 @@ def _modes(request: Request) -> list[Mode]:
 
 def _streams(named: Sequence[int], cores: int) -> list[int]:
     """Without a number: one stream for each core."""
-    found = list(dict.fromkeys(named)) or [cores]
-    for count in found:
+    counts = list(dict.fromkeys(named)) or [cores]
+    for count in counts:
         if not 1 <= count <= cores:
             raise UsageError(f"{count} streams; expected 1 to {cores}, a thread for each at least")
-    return found
-
-
-def _configuration(choice: Choice, batch: int, mode: Mode, streams: int, cores: int) -> Configuration:
-    return Configuration(
-        runtime=choice.entry.name,
-        precision=choice.artifact.precision,
-        batch=batch,
-        threads=max(1, cores // streams),
-        mode=mode,
-        streams=streams,
-        artifact_sha256=choice.artifact.sha256,
-    )
+    return counts

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
+from dmformer.bench.measure import batches
+from dmformer.bench.plan import TimingOrder  # noqa: TC001 - the process reads its order by it
 from dmformer.runtimes.layers import is_compute, module_path
 
 if TYPE_CHECKING:
@@ -59,7 +61,18 @@ class Profile(Struct, frozen=True, kw_only=True):
     elementwise_ms: float
 
 
-def profile(runtime: Runtime, inputs: Sequence[NDArray[np.float32]]) -> Profile:
+def profile_configuration(order: TimingOrder) -> Profile:
+    """Profile one configuration.
+
+    Raises:
+        CheckFailed: a file is not what the manifest says.
+        StageFailed: the bundle is not the one that was meant, or the engine failed.
+    """
+    choice, row = order.choice(), order.configuration
+    return profile_runtime(choice.runtime(row.threads), batches(order.inputs(choice.bundle), row.batch))
+
+
+def profile_runtime(runtime: Runtime, inputs: Sequence[NDArray[np.float32]]) -> Profile:
     """Profile a runtime that is not open yet, on batches (N, C, H, W) in turns.
 
     Raises:
@@ -108,7 +121,7 @@ def _paths(kernels: Sequence[Kernel]) -> list[str]:
 
     That is the next one; for onnxruntime's ReorderOutput the one before.
     """
-    found = ["" if _is(kernel, _LAYOUT) else kernel_module(kernel.name) for kernel in kernels]
+    paths = ["" if _is(kernel, _LAYOUT) else kernel_module(kernel.name) for kernel in kernels]
     places = range(len(kernels))
     own = [place for place in places if not _is(kernels[place], _LAYOUT)]
     for place in set(places) - set(own):
@@ -116,12 +129,12 @@ def _paths(kernels: Sequence[Kernel]) -> list[str]:
         after = [other for other in own if other > place]
         follows = kernels[place].operator == "ReorderOutput" or not after
         if before or after:
-            found[place] = found[before[-1] if follows and before else after[0]]
-    return found
+            paths[place] = paths[before[-1] if follows and before else after[0]]
+    return paths
 
 
 def kernel_module(name: str) -> str:
-    """The module that a kernel computes, from its name; nothing for what is outside of all modules.
+    """Return the module that a kernel computes, from its name; an empty string for what is outside of all modules.
 
     ``stages.0.blocks.0.dma.expand/Conv/WithoutBiases`` and ``/stages.0/blocks/blocks.0/dma/expand/Conv_output_0_nchwc``
     -> ``stages.0.blocks.0.dma.expand``: kernels are named after nodes, or, in onnxruntime, after what they give.

@@ -1,22 +1,30 @@
-"""What ``bench`` reports: types, and the figures made from raw samples."""
+"""What ``bench`` reports: types, the figures made from raw samples, and an earlier run against this one."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
+from dmformer.bench import sentences
 from dmformer.bench.limits import Limits, attainable_ms
 from dmformer.bench.plan import Configuration
 from dmformer.bench.profile import Profile
-from dmformer.bench.statistics import Latency, Ratio, latency, middle_ns, paired_ratio
+from dmformer.bench.statistics import Latency, Ratio, latency, middle_ns, paired_ratio, unpaired_ratio
+from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.machine import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dmformer.bench.measure import Measurement
+
+DEFAULT_REGRESSION = 0.05
 
 
 class Result(Configuration, frozen=True, kw_only=True):
@@ -92,7 +100,7 @@ class Change(Ratio, frozen=True, kw_only=True):
     same_artifact: bool
 
 
-class Comparison(Struct, frozen=True, kw_only=True):
+class BaselineComparison(Struct, frozen=True, kw_only=True):
     """This run against an earlier one.
 
     ``machine_ratio`` is what the machine's matrix product attains now over what it attained then: a machine that is
@@ -126,9 +134,19 @@ class BenchReport(Struct, frozen=True, kw_only=True):
     measured_at: str = ""
     command: str | None = None
     images: str | None = None
-    comparison: Comparison | None = None
+    comparison: BaselineComparison | None = None
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def check_rows(self) -> None:
+        """Refuse a run of which a row failed.
+
+        Raises:
+            StageFailed: a row failed.
+        """
+        failed = [row for row in self.results if row.status == "failed"]
+        if failed:
+            raise StageFailed(f"{len(failed)} of {len(self.results)} rows failed; first: {failed[0].reason}")
 
 
 def summarise(
@@ -176,8 +194,8 @@ def summarise(
 def _with_limit(result: Result, limits: Sequence[Limits | None], work: tuple[float, float]) -> Result:
     result = msgspec.structs.replace(result, operations=work[0], least_bytes=work[1])
     least, shares = [], []
-    for found, calls in zip(limits, result.call_ns, strict=False):
-        attainable = attainable_ms(found, result.runtime, result.layers, work) if found is not None else None
+    for each, calls in zip(limits, result.call_ns, strict=False):
+        attainable = attainable_ms(each, result.runtime, result.layers, work) if each is not None else None
         if attainable is not None:
             least.append(attainable)
             shares.append(attainable * 1e6 / float(np.median(calls)))
@@ -194,27 +212,142 @@ def standings(results: Sequence[Result], noise: float | None) -> tuple[Standing,
     for place, row in enumerate(results):
         if row.timed:
             groups.setdefault((row.batch, row.mode, row.streams), []).append(place)
-    found = []
+    rows = []
     for places in groups.values():
         quickest = min(places, key=lambda place: middle_ns(results[place].call_ns))
         for place in places:
             if place != quickest:
                 ratio = paired_ratio(results[place].call_ns, results[quickest].call_ns, noise)
-                found.append(Standing(row=place, quickest=quickest, **msgspec.structs.asdict(ratio)))
-    return tuple(sorted(found, key=lambda standing: standing.row))
+                rows.append(Standing(row=place, quickest=quickest, **msgspec.structs.asdict(ratio)))
+    return tuple(sorted(rows, key=lambda standing: standing.row))
 
 
 def median_limits(limits: Sequence[Limits | None]) -> Limits | None:
-    """The medians over rounds."""
-    found = [each for each in limits if each is not None]
-    if not found:
+    """Return the medians over the rounds in which the limits could be measured; ``None`` without such a round."""
+    measured = [each for each in limits if each is not None]
+    if not measured:
         return None
     return Limits(
-        threads=found[0].threads,
-        gflops=float(np.median([each.gflops for each in found])),
-        gbytes_per_s=float(np.median([each.gbytes_per_s for each in found])),
+        threads=measured[0].threads,
+        gflops=float(np.median([each.gflops for each in measured])),
+        gbytes_per_s=float(np.median([each.gbytes_per_s for each in measured])),
         peaks=tuple(
-            msgspec.structs.replace(peak, gops=float(np.median([each.peaks[place].gops for each in found])))
-            for place, peak in enumerate(found[0].peaks)
+            msgspec.structs.replace(peak, gops=float(np.median([each.peaks[place].gops for each in measured])))
+            for place, peak in enumerate(measured[0].peaks)
         ),
     )
+
+
+# --- an earlier run against this one ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier run, and by what share (0.05 is 5 %) a row may be slower than in it."""
+
+    path: str
+    report: BenchReport
+    allowed: float
+
+    @staticmethod
+    def read(path: str, allowed: float) -> Baseline:
+        """Read the report of an earlier run.
+
+        Raises:
+            UsageError: it cannot be read, is no report of ``bench --json``, or is of another processor: what differs
+                then is not the software.
+        """
+        if not 0 <= allowed < math.inf:
+            raise UsageError(f"a regression of {allowed:.1%} is allowed; expected 0 % or more")
+        expected = "expected what bench --json wrote"
+        try:
+            report = msgspec.json.decode(Path(path).read_bytes(), type=BenchReport)
+        except OSError as error:
+            raise UsageError(f"baseline {path!r}: {error.strerror}; {expected}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UsageError(f"baseline {path!r}: {error}; {expected}") from error
+        if not any(row.timed for row in report.results):
+            raise UsageError(f"baseline {path!r} has no row with figures; expected at least one")
+        if any(row.timed and not all(row.samples_ns or [()]) for row in report.results):
+            raise UsageError(f"baseline {path!r} has a row without samples; {expected}")
+        there, here = report.environment, describe_machine()
+        if there.get("cpu") != here["cpu"]:
+            difference = f"is of a {there.get('cpu')}; this is a {here['cpu']}: make a baseline on this machine"
+        elif there.get("max_isa") != here["max_isa"]:
+            difference = (
+                f"was held to {there.get('max_isa') or 'nothing'}; ONEDNN_MAX_CPU_ISA is "
+                f"{here['max_isa'] or 'not set'}: compare under the same"
+            )
+        # Virtual machines give processors of several generations one name.
+        elif differing := set(there.get("instructions", here["instructions"])) ^ set(here["instructions"]):
+            difference = (
+                f"is of another {here['cpu']}: they differ in {', '.join(sorted(differing))}: "
+                "make a baseline on this machine"
+            )
+        else:
+            return Baseline(path, report, allowed)
+        raise UsageError(f"baseline {path!r} {difference}")
+
+    def check_model(self, arch: str) -> None:
+        """Refuse to compare two networks.
+
+        Raises:
+            UsageError: the earlier run was of another one.
+        """
+        if self.report.arch != arch:
+            raise UsageError(f"baseline {self.path!r} is of {self.report.arch}; this bundle is of {arch}")
+
+    def compare(self, now: BenchReport) -> BaselineComparison:
+        """Compare row by row; a row is the same with the same runtime, precision, batch, threads, mode and streams.
+
+        Differences within the larger noise floor of the two runs, or whose interval of 95 % holds no change, are ties.
+        """
+        noise = max(now.noise_floor or 0.0, self.report.noise_floor or 0.0)
+        places = {_key(row): place for place, row in enumerate(now.results) if row.timed}
+        changes, missing = [], []
+        for before in self.report.results:
+            if not before.timed:
+                continue
+            place = places.get(_key(before))
+            if place is None:
+                missing.append(before.title)
+                continue
+            row = now.results[place]
+            ratio = unpaired_ratio(row.call_ns, before.call_ns, noise)
+            change = Change(
+                row=place,
+                before_ms=before.call_ms or 0.0,
+                now_ms=row.call_ms or 0.0,
+                same_artifact=row.artifact_sha256 == before.artifact_sha256,
+                **msgspec.structs.asdict(ratio),
+            )
+            changes.append(change)
+        then, today = self.report.limits, now.limits
+        return BaselineComparison(
+            baseline=self.path,
+            changes=tuple(changes),
+            missing=tuple(missing),
+            machine_ratio=today.gflops / then.gflops if today and then else None,
+        )
+
+    def judge(self, now: BenchReport) -> None:
+        """Refuse what became slower.
+
+        Raises:
+            CheckFailed: a row is slower by more than is allowed, beyond the noise; or no row is in both runs.
+        """
+        changes = now.comparison.changes if now.comparison is not None else ()
+        if not changes:
+            had = ", ".join(f"{row.title}, {row.threads} threads" for row in self.report.results if row.timed)
+            raise CheckFailed(f"no row of this run is in {self.path} as well, which has {had}; expected one at least")
+        slower = [change for change in changes if change.verdict == "slower" and change.ratio > 1 + self.allowed]
+        if slower:
+            worst = max(slower, key=lambda change: change.ratio)
+            raise CheckFailed(
+                f"{len(slower)} of {len(changes)} rows are slower than {self.path} by more than {self.allowed:.1%}; "
+                f"worst: {sentences.change(now, worst)}"
+            )
+
+
+def _key(row: Result) -> tuple[object, ...]:
+    return row.runtime, row.precision, row.batch, row.threads, row.mode, row.streams

@@ -1,4 +1,4 @@
-"""From raw nanoseconds to what may be said: percentiles with enough samples, ratios with an interval, ties."""
+"""What raw nanoseconds allow to say: percentiles where there are enough samples, ratios with an interval, ties."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from msgspec import Struct
 
-from dmformer.bench.measure import SAMPLES_FOR
+from dmformer.bench.plan import SAMPLES_FOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Ratio(Struct, frozen=True, kw_only=True):
 
 
 def latency(samples_ns: Sequence[int]) -> Latency:
-    """Figures in milliseconds from raw nanoseconds; nothing is clipped."""
+    """Return figures in milliseconds from raw nanoseconds; nothing is clipped."""
     values = np.asarray(samples_ns, np.float64) / 1e6
 
     def percentile(name: str) -> float | None:
@@ -64,12 +64,12 @@ def latency(samples_ns: Sequence[int]) -> Latency:
 
 
 def round_ratios(candidate: Sequence[Sequence[int]], baseline: Sequence[Sequence[int]]) -> list[float]:
-    """Ratio of the medians of two configurations in each round that both have; rounds stand side by side in time."""
+    """Return the ratio of two configurations' medians in each round that both have; rounds are side by side in time."""
     return [float(np.median(a) / np.median(b)) for a, b in zip(candidate, baseline, strict=False)]
 
 
 def noise_floor(first: Sequence[Sequence[int]], again: Sequence[Sequence[int]]) -> float | None:
-    """How far the ratio of a configuration to itself is from 1: the median over rounds.
+    """Return how far the ratio of a configuration to itself is from 1: the median over rounds.
 
     The median, as for the ratio of two configurations: one disturbed round of three moves neither.
     """
@@ -78,7 +78,7 @@ def noise_floor(first: Sequence[Sequence[int]], again: Sequence[Sequence[int]]) 
 
 
 def paired_ratio(candidate: Rounds, baseline: Rounds, noise: float | None) -> Ratio:
-    """Two configurations of one run: the median over rounds of the ratio of their medians.
+    """Compare two configurations of one run: the median over rounds of the ratio of their medians.
 
     The interval is a bootstrap (Efron, 1979) over rounds, each drawn for both at once, and over the calls in each.
     """
@@ -91,7 +91,7 @@ def paired_ratio(candidate: Rounds, baseline: Rounds, noise: float | None) -> Ra
 
 
 def unpaired_ratio(candidate: Rounds, baseline: Rounds, noise: float | None) -> Ratio:
-    """Two runs: the ratio of the medians over rounds of the rounds' medians; rounds are drawn for each by itself."""
+    """Compare two runs: the ratio of the medians over rounds of the rounds' medians; each draws its own rounds."""
     rng = np.random.default_rng(0)
 
     def medians(rounds: Rounds) -> NDArray[np.float64]:
@@ -102,7 +102,7 @@ def unpaired_ratio(candidate: Rounds, baseline: Rounds, noise: float | None) -> 
 
 
 def middle_ns(rounds: Rounds) -> float:
-    """The median over rounds of the rounds' medians."""
+    """Return the median over rounds of the rounds' medians."""
     return float(np.median([np.median(samples) for samples in rounds]))
 
 

@@ -245,7 +245,7 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
     """What was found of artifacts when they were made: in what they compute, accuracy lost, speed."""
     from rich.text import Text
 
-    from dmformer.bench.words import digits
+    from dmformer.bench.sentences import digits
     from dmformer.runtimes.layers import describe
 
     columns = ["artifact", "size", "computes", "points lost", "p50 ms", "against fp32"]

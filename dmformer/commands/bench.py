@@ -7,19 +7,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S
 from dmformer.commands import _present as present
-from dmformer.errors import StageFailed, UsageError
+from dmformer.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from dmformer.bench.compare import Baseline
-    from dmformer.bench.report import BenchReport, Result
+    from dmformer.bench.report import Baseline, BenchReport, Result
 
 _REPORTED = "Reports"
 
@@ -91,63 +89,49 @@ def bench(
     ] = None,
 ) -> None:
     """Time a bundle's runtimes: each row in processes of its own, beside what the machine can do at best."""
-    from dmformer.bench import api
-    from dmformer.bench.plan import Request, plan_bench
-    from dmformer.bench.words import duration as duration_said
+    from dmformer.bench import api, page
+    from dmformer.bench.plan import BenchRequest, plan_bench
+    from dmformer.bench.sentences import format_duration
 
     present.check_json_target(json_file)
     if html is not None:
         present.check_json_target(str(html))
-        from dmformer.bench.page import check_installed
-
-        check_installed()
-    before = _baseline(baseline, max_regression)
-    plan = plan_bench(
-        present.bundle_named(bundle),
-        Request(
-            runtimes=runtime or [],
-            precisions=precision or [],
-            batches=batch or [1],
-            modes=mode or [],
-            streams=streams or [],
-            threads=threads,
-            rounds=rounds or api.ROUNDS,
-            duration_s=duration,
-            limit_s=time_limit,
-            images=images,
-            profile=profile,
-        ),
+        page.check_installed()
+    earlier = _baseline(baseline, max_regression)
+    request = BenchRequest(
+        runtimes=runtime or [],
+        precisions=precision or [],
+        batches=batch or [1],
+        modes=mode or [],
+        streams=streams or [],
+        threads=threads,
+        rounds=rounds or api.ROUNDS,
+        duration_s=duration,
+        limit_s=time_limit,
+        images=images,
+        profile=profile,
     )
-    present.say(
-        f"{plan.processes} processes, about {duration_said(plan.expected_s)}, at most {duration_said(plan.longest_s)}"
-    )
-    if before is not None:
-        before.check_model(plan.bundle.manifest.model.arch)
+    plan = plan_bench(present.bundle_named(bundle), request)
+    if earlier is not None:
+        earlier.check_model(plan.bundle.manifest.model.arch)
+    about, most = format_duration(plan.expected_s), format_duration(plan.longest_s)
+    present.say(f"{plan.processes} processes, about {about}, at most {most}")
     with present.stages() as shown:
-        report = api.run(plan, shown.stage)
-    report = msgspec.structs.replace(
-        report,
-        command=shlex.join(["dmformer", *sys.argv[1:]]),
-        comparison=before.compare(report) if before is not None else None,
-    )
+        report = api.run_plan(plan, shown.stage, baseline=earlier, command=shlex.join(["dmformer", *sys.argv[1:]]))
     present.write_json(report, json_file)
     if html is not None:
-        from dmformer.bench.page import render
-
-        present.write_report(html, render(report, plan.bundle.manifest).encode())
+        present.write_report(html, page.render(report, plan.bundle.manifest).encode())
     _show(report, json_file)
     if report.partial:
         raise KeyboardInterrupt
-    if before is not None:
-        before.judge(report)
-    failed = [result for result in report.results if result.status == "failed"]
-    if failed:
-        raise StageFailed(f"{len(failed)} of {len(report.results)} rows failed; first: {failed[0].reason}")
+    if earlier is not None:
+        earlier.judge(report)
+    report.check_rows()
 
 
 def _baseline(path: str | None, max_regression: float | None) -> Baseline | None:
     """An earlier run, read and checked before this one begins."""
-    from dmformer.bench.compare import DEFAULT_REGRESSION, Baseline
+    from dmformer.bench.report import DEFAULT_REGRESSION, Baseline
 
     if path is not None:
         return Baseline.read(path, DEFAULT_REGRESSION if max_regression is None else max_regression / 100)
@@ -157,12 +141,12 @@ def _baseline(path: str | None, max_regression: float | None) -> Baseline | None
 
 
 def _show(report: BenchReport, json_file: str | None) -> None:
-    from dmformer.bench import words
+    from dmformer.bench import sentences
 
     present.show(_table(report), json_file)
-    for line in words.summary(report):
+    for line in sentences.summary(report):
         present.show(line, json_file)
-    for line in words.remarks(report):
+    for line in sentences.remarks(report):
         present.say(line)
 
 
@@ -172,7 +156,7 @@ def _place(row: Result) -> tuple[object, ...]:
 
 
 def _table(report: BenchReport) -> Table:
-    from dmformer.bench.words import digits
+    from dmformer.bench.sentences import digits
     from dmformer.runtimes.layers import describe
 
     several = any(row.mode != "compute" for row in report.results)

@@ -67,7 +67,8 @@ class ExportOptions:
 
     weights: Annotated[
         str | Path | None,
-        "Checkpoint (.safetensors, .pt, .pth); otherwise the demonstration's or, with an architecture alone, random weights.",
+        "Checkpoint (.safetensors, .pt, .pth); otherwise the demonstration's or, with an architecture alone, random "
+        "weights.",
     ] = None
     arch: Annotated[str | None, "dmformer_nano, _t, _s or _l; with _fpn or _upernet after nano or s too."] = None
     task: Annotated[Task | None, "features: the four stage maps, without a head. Otherwise the network's own."] = None
