@@ -7,11 +7,9 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from dmformer.errors import StageFailed, UsageError
+from dmformer.errors import StageFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,31 +20,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dmformer.bundle.manifest import Artifact
-    from dmformer.bundle.reader import Bundle
     from dmformer.progress import Advance
-
-BundleArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[BUNDLE]", help="Folder of the bundle, or a packed file; otherwise the one the last export wrote."
-    ),
-]
-RuntimeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov) or tensorrt (trt). Repeatable."
-    ),
-]
-PrecisionOption = Annotated[
-    list[str] | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8; otherwise all. Repeatable.")
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads for one inference; otherwise all cores.")
-]
-JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is standard output.")
-]
-
 
 _PIPED_WIDTH = 120
 
@@ -135,29 +109,6 @@ def write_report(path: Path, data: bytes) -> None:
         return
     with whole_file(path.resolve()) as staging:
         staging.write_bytes(data)
-
-
-def check_json_target(target: str | None) -> None:
-    """Refuse a report file that cannot be written, before the work is done.
-
-    Raises:
-        UsageError: its folder does not exist, or it is a folder.
-    """
-    if target in (None, "-"):
-        return
-    path = Path(str(target))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"report {target!r}: expected a file in a folder that exists")
-
-
-def bundle_named(named: Path | None) -> Bundle:
-    """The bundle that a command is about; says which, where it was not named."""
-    from dmformer.commands._options import find_bundle
-
-    bundle = find_bundle(named)
-    if named is None:
-        say(f"bundle {bundle.named}")
-    return bundle
 
 
 _SILENT_S = 10.0  # after which a stage tells how far it is where there is no terminal

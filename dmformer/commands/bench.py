@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import StageFailed, UsageError
 
@@ -25,7 +26,7 @@ _REPORTED = "Reports"
 
 
 def bench(
-    bundle: present.BundleArgument = None,
+    bundle: options.BundleArgument = None,
     runtime: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,7 +35,7 @@ def bench(
             help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt) or all. Repeatable.",
         ),
     ] = None,
-    precision: present.PrecisionOption = None,
+    precision: options.PrecisionOption = None,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size; otherwise 1. Repeatable.")
     ] = None,
@@ -50,7 +51,7 @@ def bench(
         list[int] | None,
         typer.Option("--streams", min=1, help="Calls under way at once, for throughput; otherwise as many as cores."),
     ] = None,
-    threads: present.ThreadsOption = None,
+    threads: options.ThreadsOption = None,
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Images to ask about; otherwise the golden ones.")
     ] = None,
@@ -79,31 +80,33 @@ def bench(
             rich_help_panel=_REPORTED,
         ),
     ] = None,
-    json_file: present.JsonOption = None,
+    json_file: options.JsonOption = None,
     html: Annotated[
         Path | None,
         typer.Option(
             "--html",
             metavar="FILE",
+            callback=options.check_report_target,
             help="Write the report as one page that needs no network.",
             rich_help_panel=_REPORTED,
         ),
     ] = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Time a bundle's runtimes: each row in processes of its own, beside what the machine can do at best."""
     from dmformer.bench import api
     from dmformer.bench.plan import Request, plan_bench
     from dmformer.bench.words import duration as duration_said
 
-    present.check_json_target(json_file)
     if html is not None:
-        present.check_json_target(str(html))
         from dmformer.bench.page import check_installed
 
         check_installed()
     before = _baseline(baseline, max_regression)
     plan = plan_bench(
-        present.bundle_named(bundle),
+        options.find_bundle(bundle),
         Request(
             runtimes=runtime or [],
             precisions=precision or [],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmformer.commands import _options as engine
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 
 if TYPE_CHECKING:
@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 
 def build(
     format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="tensorrt (trt) or openvino (ov).")],
-    bundle: present.BundleArgument = None,
-    precision: present.PrecisionOption = None,
-    flavour: engine.FlavourOption = "auto",
-    target: engine.TargetOption = None,
-    min_batch: engine.MinBatchOption = 1,
-    opt_batch: engine.OptBatchOption = 1,
-    max_batch: engine.MaxBatchOption = 8,
-    workspace: engine.WorkspaceOption = None,
-    json_file: present.JsonOption = None,
+    bundle: options.BundleArgument = None,
+    precision: options.PrecisionOption = None,
+    flavour: options.FlavourOption = "auto",
+    target: options.TargetOption = None,
+    min_batch: options.MinBatchOption = 1,
+    opt_batch: options.OptBatchOption = 1,
+    max_batch: options.MaxBatchOption = 8,
+    workspace: options.WorkspaceOption = None,
+    json_file: options.JsonOption = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Build an engine on this machine from the ONNX files of a bundle, verify it, and put it into the bundle.
 
@@ -32,11 +35,10 @@ def build(
     from dmformer.export.build import build as run_build
     from dmformer.export.formats import EngineOptions
 
-    present.check_json_target(json_file)
-    options = EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace)
-    opened = present.bundle_named(bundle)
+    engine = EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace)
+    opened = options.find_bundle(bundle)
     with present.stages() as shown:
-        found = run_build(opened, format_name, precisions=precision or [], engine=options, stage=shown.stage)
+        found = run_build(opened, format_name, precisions=precision or [], engine=engine, stage=shown.stage)
     _show(found, json_file)
     present.write_json(found, json_file)
 

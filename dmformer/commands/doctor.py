@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def doctor(
         Path | None, typer.Argument(metavar="[BUNDLE]", help="Also say which of its artifacts run here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Show what this machine can run, and what is missing."""
     from dmformer.bundle.reader import open_bundle

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmformer.commands import _options as engine
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
-from dmformer.commands._options import parse_choice, parse_pairs
 from dmformer.errors import StageFailed
-from dmformer.task import TASKS
+from dmformer.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,9 +30,12 @@ def export(
         ),
     ] = None,
     task: Annotated[
-        str | None,
+        Task | None,
         typer.Option(
-            "--task", metavar="NAME", help="features: the four stage maps, without a head. Otherwise the network's own."
+            "--task",
+            metavar="NAME",
+            case_sensitive=False,
+            help="features: the four stage maps, without a head. Otherwise the network's own.",
         ),
     ] = None,
     formats: Annotated[
@@ -107,17 +109,18 @@ def export(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random weights that --arch alone exports.")
     ] = 0,
-    flavour: engine.FlavourOption = "auto",
-    target: engine.TargetOption = None,
-    min_batch: engine.MinBatchOption = 1,
-    opt_batch: engine.OptBatchOption = 1,
-    max_batch: engine.MaxBatchOption = 8,
-    workspace: engine.WorkspaceOption = None,
+    flavour: options.FlavourOption = "auto",
+    target: options.TargetOption = None,
+    min_batch: options.MinBatchOption = 1,
+    opt_batch: options.OptBatchOption = 1,
+    max_batch: options.MaxBatchOption = 8,
+    workspace: options.WorkspaceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write the bundle although a parity check failed.")] = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Make and measure everything anew, and keep nothing (dmformer cache).")
     ] = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT.
 
@@ -127,14 +130,13 @@ def export(
     from dmformer._optional import require
     from dmformer.bundle.writer import check_destination
     from dmformer.cache import NoCache, open_cache
-    from dmformer.commands._options import remember
     from dmformer.export.formats import EngineOptions
     from dmformer.export.known import KnownExport
 
     check_destination(output)
     arguments: ExportOptions = {
         "arch": arch,
-        "task": parse_choice(task, TASKS, "--task"),
+        "task": task,
         "formats": formats or ["onnx"],
         "precisions": precisions or ["fp32"],
         "output": output,
@@ -143,7 +145,7 @@ def export(
         "calibration": calibration,
         "max_accuracy_drop": max_accuracy_drop,
         "weight_bits": weight_bits,
-        "options": parse_pairs(model_options or [], "--model-option", "gate_input=x_prime"),
+        "options": options.parse_pairs(model_options or [], "--model-option", "gate_input=x_prime"),
         "seed": seed,
         "deploy_form": deploy_form,
         "open_size": dynamic_size,
@@ -172,7 +174,7 @@ def export(
     else:
         taken = result.manifest.model
         _say_source(taken.weights, taken.arch, taken.seed, taken.notes, taken.training)
-    remember(output)
+    options.remember_bundle(output)
     _show_result(result)
     if result.broken:
         raise StageFailed(f"{'; '.join(result.broken)}; the rest was written to {output}")

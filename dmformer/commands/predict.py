@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import UsageError
 
@@ -33,7 +34,7 @@ def predict(
         str | None, typer.Option("--precision", metavar="P", help="Otherwise the first there is.")
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes shown for each image.")] = 5,
-    threads: present.ThreadsOption = None,
+    threads: options.ThreadsOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -42,17 +43,19 @@ def predict(
             help="For the pictures NAME.overlay.png of a segmentation network; otherwise the working folder.",
         ),
     ] = None,
-    json_file: present.JsonOption = None,
+    json_file: options.JsonOption = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
     from dmformer.bundle.packing import SUFFIX
     from dmformer.serve.predictor import Predictor, choose
 
-    present.check_json_target(json_file)
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)
     if not images:
         raise UsageError("no image given; expected at least one image file")
-    bundle = present.bundle_named(named)
+    bundle = options.find_bundle(named)
     task = bundle.manifest.model.task
     if task == "features":
         raise UsageError("a bundle of features tells no classes; expected dmformer.load(...).outputs(...) in Python")
