@@ -23,10 +23,10 @@ def cache(
 
     DMFORMER_CACHE names its folder, or no cache where it is empty; DMFORMER_CACHE_LIMIT_MB how large it may grow.
     """
-    from dmformer.cache import FOLDER, Cache, open_cache
+    from dmformer.cache import FOLDER, open_cache
 
     opened = open_cache()
-    if not isinstance(opened, Cache):
+    if opened.folder is None:
         raise UsageError(f"{FOLDER} is empty, so nothing is kept; expected a folder, or no such variable")
     if action == "clear":
         opened.clear()

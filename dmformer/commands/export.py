@@ -129,7 +129,7 @@ def export(
     """
     from dmformer._optional import require
     from dmformer.bundle.writer import check_destination
-    from dmformer.cache import NoCache, open_cache
+    from dmformer.cache import Cache, open_cache
     from dmformer.export.formats import EngineOptions
     from dmformer.export.known import KnownExport
 
@@ -152,7 +152,7 @@ def export(
         "force": force,
         "engine": EngineOptions.of(flavour, target or (), min_batch, opt_batch, max_batch, workspace),
     }
-    known = KnownExport(NoCache() if no_cache or dry_run else open_cache(), weights, arguments)
+    known = KnownExport(Cache() if no_cache or dry_run else open_cache(), weights, arguments)
     result = known.take(output)  # before PyTorch is imported, which takes seconds
     if result is None:
         require("torch", extra="export", purpose="dmformer export")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmformer.bundle.manifest import DEFAULT_BUNDLE, SAFE_WEIGHT_BITS, WEIGHT_BITS
-from dmformer.cache import NoCache, open_cache
+from dmformer.cache import Cache, open_cache
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import EngineOptions, check_convertible, check_size, is_compiled
 from dmformer.export.known import KnownExport
@@ -71,7 +71,7 @@ def export(
         UsageError: an argument or a file cannot be used.
     """
     path = Path(weights) if weights is not None else None
-    known = KnownExport(open_cache() if use_cache else NoCache(), path, arguments)
+    known = KnownExport(open_cache() if use_cache else Cache(), path, arguments)
     taken = known.take(Path(arguments.get("output", DEFAULT_BUNDLE)))
     if taken is not None:
         return taken

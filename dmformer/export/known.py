@@ -23,7 +23,7 @@ from dmformer.verify.report import ParityReport
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dmformer.cache import NoCache
+    from dmformer.cache import Cache
 
 _WHAT = "the whole export"
 _OF_NO_MATTER = ("output", "force")  # what is kept passed its checks
@@ -45,7 +45,7 @@ class KnownExport:
         arguments: all the others of :func:`dmformer.export.api.make_request`.
     """
 
-    def __init__(self, cache: NoCache, weights: Path | None, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, cache: Cache, weights: Path | None, arguments: Mapping[str, Any]) -> None:
         self.cache = cache
         self._asked = (weights, arguments)
         self.key = self._find_key()

@@ -25,7 +25,7 @@ from dmformer.bundle.manifest import (
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import cannot_run, saturation
 from dmformer.bundle.writer import staged
-from dmformer.cache import NoCache
+from dmformer.cache import Cache
 from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export.artifact import Built, Proven, check_onnx, make_artifact, proven, runtime_of
 from dmformer.export.describe import describe_export
@@ -79,7 +79,7 @@ def export(request: ExportRequest, stage: Progress = silent, known: KnownExport 
     with staged(request.output) as folder:
         scratch = folder.with_name("scratch")
         scratch.mkdir()
-        cache = known.cache if known is not None else NoCache()
+        cache = known.cache if known is not None else Cache()
         made = _Export(request, folder, scratch, stage, cache).run()
         if known is not None:
             known.keep(folder, made)
@@ -101,7 +101,7 @@ def _gpu(artifacts: Sequence[Artifact]) -> list[object]:
 class _Export:
     """One export under way: a folder that becomes the bundle, and the checks so far."""
 
-    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, stage: Progress, cache: NoCache) -> None:
+    def __init__(self, request: ExportRequest, folder: Path, scratch: Path, stage: Progress, cache: Cache) -> None:
         self.request = request
         self.checkpoint = request.checkpoint
         self.folder = folder
@@ -158,7 +158,7 @@ class _Export:
         root: Path,
         sound: Callable[[T], bool] = lambda _: True,
     ) -> T:
-        """What a stage gives, or gave before (:meth:`dmformer.cache.NoCache.get_or_make`)."""
+        """What a stage gives, or gave before (:meth:`dmformer.cache.Cache.get_or_make`)."""
         return self.cache.get_or_make(f"{self.checkpoint.arch}: {what}", inputs, kind, make, root, sound)
 
     def _trace(self, source: GraphSource) -> VerifiedGraph:
