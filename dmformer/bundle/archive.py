@@ -24,8 +24,7 @@ from dmformer.bundle.manifest import (
     check_name,
     decode_manifest,
 )
-from dmformer.bundle.trust.policy import admit
-from dmformer.bundle.trust.signature import MAX_SIGNATURE_BYTES
+from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, UsageError, first_line
 
 if TYPE_CHECKING:

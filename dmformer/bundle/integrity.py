@@ -10,8 +10,15 @@ from msgspec import Struct
 
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import open_bundle, own_bundle, read_manifest, read_signature_file
-from dmformer.bundle.trust.policy import policy, policy_in_force, trusted_keys
-from dmformer.bundle.trust.signature import Signature, read_signature, sign, verify
+from dmformer.bundle.trust import (
+    Signature,
+    check_signature,
+    policy,
+    policy_in_force,
+    read_signature,
+    sign,
+    trusted_keys,
+)
 from dmformer.errors import CheckFailed, DMFormerError, UsageError
 from dmformer.files import whole_file
 
@@ -135,7 +142,7 @@ def _check_signature(bundle: Bundle) -> SignatureCheck:
             return SignatureCheck(status="none")
         manifest, where = read_manifest(bundle.root), str(bundle.root / SIGNATURE)
         signature = read_signature(data, manifest, where)
-        verify(signature, manifest, where)
+        check_signature(signature, manifest, where)
     except CheckFailed as error:
         return SignatureCheck(
             status="bad", fingerprint=None if signature is None else signature.fingerprint, reason=str(error)

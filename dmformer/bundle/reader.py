@@ -1,7 +1,7 @@
 """Open a bundle: nothing in it is parsed before its hash was checked, the manifest excepted.
 
 This is the one place that opens bundles, folders and packed files alike, so it is here that the policy of
-:mod:`dmformer.bundle.trust.policy` is asked, before the manifest is parsed.
+:mod:`dmformer.bundle.trust` is asked, before the manifest is parsed.
 
 Files that an ONNX file reads its weights from, found without the onnx package.
 
@@ -40,8 +40,7 @@ from dmformer.bundle.manifest import (
     Manifest,
     decode_manifest,
 )
-from dmformer.bundle.trust.policy import admit
-from dmformer.bundle.trust.signature import MAX_SIGNATURE_BYTES
+from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.files import hash_file
 from dmformer.process import announce

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dmformer.bundle.manifest import DEFAULT_BUNDLE
-from dmformer.bundle.trust.policy import Policy, policy, policy_in_force
+from dmformer.bundle.trust import Policy, policy, policy_in_force
 from dmformer.commands._present import say
 from dmformer.errors import UsageError
 

@@ -28,7 +28,7 @@ def sign(
 ) -> None:
     """Sign a bundle, once all of it was found to be what its manifest lists; or make a key to sign with."""
     from dmformer.bundle.integrity import sign_bundle
-    from dmformer.bundle.trust.keys import generate_keys, load_private_key
+    from dmformer.bundle.trust import generate_keys, load_private_key
 
     if (key is None) == (generate_key is None) or (generate_key is not None and bundle is not None):
         raise UsageError("expected a bundle and --key FILE; or --generate-key FILE alone")
