@@ -17,7 +17,6 @@ import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.integrity import check_integrity, sign_bundle
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
-from dmformer.bundle.packing import pack
 from dmformer.bundle.reader import open_bundle, own_bundle
 from dmformer.bundle.trust import (
     REQUIRE,
@@ -34,6 +33,7 @@ from dmformer.bundle.trust import (
     read_signature,
     trusted_keys,
 )
+from dmformer.bundle.writer import pack
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.export.build import build
 from tests.bundles import lengthen, one_line, rewrite

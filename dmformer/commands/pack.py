@@ -22,7 +22,7 @@ def pack(
     debug: options.DebugOption = False,
 ) -> None:
     """Write a bundle as one file, the same bytes for the same bundle; a zip archive that any tool can read."""
-    from dmformer.bundle.packing import pack as run_pack
+    from dmformer.bundle.writer import pack as run_pack
     from dmformer.files import hash_file
 
     written = run_pack(options.find_bundle(bundle), output)

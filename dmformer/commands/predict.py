@@ -49,7 +49,7 @@ def predict(
     debug: options.DebugOption = False,
 ) -> None:
     """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
-    from dmformer.bundle.packing import SUFFIX
+    from dmformer.bundle.archive import SUFFIX
     from dmformer.serve.predictor import Predictor, choose
 
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)

@@ -22,7 +22,7 @@ def unpack(
     debug: options.DebugOption = False,
 ) -> None:
     """Write a packed bundle as a folder, every file checked; nothing is left behind if that fails."""
-    from dmformer.bundle.packing import unpack as run_unpack
+    from dmformer.bundle.writer import unpack as run_unpack
 
     bundle = run_unpack(packed, output)
     listed = bundle.manifest.entries
