@@ -16,12 +16,11 @@ import dmformer
 from dmformer import machine
 from dmformer.bundle import select
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import saturation
+from dmformer.bundle.select import choose, saturation
 from dmformer.errors import CheckFailed
 from dmformer.export.precisions import int8
 from dmformer.machine import describe_processor
 from dmformer.runtimes import registry
-from dmformer.serve.predictor import choose
 from tests.bundles import rewrite
 from tests.precisions import SATURATES, unheld
 
@@ -141,7 +140,7 @@ def test_doctor_says_so_of_what_can_be_built(
 def test_auto_looks_at_no_engine_that_it_does_not_need(exported: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     tried = select.cannot_run
-    monkeypatch.setattr("dmformer.serve.predictor.cannot_run", lambda row, a: asked.append(row.name) or tried(row, a))
+    monkeypatch.setattr("dmformer.bundle.select.cannot_run", lambda row, a: asked.append(row.name) or tried(row, a))
     choice = choose(open_bundle(exported.output), None, None)
     assert asked == [choice.entry.name]
 

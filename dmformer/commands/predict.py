@@ -50,7 +50,8 @@ def predict(
 ) -> None:
     """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
     from dmformer.bundle.archive import SUFFIX
-    from dmformer.serve.predictor import Predictor, choose
+    from dmformer.bundle.select import choose
+    from dmformer.serve.predictor import Predictor
 
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)
     if not images:

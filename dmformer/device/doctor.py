@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from dmformer.bundle.select import caveat, preferred, saturation
+from dmformer.bundle.select import caveat, first_runnable, saturation
 from dmformer.machine import available_memory, describe_machine
 from dmformer.runtimes import registry
 
@@ -129,7 +129,7 @@ def _artifacts(
             return seen[row.name].reason
         return cannot_build(row, precision)
 
-    taken = preferred(bundle.manifest.artifacts, lambda row, artifact: _unfit(artifact, row, seen))
+    taken = first_runnable(bundle.manifest.artifacts, lambda row, artifact: _unfit(artifact, row, seen))
     chosen = None if taken is None else taken[1]
     for artifact in bundle.manifest.artifacts:
         row = registry.reader_of(artifact.format)

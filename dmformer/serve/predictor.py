@@ -13,7 +13,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import Choice, cannot_run, preferred, select
+from dmformer.bundle.select import Choice, choose
 from dmformer.data.images import load_pixels, load_whole, open_image
 from dmformer.data.overlay import LegendEntry, overlay
 from dmformer.data.preprocessing import Preprocessing
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
-    from dmformer.bundle.reader import Bundle
-
-AUTO = "auto"
 _BATCH = 8
 
 
@@ -252,19 +249,3 @@ def load(
     if choice.saturation is not None:
         warnings.warn(f"{choice.title}: {choice.saturation}", stacklevel=2)
     return Predictor(choice, threads)
-
-
-def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
-    """The first artifact of the runtime that was named, or else of any that can run on this machine.
-
-    In the manifest's order; those whose int8 sums may saturate here come last.
-    """
-    precisions = [precision] if precision else []
-    if runtime is not None and runtime.lower() == AUTO:
-        runtime = None
-    if runtime is None:
-        found = preferred([one for one in bundle.manifest.artifacts if precision in (None, one.precision)], cannot_run)
-        if found is not None:
-            return Choice(found[1], found[0], bundle)
-    chosen, _ = select(bundle, [runtime] if runtime else [], precisions)
-    return min(chosen, key=lambda choice: choice.saturation is not None)
