@@ -199,7 +199,7 @@ def plan_bench(bundle: str | Path | Bundle, request: Request) -> Plan:
         profile=request.profile,
         brief=request.brief,
         skipped=tuple(skipped),
-        notes=tuple(f"{choice.title}: {choice.saturation}" for choice in chosen if choice.saturation),
+        notes=tuple(f"{choice.title}: {choice.saturation_risk}" for choice in chosen if choice.saturation_risk),
     )
 
 

@@ -33,9 +33,9 @@ class Choice:
         return f"{self.entry.name} {self.artifact.precision}"
 
     @property
-    def saturation(self) -> str | None:
-        """Why the artifact's int8 sums may saturate on this machine, as :func:`saturation` says it."""
-        return saturation(self.entry, self.artifact.full_range)
+    def saturation_risk(self) -> str | None:
+        """Why the artifact's int8 sums may saturate on this machine, as :func:`saturation_risk` says it."""
+        return saturation_risk(self.entry, self.artifact.full_range)
 
     @property
     def caveat(self) -> str | None:
@@ -81,7 +81,7 @@ def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice
         if first is not None:
             return Choice(first[1], first[0], bundle)
     choices, _ = select(bundle, [runtime] if runtime else [], [precision] if precision else [])
-    return min(choices, key=lambda choice: choice.saturation is not None)
+    return min(choices, key=lambda choice: choice.saturation_risk is not None)
 
 
 def first_runnable(
@@ -94,7 +94,7 @@ def first_runnable(
         reason_against: why one cannot run; asked of one after another until there is no reason.
     """
     readable = [(row, artifact) for artifact in artifacts if (row := registry.reader_of(artifact.format)) is not None]
-    readable.sort(key=lambda pair: saturation(pair[0], pair[1].full_range) is not None)
+    readable.sort(key=lambda pair: saturation_risk(pair[0], pair[1].full_range) is not None)
     return next((pair for pair in readable if reason_against(*pair) is None), None)
 
 
@@ -105,7 +105,7 @@ def cannot_run(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     return adapter.cannot_load(artifact.target) if status.available else status.reason
 
 
-def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
+def saturation_risk(row: registry.RuntimeEntry, full_range: bool) -> str | None:
     """Say why int8 sums may saturate on this machine, and what to do; ``None`` where they do not.
 
     Args:
@@ -121,7 +121,7 @@ def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
 
 def caveat(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     """Say that an artifact's sums saturate here, or that it is computed in float32; ``None`` where neither is so."""
-    return saturation(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
+    return saturation_risk(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
 
 
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:

@@ -84,8 +84,8 @@ def _verify(
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="--bisect")
     for choice in select(opened, runtimes)[0]:
-        if choice.saturation is not None:
-            present.say(f"note: {choice.title}: {choice.saturation}")
+        if choice.saturation_risk is not None:
+            present.say(f"note: {choice.title}: {choice.saturation_risk}")
     with present.stages() as shown:
         report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, layers=bisect, stage=shown.stage)
         if bisect and not report.passed:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from dmformer.bundle.select import caveat, first_runnable, saturation
+from dmformer.bundle.select import caveat, first_runnable, saturation_risk
 from dmformer.machine import available_memory, describe_machine
 from dmformer.runtimes import registry
 
@@ -164,7 +164,7 @@ def _artifacts(
                         runtime=row.name,
                         held=False,
                         runs=False,
-                        reason=saturation(row, full),
+                        reason=saturation_risk(row, full),
                         buildable=True,
                     )
                 )

@@ -23,7 +23,7 @@ from dmformer.bundle.manifest import (
     file_entry,
 )
 from dmformer.bundle.reader import own_bundle
-from dmformer.bundle.select import cannot_run, saturation
+from dmformer.bundle.select import cannot_run, saturation_risk
 from dmformer.bundle.writer import staged
 from dmformer.cache import Cache
 from dmformer.errors import CheckFailed, StageFailed
@@ -351,7 +351,7 @@ class _Export:
                 kept = measure.answers(runtime_of(row, artifact, self.folder), images, advance)
         accuracy, lost = calibration.points_lost(kept)
         check = check_accuracy(row.name, artifact.precision, accuracy, lost, self.request.max_points_lost)
-        (check,) = explained([check], saturation(row, artifact.full_range))
+        (check,) = explained([check], saturation_risk(row, artifact.full_range))
         return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
     def _finish(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dmformer._optional import require
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SAFE_WEIGHT_BITS, Manifest
-from dmformer.bundle.select import saturation
+from dmformer.bundle.select import saturation_risk
 from dmformer.bundle.writer import check_destination
 from dmformer.data.images import ImageSet
 from dmformer.errors import UnavailableError, UsageError
@@ -114,7 +114,7 @@ def expected_saturation(request: ExportRequest) -> list[str]:
     """A sentence for each artifact that this machine may answer wrongly, and what to do for other machines."""
     found = []
     for row, precision in request.pairs():
-        reason = saturation(row, precision == "int8" and request.weight_bits != SAFE_WEIGHT_BITS)
+        reason = saturation_risk(row, precision == "int8" and request.weight_bits != SAFE_WEIGHT_BITS)
         if reason is not None:
             elsewhere = f"for devices with VNNI export --format onnx, and there: dmformer build --format {row.format}"
             found.append(f"{row.name} {precision}: {reason}; {elsewhere}")

@@ -246,6 +246,6 @@ def load(
         UserWarning: the artifact's int8 sums may saturate on this machine.
     """
     choice = choose(open_bundle(Path(bundle)), runtime, precision)
-    if choice.saturation is not None:
-        warnings.warn(f"{choice.title}: {choice.saturation}", stacklevel=2)
+    if choice.saturation_risk is not None:
+        warnings.warn(f"{choice.title}: {choice.saturation_risk}", stacklevel=2)
     return Predictor(choice, threads)
