@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import Choice, choose
-from dmformer.data.images import load_pixels, load_whole, open_image
+from dmformer.data.images import load_pixels, load_uncropped, open_image
 from dmformer.data.overlay import LegendEntry, overlay
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
@@ -87,15 +87,15 @@ class Segments:
         path: of the image.
         labels: the class of each pixel that the network saw, (H, W).
         classes: those that occur, the largest share first.
-        preprocessing: of the network; its ``seen`` says which part of the image that was.
-        whole: whether the network saw all of the image.
+        preprocessing: of the network; its ``visible_box`` says which part of the image that was.
+        uncropped: whether the network saw all of the image.
     """
 
     path: Path
     labels: NDArray[np.intp]
     classes: tuple[ClassShare, ...]
     preprocessing: Preprocessing
-    whole: bool
+    uncropped: bool
 
     def overlay(self) -> Image:
         """A Pillow image: the classes in colour over the image, with a legend.
@@ -105,8 +105,8 @@ class Segments:
         """
         image = self.preprocessing.upright(open_image(self.path))
         box = (0.0, 0.0, float(image.width), float(image.height))
-        if not self.whole:
-            box = self.preprocessing.seen(*image.size)
+        if not self.uncropped:
+            box = self.preprocessing.visible_box(*image.size)
         legend = [LegendEntry(one.index, one.name or f"class {one.index}", one.share) for one in self.classes]
         return overlay(image, self.labels, box, legend)
 
@@ -163,10 +163,10 @@ class Predictor:
             StageFailed: the runtime failed, or answered with NaN or infinity.
         """
         self._check_task("segmentation")
-        preprocessing, whole = self.manifest.preprocessing, self.manifest.open_size
+        preprocessing, uncropped = self.manifest.preprocessing, self.manifest.open_size
         for path in _as_paths(images):
-            if whole:
-                logits = self._run(load_whole(path, preprocessing, STRIDES[-1]))[OUTPUT_NAME]
+            if uncropped:
+                logits = self._run(load_uncropped(path, preprocessing, STRIDES[-1]))[OUTPUT_NAME]
             else:
                 logits = self.outputs(path)[OUTPUT_NAME]
             self._check_finite(path, logits)
@@ -177,7 +177,7 @@ class Predictor:
                 ClassShare(index=int(i), name=self._class_name(int(i)), share=float(counts[i] / labels.size))
                 for i in order
             )
-            yield Segments(path, labels, classes, preprocessing, whole)
+            yield Segments(path, labels, classes, preprocessing, uncropped)
 
     def outputs(self, images: str | Path | Sequence[str | Path]) -> dict[str, NDArray[np.float32]]:
         """What the network gives for image files, for any task, by the names in the manifest; all files in one batch.
