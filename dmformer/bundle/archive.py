@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import stat
 import zipfile
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dmformer.bundle.manifest import (
@@ -43,7 +42,7 @@ def extract(source: Path, folder: Path) -> None:
         OSError: the folder cannot be written.
         UsageError: this is no packed bundle, or one that no dmformer writes.
     """
-    with _opened(source) as archive:
+    with _open_archive(source) as archive:
         members = _members(archive, source)
         manifest = _read(archive, members, MANIFEST, MAX_MANIFEST_BYTES, source)
         signature = _read(archive, members, SIGNATURE, MAX_SIGNATURE_BYTES, source) if SIGNATURE in members else None
@@ -59,17 +58,14 @@ def extract(source: Path, folder: Path) -> None:
         (folder / MANIFEST).write_bytes(manifest)
 
 
-@contextmanager
-def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
+def _open_archive(source: Path) -> zipfile.ZipFile:
     expected = "expected a packed bundle, as dmformer pack writes it"
     if not source.is_file():
         raise UsageError(f"no file {str(source)!r}; {expected}")
     try:
-        archive = zipfile.ZipFile(source)
+        return zipfile.ZipFile(source)
     except Exception as error:  # zipfile raises whatever the bytes lead it to
         raise UsageError(f"no bundle at {str(source)!r} ({first_line(error)}); {expected}") from error
-    with archive:
-        yield archive
 
 
 def _members(archive: zipfile.ZipFile, source: Path) -> dict[str, zipfile.ZipInfo]:

@@ -193,7 +193,7 @@ def find_bundle(named: Path | None) -> Bundle:
 
     bundle = open_bundle(bundle_path(named))
     if named is None:
-        say(f"bundle {bundle.named}")
+        say(f"bundle {bundle.source}")
     return bundle
 
 

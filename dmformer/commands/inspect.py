@@ -28,7 +28,7 @@ def inspect(
     if as_json:
         present.write_json(opened.manifest, "-")
         return
-    _show(opened.manifest, str(opened.named))
+    _show(opened.manifest, str(opened.source))
 
 
 def _show(manifest: Manifest, root: str) -> None:

@@ -1,4 +1,4 @@
-"""A bundle as the model repository of a server.
+"""Write a bundle as the model repository of a server.
 
 DIR/models is the repository, and DIR/README.md says how it is served and what a client has to do with an image, for
 neither server does that. NVIDIA Triton: a folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/`` with the
@@ -101,7 +101,7 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
 
 
 def _name(manifest: Manifest, artifact: Artifact) -> str:
-    """Of the model and its folder: nothing in it leads elsewhere, whatever the manifest calls the architecture."""
+    """Name a model and its folder: nothing in it leads elsewhere, whatever the manifest calls the architecture."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", f"{manifest.model.arch}_{artifact.format}_{artifact.precision}")
 
 
@@ -114,7 +114,7 @@ def _unservable(server: str, artifact: Artifact) -> str | None:
 
 
 def _copy(bundle: Bundle, artifact: Artifact, folder: Path, server: str) -> None:
-    """The files, the main one and what belongs to it under the names that the server looks for."""
+    """Copy an artifact's files, the main one and what belongs to it under the names that the server looks for."""
     folder.mkdir(parents=True)
     main = _TRITON[artifact.format].main if server == "triton" else _OVMS[artifact.format]
     loaded, *others = (bundle.check(entry) for entry in artifact.files)
@@ -225,7 +225,7 @@ def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_ou
 
 
 def _steps(manifest: Manifest) -> list[str]:
-    """What a client does with an image before a request."""
+    """List what a client does with an image before a request."""
     pre, (given,) = manifest.preprocessing, manifest.inputs
     how = f"({pre.interpolation}, as Pillow does it)"
     resized, more = round(pre.image_size / pre.crop_fraction), ""
@@ -259,7 +259,7 @@ _COMPARE = {
 
 
 def _answers(manifest: Manifest) -> list[str]:
-    """What comes back, and how to see whether it is right."""
+    """Say what comes back, and how to see whether it is right."""
     task = manifest.model.task
     return [
         *(

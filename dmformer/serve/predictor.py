@@ -1,4 +1,4 @@
-"""An image in, classes out (of the image, or of its pixels), through any runtime of a bundle."""
+"""Predict the class of an image, or of each of its pixels, through any runtime of a bundle."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class SegmentReport(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Segments:
-    """What a network for segmentation makes of an image.
+    """The classes that a network for segmentation gives an image's pixels.
 
     Attributes:
         path: of the image.
@@ -98,7 +98,7 @@ class Segments:
     uncropped: bool
 
     def overlay(self) -> Image:
-        """A Pillow image: the classes in colour over the image, with a legend.
+        """Draw the classes in colour over the image, with a legend: a Pillow image.
 
         Raises:
             UsageError: the image cannot be read any more.
@@ -156,7 +156,7 @@ class Predictor:
         return predictions
 
     def segment(self, images: str | Path | Sequence[str | Path]) -> Iterator[Segments]:
-        """The class of every pixel of image files, one file after another.
+        """Label every pixel of image files, one file after another.
 
         Raises:
             UsageError: the bundle is for another task, or an image cannot be read; the message names it.
@@ -180,7 +180,7 @@ class Predictor:
             yield Segments(path, labels, classes, preprocessing, uncropped)
 
     def outputs(self, images: str | Path | Sequence[str | Path]) -> dict[str, NDArray[np.float32]]:
-        """What the network gives for image files, for any task, by the names in the manifest; all files in one batch.
+        """Run image files through the network in one batch, for any task; return its outputs by name.
 
         Raises:
             UsageError: an image cannot be read; the message names it.
@@ -196,8 +196,8 @@ class Predictor:
     def _check_task(self, wanted: str) -> None:
         task = self.manifest.model.task
         if task != wanted:
-            instead = {"classification": "predict()", "segmentation": "segment()", "features": "outputs()"}[task]
-            raise UsageError(f"a bundle for {task}, asked for {wanted}; expected Predictor.{instead}")
+            method = {"classification": "predict()", "segmentation": "segment()", "features": "outputs()"}[task]
+            raise UsageError(f"a bundle for {task}, asked for {wanted}; expected Predictor.{method}")
 
     def _check_finite(self, path: Path, logits: NDArray[np.float32]) -> None:
         if not np.isfinite(logits).all():
@@ -228,7 +228,7 @@ def _as_paths(images: str | Path | Sequence[str | Path]) -> list[Path]:
 def load(
     bundle: str | Path, runtime: str | None = None, precision: str | None = None, threads: int | None = None
 ) -> Predictor:
-    """A bundle as a predictor: ``with dmformer.load("dmformer-bundle") as p: p.predict(["image.png"])``.
+    """Open a bundle as a predictor: ``with dmformer.load("dmformer-bundle") as p: p.predict(["image.png"])``.
 
     Args:
         bundle: the bundle's folder.
