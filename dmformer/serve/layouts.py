@@ -19,6 +19,8 @@ from dmformer.errors import UsageError
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dmformer.bundle.manifest import Artifact, Manifest, Tensor
     from dmformer.bundle.reader import Bundle
 
@@ -74,20 +76,20 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
     """
     if server not in SERVERS:
         raise UsageError(f"server {server!r}; expected {' or '.join(SERVERS)}")
-    taken = [artifact for artifact in bundle.manifest.artifacts if _unservable(server, artifact) is None]
-    left_out = tuple(
-        f"{artifact.format} {artifact.precision}: {reason}"
-        for artifact in bundle.manifest.artifacts
-        if (reason := _unservable(server, artifact)) is not None
-    )
-    if not taken:
+    named: dict[str, Artifact] = {}
+    left_out: list[str] = []
+    for artifact in bundle.manifest.artifacts:
+        if reason := _unservable(server, artifact):
+            left_out.append(f"{artifact.format} {artifact.precision}: {reason}")
+        else:
+            named[_name(bundle.manifest, artifact)] = artifact
+    if not named:
         raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
 
     def replaceable(folder: Path) -> None:
         if not force:
             raise UsageError(f"output {str(folder)!r} is not empty; expected a new folder, or --force to replace it")
 
-    named = {_name(bundle.manifest, artifact): artifact for artifact in taken}
     with staged(output, replaceable) as folder:
         (folder / _MODELS).mkdir()
         for name, artifact in named.items():
@@ -97,7 +99,7 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
         else:
             _write_ovms(folder / _MODELS, named)
         (folder / "README.md").write_text(_readme(server, bundle.manifest, named, left_out), encoding="utf-8")
-    return Layout(output, tuple(named), left_out)
+    return Layout(output, tuple(named), tuple(left_out))
 
 
 def _name(manifest: Manifest, artifact: Artifact) -> str:
@@ -106,6 +108,7 @@ def _name(manifest: Manifest, artifact: Artifact) -> str:
 
 
 def _unservable(server: str, artifact: Artifact) -> str | None:
+    """Say why a server cannot serve an artifact; ``None`` where it can."""
     if artifact.format not in (_TRITON if server == "triton" else _OVMS):
         return f"{server} has no backend for it"
     if artifact.target is not None and artifact.target.flavour == "rtx":
@@ -193,7 +196,7 @@ def _tied(artifact: Artifact) -> str:
 _FULL_RANGE = "int8 weights of 8 bits, whose sums saturate in OpenVINO on x86 processors without VNNI"
 
 
-def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: tuple[str, ...]) -> str:
+def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: Sequence[str]) -> str:
     start = {
         "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
         "tritonserver --model-repository=/models",
