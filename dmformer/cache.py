@@ -18,7 +18,7 @@ import os
 import platform
 import secrets
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.errors import UsageError
-from dmformer.files import Sha256, hash_file
+from dmformer.files import Sha256, hash_file, hash_pieces, read_pieces
 from dmformer.machine import describe_processor, usable_cores
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ T = TypeVar("T")
 FOLDER = "DMFORMER_CACHE"
 LIMIT_MB = "DMFORMER_CACHE_LIMIT_MB"
 _DEFAULT_LIMIT_MB = 4096
-_PIECE_BYTES = 1 << 20
 _LOCK_S = 60.0
 _PACKAGES = (
     "numpy", "pillow", "msgspec", "safetensors", "torch", "onnx", "onnxsim", "onnxruntime", "openvino", "tensorrt",
@@ -70,7 +69,7 @@ class CacheEntry(Struct, frozen=True, kw_only=True):
 
 
 class Listed(Struct, frozen=True, kw_only=True):
-    """An entry for people: its size in bytes, when it was made and when it was last used (UTC, RFC 3339)."""
+    """An entry of a cache's report: its size in bytes, when it was made and when it was last used (UTC, RFC 3339)."""
 
     what: str
     bytes: int
@@ -99,17 +98,22 @@ class Cached(Struct, frozen=True, kw_only=True):
     made: str
 
 
-class NoCache:
-    """Holds nothing and keeps nothing: every piece of work is done.
+class Cache:
+    """Results of work in a folder, which is made with the first entry; without a folder all work is always done.
 
     Attributes:
+        folder: where results are kept; ``None`` for a cache that finds nothing and keeps nothing.
+        limit_bytes: how large the folder may grow.
         taken: work that was not done, because its result was there.
         trouble: why results could not be kept, where they could not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None, limit_bytes: int = _DEFAULT_LIMIT_MB << 20) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
         self.taken: list[Cached] = []
         self.trouble: str | None = None
+        self._surroundings: str | None = None
 
     def get_or_make(
         self,
@@ -120,7 +124,7 @@ class NoCache:
         root: Path,
         sound: Callable[[T], bool] = lambda _: True,
     ) -> T:
-        """What ``make`` gives, or gave for the same inputs.
+        """Return what ``make`` gives, or gave for the same inputs.
 
         Args:
             what: name of the work.
@@ -132,68 +136,41 @@ class NoCache:
             sound: whether a value may be kept.
         """
         key = self.key(what, inputs)
-        found = self.find(key, kind, root)
-        if found is not None:
-            return found
-        made = make()
-        if sound(made) and self.key(what, inputs) == key:  # otherwise a file has changed meanwhile: made of which?
-            self.keep(key, what, made, root)
-        return made
+        kept = self.find(key, kind, root)
+        if kept is not None:
+            return kept
+        value = make()
+        if sound(value) and self.key(what, inputs) == key:  # otherwise a file has changed while the work was done
+            self.keep(key, what, value, root)
+        return value
 
     def digest(self, value: object) -> str:
-        """Stands for a value among the inputs, where it would be hashed more than once."""
-        del value
-        return ""
+        """Return the SHA-256 of a value, to stand for it among inputs where it would be hashed more than once."""
+        return "" if self.folder is None else digest(value)
 
     def key(self, what: str, inputs: object) -> str:
-        """Stands for a piece of work."""
-        del what, inputs
-        return ""
+        """Return what stands for a piece of work: the digest of its name, its inputs, the versions and the machine.
 
-    def holds(self, key: str) -> bool:
-        """Whether there is an entry; whether it is whole is not known before :meth:`find`."""
-        del key
-        return False
-
-    def find(self, key: str, kind: type[T], root: Path) -> T | None:
-        """A value, its files written below ``root``; ``None`` where there is none, or no whole one."""
-        del key, kind, root
-        return None
-
-    def keep(self, key: str, what: str, value: object, root: Path) -> None:
-        """Keep a value and its files; a cache that cannot be written is told by ``trouble``, and no failure."""
-        del key, what, value, root
-
-
-class Cache(NoCache):
-    """A cache in a folder, which is made with the first entry."""
-
-    def __init__(self, folder: Path, limit_bytes: int = _DEFAULT_LIMIT_MB << 20) -> None:
-        super().__init__()
-        self.folder = folder
-        self.limit_bytes = limit_bytes
-        self._surroundings: str | None = None
-
-    def digest(self, value: object) -> str:
-        """SHA-256 of a value."""
-        return digest(value)
-
-    def key(self, what: str, inputs: object) -> str:
-        """Digest of a piece of work: its name and inputs, this package, the versions of others, the machine."""
+        It is empty, and stands for nothing, where there is no folder.
+        """
+        if self.folder is None:
+            return ""
         if self._surroundings is None:
             self._surroundings = digest(surroundings())
         return digest([what, self._surroundings, inputs])
 
     def holds(self, key: str) -> bool:
-        """Whether there is an entry; whether it is whole is not known before :meth:`find`."""
+        """Whether there is an entry; whether it is undamaged is not known before :meth:`find`."""
         return bool(key) and (self._entries / key).is_file()
 
     def find(self, key: str, kind: type[T], root: Path) -> T | None:
-        """A value, its files written below ``root``; ``None`` where there is none, or no whole one."""
+        """Return a value, its files written below ``root``; ``None`` where there is none, or a damaged one."""
+        if not key:
+            return None
         written: list[Path] = []
         try:
             entry = _read_entry(self._entries / key)
-            value = _checked((self._objects / entry.value).read_bytes(), entry.value)
+            data = _read_object(self._objects / entry.value)
 
             def decode(wanted: type, raw: Any) -> Any:
                 if wanted is not Path:
@@ -201,10 +178,10 @@ class Cache(NoCache):
                 destination = root / raw["path"]
                 written.append(destination)
                 destination.parent.mkdir(parents=True, exist_ok=True)
-                _copy(self._objects / raw["sha256"], destination, raw["sha256"])
+                _copy_object(self._objects / raw["sha256"], destination)
                 return destination
 
-            found = msgspec.msgpack.decode(value, type=kind, dec_hook=decode)
+            value = msgspec.msgpack.decode(data, type=kind, dec_hook=decode)
         except (FileNotFoundError, NotADirectoryError, PermissionError):  # not there, or not any more, or not for us
             _remove(written)
             return None
@@ -217,10 +194,12 @@ class Cache(NoCache):
         with suppress(OSError):  # of a cache that may be read only
             os.utime(self._entries / key)
         self.taken.append(Cached(what=entry.what, made=entry.made))
-        return found
+        return value
 
     def keep(self, key: str, what: str, value: object, root: Path) -> None:
-        """Keep a value and its files; a cache that cannot be written is told by ``trouble``, and no failure."""
+        """Keep a value and its files; a cache that cannot be written is no failure: ``trouble`` says why."""
+        if not key:
+            return
         objects: dict[str, int] = {}
         try:
             with self._locked():
@@ -238,7 +217,8 @@ class Cache(NoCache):
                 objects[sha256] = len(data)
                 self._write(self._objects / sha256, data)
                 entry = CacheEntry(what=what, made=_utc(datetime.now(timezone.utc)), value=sha256, objects=objects)
-                self._write(self._entries / key, _entry_bytes(entry))
+                content = msgspec.json.encode(entry)
+                self._write(self._entries / key, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
                 self._evict(key)
         except OSError as error:
             self.trouble = f"{error.strerror or error}: {str(self.folder)!r}"
@@ -264,51 +244,52 @@ class Cache(NoCache):
 
     def clear(self) -> None:
         """Remove everything."""
-        if self.folder.is_dir():
+        if self.folder is not None and self.folder.is_dir():
             with self._locked():
                 shutil.rmtree(self._entries, ignore_errors=True)
                 shutil.rmtree(self._objects, ignore_errors=True)
 
     @property
     def _entries(self) -> Path:
+        assert self.folder is not None
         return self.folder / "entries"
 
     @property
     def _objects(self) -> Path:
+        assert self.folder is not None
         return self.folder / "objects"
 
     def _locked(self) -> Any:
         """Against another process that removes what this one is about to need."""
         from filelock import FileLock
 
+        assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / "lock", timeout=_LOCK_S)
 
     def _adopt(self, path: Path) -> tuple[str, int]:
-        """Copy a file in; gives its SHA-256 and size."""
+        """Copy a file in; return its SHA-256 and size."""
         sha256, size = hash_file(path)
-        held = self._objects / sha256
-        if not held.exists():
-            new = self._new()
-            try:
+        if not (self._objects / sha256).exists():
+            with self._put(self._objects / sha256) as new:
                 shutil.copyfile(path, new)
-                new.replace(held)
-            finally:
-                new.unlink(missing_ok=True)
         return sha256, size
 
     def _write(self, path: Path, data: bytes) -> None:
-        new = self._new()
-        try:
+        with self._put(path) as new:
             new.write_bytes(data)
+
+    @contextmanager
+    def _put(self, path: Path) -> Iterator[Path]:
+        """Give a path to write to, which becomes ``path`` when the block ends without an error."""
+        self._objects.mkdir(exist_ok=True)
+        new = self._objects / f"new-{secrets.token_hex(8)}"
+        try:
+            yield new
             path.parent.mkdir(exist_ok=True)
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
-
-    def _new(self) -> Path:
-        self._objects.mkdir(exist_ok=True)
-        return self._objects / f"new-{secrets.token_hex(8)}"
 
     def _whole_entries(self) -> Iterator[tuple[Path, float, CacheEntry]]:
         """Path, time of the last use in seconds, and content of each entry that can be read."""
@@ -331,8 +312,8 @@ class Cache(NoCache):
                 path.unlink()
 
 
-def open_cache() -> NoCache:
-    """The cache that the environment names, or else the user's own.
+def open_cache() -> Cache:
+    """Return the cache that the environment names, or else the user's own.
 
     Raises:
         UsageError: the limit in the environment is no number.
@@ -341,7 +322,7 @@ def open_cache() -> NoCache:
 
     named = os.environ.get(FOLDER)
     if named is not None and not named:
-        return NoCache()
+        return Cache()
     limit = os.environ.get(LIMIT_MB, str(_DEFAULT_LIMIT_MB))
     if not limit.isdecimal():
         raise UsageError(f"{LIMIT_MB} is {limit!r}; expected a whole number of MiB")
@@ -384,26 +365,18 @@ class _Damaged(Exception):
     """An entry, or the object that the argument names, is not what was written."""
 
 
-def _copy(source: Path, destination: Path, sha256: str) -> None:
-    """Copy an object, and make sure that it is the one with this SHA-256."""
-    found = hashlib.sha256()
-    with source.open("rb") as file, destination.open("wb") as copy:
-        while piece := file.read(_PIECE_BYTES):
-            found.update(piece)
-            copy.write(piece)
-    if found.hexdigest() != sha256:
-        raise _Damaged(sha256)
+def _copy_object(path: Path, destination: Path) -> None:
+    """Copy an object, and make sure that it has the SHA-256 that it is named after."""
+    with path.open("rb") as file, destination.open("wb") as copy:
+        if hash_pieces(read_pieces(file), copy.write)[0] != path.name:
+            raise _Damaged(path.name)
 
 
-def _checked(data: bytes, sha256: str) -> bytes:
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise _Damaged(sha256)
+def _read_object(path: Path) -> bytes:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != path.name:
+        raise _Damaged(path.name)
     return data
-
-
-def _entry_bytes(entry: CacheEntry) -> bytes:
-    content = msgspec.json.encode(entry)
-    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
 def _read_entry(path: Path) -> CacheEntry:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dmformer import __version__
-from dmformer.commands._options import under_policy
+from dmformer.commands._options import Invocation, set_debug
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
 from dmformer.commands.cache import cache
@@ -30,20 +30,18 @@ from dmformer.commands.unpack import unpack
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
 
-DEBUG = "--debug"
-
 app = typer.Typer(
     name="dmformer",
     help="Take a trained DMFormer from PyTorch to the machine at the edge: export, verify, bench, predict.",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (export, train, sign, cache):
+for _command in (
+    export, train, sign, cache, build, verify, bench, predict, inspect, doctor, check, pack, unpack,
+):  # fmt: skip
     app.command()(_command)
-for _opens_bundles in (build, verify, bench, predict, inspect, doctor, check, pack, unpack):
-    app.command()(under_policy(_opens_bundles))
-app.command("eval")(under_policy(evaluate))
-app.command("serve-layout")(under_policy(serve_layout))
+app.command("eval")(evaluate)
+app.command("serve-layout")(serve_layout)
 
 
 def _show_version(wanted: bool) -> None:
@@ -52,31 +50,41 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Exit codes: 0 done, 1 a check or the work failed, 2 wrong usage or input, 3 cannot run here.")
+@app.callback(
+    invoke_without_command=True,
+    epilog="Exit codes: 0 done, 1 a check or the work failed, 2 wrong usage or input, 3 cannot run here.",
+)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="Print the traceback of a failure; legal anywhere.")] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", callback=set_debug, is_eager=True, help="Print the traceback of a failure; legal anywhere."
+        ),
+    ] = False,
 ) -> None:
-    del version, debug  # both are handled before a command runs
+    del version, debug  # their callbacks have acted
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
     """Run the command line in this process."""
-    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
-    debug = len(arguments) < len(sys.argv) - 1
+    invocation = Invocation()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars and dots in tables, where output is not UTF-8
     signal.signal(signal.SIGTERM, _stop)
     try:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
-        code = app(args=arguments or ["--help"], prog_name="dmformer", standalone_mode=False)
+        code = app(args=sys.argv[1:], prog_name="dmformer", standalone_mode=False, obj=invocation)
         if code == 128 + signal.SIGINT:  # what Typer makes of Ctrl-C, without a word
             code = _report(KeyboardInterrupt())
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every failure becomes one line
-        if debug:
+        if invocation.debug:
             traceback.print_exc()
         sys.exit(_report(error))
     sys.exit(code if isinstance(code, int) else 0)
@@ -104,7 +112,7 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, OSError):
         message, code = f"{type(error).__name__}: {first_line(error)}", 1
     else:
-        message, code = f"{type(error).__name__}: {first_line(error)} (a defect of dmformer; add {DEBUG})", 1
+        message, code = f"{type(error).__name__}: {first_line(error)} (a defect of dmformer; add --debug)", 1
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return code
 

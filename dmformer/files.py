@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -14,7 +15,7 @@ from dmformer.errors import StageFailed
 from dmformer.process import announce
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -22,7 +23,7 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``target`` when the block ends, in the place of an older file; or nothing does.
+    """Give a path to write to, which replaces ``target`` when the block ends without an error, and else goes away.
 
     Raises:
         StageFailed: it could not be written, or is a pipe or a device, which a file must not replace.
@@ -41,15 +42,27 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def indented_json(content: Any) -> bytes:
-    """How every JSON file and report is written."""
+    """Encode as every JSON file and report is written."""
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
 def hash_file(path: Path) -> tuple[str, int]:
-    """SHA-256 and size of a file, read in pieces."""
-    digest, size = hashlib.sha256(), 0
+    """Return the SHA-256 and the size in bytes of a file, read in pieces."""
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
+        return hash_pieces(read_pieces(file))
+
+
+def read_pieces(file: IO[bytes]) -> Iterator[bytes]:
+    """Read an open file to its end, at most 1 MiB at a time."""
+    return iter(partial(file.read, 1 << 20), b"")
+
+
+def hash_pieces(pieces: Iterable[bytes], write: Callable[[bytes], object] | None = None) -> tuple[str, int]:
+    """Return the SHA-256 and the size in bytes of content that comes in pieces, each of which is also written on."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+        if write is not None:
+            write(piece)
     return digest.hexdigest(), size

@@ -347,7 +347,7 @@ def test_the_last_bundle_is_remembered_for_each_working_folder(
 ) -> None:
     with pytest.raises(UsageError, match="dmformer export"):
         locate.find_bundle(None)
-    locate.remember(exported.output)
+    locate.remember_bundle(exported.output)
     assert locate.find_bundle(None).root == exported.output
     monkeypatch.chdir(home / "b")
     with pytest.raises(UsageError, match="no bundle named"):
@@ -356,19 +356,19 @@ def test_the_last_bundle_is_remembered_for_each_working_folder(
 
 def test_a_relative_bundle_is_remembered(home: Path, exported: ExportResult) -> None:
     shutil.copytree(exported.output, home / "a" / "mine")
-    locate.remember(Path("mine"))
+    locate.remember_bundle(Path("mine"))
     assert locate.find_bundle(None).root == home / "a" / "mine"
 
 
 def test_the_default_folder_is_found_where_nothing_is_remembered(home: Path, exported: ExportResult) -> None:
     shutil.copytree(exported.output, home / "a" / locate.DEFAULT_BUNDLE)
     assert locate.find_bundle(None).root == Path(locate.DEFAULT_BUNDLE)
-    locate.remember(home / "gone")
+    locate.remember_bundle(home / "gone")
     assert locate.find_bundle(None).root == Path(locate.DEFAULT_BUNDLE)
 
 
 def test_a_named_bundle_comes_before_the_remembered(home: Path, bundle: Path, exported: ExportResult) -> None:
-    locate.remember(exported.output)
+    locate.remember_bundle(exported.output)
     assert locate.find_bundle(bundle).root == bundle
     with pytest.raises(UsageError, match="no bundle at"):
         locate.find_bundle(home / "nowhere")
@@ -376,13 +376,13 @@ def test_a_named_bundle_comes_before_the_remembered(home: Path, bundle: Path, ex
 
 def test_a_home_that_cannot_be_written_is_no_failure(home: Path, exported: ExportResult) -> None:
     (home / "state").write_text("a file where the folder should be")
-    locate.remember(exported.output)
+    locate.remember_bundle(exported.output)
     with pytest.raises(UsageError, match="no bundle named"):
         locate.find_bundle(None)
 
 
 def test_a_damaged_note_is_no_failure(home: Path, exported: ExportResult) -> None:
-    locate.remember(exported.output)
+    locate.remember_bundle(exported.output)
     (note,) = (path for path in (home / "state").rglob("*") if path.is_file())
     for content in (b"\xff\xfe", b"", b"/nowhere\n", b"a\0b"):
         note.write_bytes(content)

@@ -108,6 +108,13 @@ def test_debug_anywhere_gives_the_traceback_and_the_same_code(cli: Cli, argument
     assert run.err.splitlines()[-1].startswith("error: no bundle at")
 
 
+def test_debug_is_known_to_every_command(inline: Cli) -> None:
+    for command in ("", *COMMANDS, "build", "cache", "serve-layout", "train"):
+        run = inline(*command.split(), "--debug", "--nonsense")
+        assert run.code == 2
+        assert "No such option: --nonsense" in run.error_line
+
+
 def test_debug_alone_is_help(inline: Cli) -> None:
     assert "Usage" in inline("--debug").out
 

@@ -86,7 +86,7 @@ def test_what_was_seen_is_what_the_preprocessing_keeps(size: tuple[int, int], cr
     across, down = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     image = Image.fromarray(np.stack([across, down, 0 * down], axis=2).astype(np.uint8))
     preprocessing = Preprocessing(image_size=48, crop_fraction=crop_fraction, interpolation="bilinear")
-    left, top, right, bottom = preprocessing.seen(*size)
+    left, top, right, bottom = preprocessing.visible_box(*size)
     kept = preprocessing.pixels(image).astype(float)
     pixel = max(1.0, min(size) / 48) + 1
     assert kept[24, 0, 0] == pytest.approx(left, abs=pixel)
@@ -96,7 +96,7 @@ def test_what_was_seen_is_what_the_preprocessing_keeps(size: tuple[int, int], cr
 
 
 def segments(image: Path, *, whole: bool, classes: tuple[Any, ...] = ()) -> Segments:
-    return Segments(image, halves(32, 64 if whole else 32), classes, Preprocessing(image_size=32), whole=whole)
+    return Segments(image, halves(32, 64 if whole else 32), classes, Preprocessing(image_size=32), uncropped=whole)
 
 
 def test_at_an_open_size_all_of_the_image_is_in_colour(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_labels_are_those_of_the_picture(segmentation: ExportResult) -> None:
     annotated = np.asarray(Image.open(SCENES / "annotations/validation/0000.png"))
     assert (found.labels == logits[0].argmax(0)).all()
     assert (found.labels == annotated.astype(int) - 1)[annotated > 0].mean() > 0.9
-    assert not found.whole
+    assert not found.uncropped
 
 
 def test_pictures_of_one_name_do_not_replace_one_another(
@@ -245,7 +245,7 @@ def test_images_of_any_size(
     for bundle, whole in ((segmentation.output, False), (segmentation_open.output, True)):
         with dmformer.load(bundle, "ort") as predictor:
             (found,) = predictor.segment(image)
-        assert found.whole is whole
+        assert found.uncropped is whole
         assert all(side % 32 == 0 for side in found.labels.shape)
         if whole:
             assert min(found.labels.shape) == 32

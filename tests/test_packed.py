@@ -19,8 +19,8 @@ import pytest
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
-from dmformer.bundle.packing import pack, unpack
 from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.writer import pack, unpack
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError
 from dmformer.files import hash_file
 from tests.bundles import lengthen, one_line, rewrite
@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_nothing(bundle: Path, small: Path, tmp_path: Path, m
 STOPPED = """
 import sys, time
 import dmformer.bundle.archive as archive
-import dmformer.bundle.packing as packing
+import dmformer.bundle.writer as packing
 from dmformer.cli import main
 def wait(*_, **__):
     open("waiting", "w").close()

@@ -15,12 +15,12 @@ import pytest
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.reader import Bundle, open_bundle
-from dmformer.bundle.select import select
+from dmformer.bundle.select import choose, select
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError, UsageError
 from dmformer.export.formats import is_compiled
 from dmformer.runtimes import registry
 from dmformer.runtimes.base import Availability
-from dmformer.serve.predictor import Predictor, choose
+from dmformer.serve.predictor import Predictor
 from tests.bundles import lengthen, one_line, rewrite
 
 if TYPE_CHECKING:

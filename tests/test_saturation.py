@@ -16,12 +16,11 @@ import dmformer
 from dmformer import machine
 from dmformer.bundle import select
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import saturation
+from dmformer.bundle.select import choose, saturation_risk
 from dmformer.errors import CheckFailed
 from dmformer.export.precisions import int8
 from dmformer.machine import describe_processor
 from dmformer.runtimes import registry
-from dmformer.serve.predictor import choose
 from tests.bundles import rewrite
 from tests.precisions import SATURATES, unheld
 
@@ -84,9 +83,9 @@ def test_doctor_says_so_and_auto_takes_another(
     assert bundle.manifest.artifacts[0].full_range
     choice = choose(bundle, None, None)
     assert taken == [(choice.artifact.format, choice.artifact.precision)]
-    assert choice.saturation is None
+    assert choice.saturation_risk is None
     named = choose(bundle, "openvino", "int8")
-    assert named.saturation is not None
+    assert named.saturation_risk is not None
 
 
 @pytest.mark.usefixtures("without")
@@ -141,7 +140,7 @@ def test_doctor_says_so_of_what_can_be_built(
 def test_auto_looks_at_no_engine_that_it_does_not_need(exported: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     tried = select.cannot_run
-    monkeypatch.setattr("dmformer.serve.predictor.cannot_run", lambda row, a: asked.append(row.name) or tried(row, a))
+    monkeypatch.setattr("dmformer.bundle.select.cannot_run", lambda row, a: asked.append(row.name) or tried(row, a))
     choice = choose(open_bundle(exported.output), None, None)
     assert asked == [choice.entry.name]
 
@@ -211,7 +210,7 @@ def test_nobody_says_so_of_anything_else(reduced: ExportResult, full_range: Expo
     for result in (reduced, full_range):
         for artifact in result.manifest.artifacts:
             row = registry.entry_of_format(artifact.format)
-            told = saturation(row, artifact.full_range)
+            told = saturation_risk(row, artifact.full_range)
             assert (told is not None) == (artifact.full_range and row is OPENVINO)
 
 

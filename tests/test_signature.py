@@ -17,11 +17,23 @@ import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bundle.integrity import check_integrity, sign_bundle
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
-from dmformer.bundle.packing import pack
 from dmformer.bundle.reader import open_bundle, own_bundle
-from dmformer.bundle.trust.keys import fingerprint, generate_keys, load_private_key, load_public_key
-from dmformer.bundle.trust.policy import REQUIRE, TRUSTED_KEYS, Policy, admit, policy, policy_in_force, trusted_keys
-from dmformer.bundle.trust.signature import read_signature, verify
+from dmformer.bundle.trust import (
+    REQUIRE,
+    TRUSTED_KEYS,
+    Policy,
+    admit,
+    check_signature,
+    fingerprint,
+    generate_keys,
+    load_private_key,
+    load_public_key,
+    policy,
+    policy_in_force,
+    read_signature,
+    trusted_keys,
+)
+from dmformer.bundle.writer import pack
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.export.build import build
 from tests.bundles import lengthen, one_line, rewrite
@@ -122,7 +134,7 @@ def test_every_byte_of_the_manifest(signed: Path, strict: Policy) -> None:
             with pytest.raises(CheckFailed, match="of another manifest"):
                 admit(changed, signature, "here")
             with pytest.raises(CheckFailed, match="does not hold"):
-                verify(parsed, changed, "here")
+                check_signature(parsed, changed, "here")
 
 
 def test_every_byte_of_the_signature(signed: Path, strict: Policy) -> None:

@@ -14,7 +14,7 @@ from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bench.measure import Extent, measure, network_alone
 from dmformer.bundle.golden import load_golden
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import select
+from dmformer.bundle.select import choose, select
 from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.export.formats.tensorrt import complaints, strongly_typed, with_advice
 from dmformer.files import hash_file
@@ -22,7 +22,7 @@ from dmformer.runtimes import cuda, flavours
 from dmformer.runtimes.base import TensorSpec
 from dmformer.runtimes.cuda import Gpu
 from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_told, layers_with_nodes
-from dmformer.serve.predictor import choose, load
+from dmformer.serve.predictor import load
 from dmformer.verify.api import verify
 from tests import gpu_double
 from tests.bundles import one_line, rewrite

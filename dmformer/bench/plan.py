@@ -282,7 +282,7 @@ def plan_bench(bundle: str | Path | Bundle, request: BenchRequest) -> BenchPlan:
         profile=request.profile,
         brief=request.brief,
         skipped=tuple(skipped),
-        notes=tuple(f"{choice.title}: {choice.saturation}" for choice in chosen if choice.saturation),
+        notes=tuple(f"{choice.title}: {choice.saturation_risk}" for choice in chosen if choice.saturation_risk),
     )
 
 

@@ -1,4 +1,4 @@
-"""A bundle as one file: reading it.
+"""Read a bundle that is packed into one file.
 
 A ``.dmf`` file is a plain zip archive. A zip has an index, which says what is inside before anything is unpacked, and
 every system has a tool that reads it. Members are stored, not compressed: weights hardly compress, so that the file is
@@ -9,10 +9,8 @@ A member is written to disk only if the manifest in the archive lists it, and no
 
 from __future__ import annotations
 
-import hashlib
 import stat
 import zipfile
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dmformer.bundle.manifest import (
@@ -24,16 +22,16 @@ from dmformer.bundle.manifest import (
     check_name,
     decode_manifest,
 )
-from dmformer.bundle.trust.policy import admit
-from dmformer.bundle.trust.signature import MAX_SIGNATURE_BYTES
+from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, UsageError, first_line
+from dmformer.files import hash_pieces, read_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+SUFFIX = ".dmf"
 _ENCRYPTED = 0x1
-_PIECE = 1 << 20
 
 
 def extract(source: Path, folder: Path) -> None:
@@ -44,7 +42,7 @@ def extract(source: Path, folder: Path) -> None:
         OSError: the folder cannot be written.
         UsageError: this is no packed bundle, or one that no dmformer writes.
     """
-    with _opened(source) as archive:
+    with _open_archive(source) as archive:
         members = _members(archive, source)
         manifest = _read(archive, members, MANIFEST, MAX_MANIFEST_BYTES, source)
         signature = _read(archive, members, SIGNATURE, MAX_SIGNATURE_BYTES, source) if SIGNATURE in members else None
@@ -60,21 +58,18 @@ def extract(source: Path, folder: Path) -> None:
         (folder / MANIFEST).write_bytes(manifest)
 
 
-@contextmanager
-def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
+def _open_archive(source: Path) -> zipfile.ZipFile:
     expected = "expected a packed bundle, as dmformer pack writes it"
     if not source.is_file():
         raise UsageError(f"no file {str(source)!r}; {expected}")
     try:
-        archive = zipfile.ZipFile(source)
+        return zipfile.ZipFile(source)
     except Exception as error:  # zipfile raises whatever the bytes lead it to
         raise UsageError(f"no bundle at {str(source)!r} ({first_line(error)}); {expected}") from error
-    with archive:
-        yield archive
 
 
 def _members(archive: zipfile.ZipFile, source: Path) -> dict[str, zipfile.ZipInfo]:
-    """The index, once it was found to be one that cannot do harm."""
+    """Return the members by name, after checking that none of them can do harm."""
     room = source.stat().st_size
     for member in archive.infolist():
         name, mode = member.orig_filename, member.external_attr >> 16
@@ -100,7 +95,7 @@ def _members(archive: zipfile.ZipFile, source: Path) -> dict[str, zipfile.ZipInf
 
 
 def _check_listing(members: dict[str, zipfile.ZipInfo], entries: tuple[FileEntry, ...], source: Path) -> None:
-    """The archive holds what its manifest lists, in that size, and nothing else."""
+    """Check that the archive holds what its manifest lists, in that size, and nothing else."""
     listed = {entry.path: entry for entry in entries}
     if missing := sorted(set(listed) - set(members)):
         raise CheckFailed(f"{source}: {missing[0]!r} is missing; expected every file that the manifest lists")
@@ -123,25 +118,20 @@ def _read(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], name: s
 
 
 def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, entry: FileEntry, target: Path, source: Path) -> None:
-    digest, size = hashlib.sha256(), 0
     with target.open("xb") as file:
-        for piece in _pieces(archive, member, source):
-            digest.update(piece)
-            size += len(piece)
-            file.write(piece)
-    if (digest.hexdigest(), size) != (entry.sha256, entry.bytes):
+        sha256, size = hash_pieces(_pieces(archive, member, source), file.write)
+    if (sha256, size) != (entry.sha256, entry.bytes):
         raise CheckFailed(
-            f"{source}: {entry.path!r} has the SHA-256 {digest.hexdigest()[:12]}…; the manifest says "
+            f"{source}: {entry.path!r} has the SHA-256 {sha256[:12]}…; the manifest says "
             f"{entry.sha256[:12]}…: it was changed or damaged: copy the file again"
         )
 
 
 def _pieces(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: Path) -> Iterator[bytes]:
-    """The bytes of a member: as many as the index says, or an error."""
+    """Give the bytes of a member in pieces: as many as the index says, or an error."""
     try:
         with archive.open(member) as file:
-            while piece := file.read(_PIECE):
-                yield piece
+            yield from read_pieces(file)
     except Exception as error:  # zipfile raises whatever the bytes lead it to
         raise CheckFailed(
             f"{source}: {member.orig_filename!r} is damaged ({first_line(error)}): copy the file again"

@@ -69,7 +69,7 @@ class Golden:
 
     @property
     def sizes(self) -> dict[str | None, Golden]:
-        """This under ``None``, and under its :attr:`size` the same for another height and width."""
+        """This object under ``None``, and the one for another height and width under its :attr:`size`."""
         return {None: self} if self.other is None else {None: self, self.other.size: self.other}
 
     @property
@@ -79,7 +79,7 @@ class Golden:
         return f"{height}x{width}"
 
     def thinned(self, outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs at the rows and columns that are kept here."""
+        """Return outputs at the rows and columns that are kept here."""
         return thinned(outputs, self.strides)
 
     @property
@@ -93,9 +93,9 @@ class Golden:
         return self.inputs[-1:]
 
     def worst_row(self, answers: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The input whose answers are furthest from PyTorch's in float64, (1, C, H, W).
+        """Return the input whose answers are furthest from PyTorch's in float64, (1, C, H, W).
 
-        The first where they have another shape.
+        It is the first input where the answers have another shape than PyTorch's.
 
         Args:
             answers: to all inputs, thinned.
@@ -116,7 +116,7 @@ class Golden:
 
 
 def thinned(outputs: Mapping[str, NDArray[Any]], strides: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-    """Maps (N, C, H, W) at every n-th row and column, by their strides; what is no map as it is."""
+    """Return maps (N, C, H, W) at every n-th row and column, by their strides; and what is no map as it is."""
     found = {}
     for name, array in outputs.items():
         stride = strides.get(name, 1)
@@ -154,7 +154,7 @@ def load_golden(path: Path) -> Golden:
 
 
 def parse_golden(data: bytes, path: Path) -> Golden:
-    """The content of ``golden.npz``.
+    """Parse the content of ``golden.npz``.
 
     Args:
         data: the file's bytes.
@@ -190,12 +190,12 @@ def _golden(arrays: dict[str, NDArray[Any]]) -> Golden:
         emulated={name: _group(arrays, f"emulated_{name}/") for name in _precisions(arrays, "emulated_")},
         sources=tuple(_group(arrays, "sources/").values()),
         source_pixels=arrays.get("source_pixels"),
-        strides={name: _whole(name, stride) for name, stride in _group(arrays, "strides/").items()},
+        strides={name: _read_stride(name, stride) for name, stride in _group(arrays, "strides/").items()},
         other=_golden(others) if others else None,
     )
 
 
-def _whole(name: str, stride: NDArray[Any]) -> int:
+def _read_stride(name: str, stride: NDArray[Any]) -> int:
     if stride.dtype.kind not in "iu" or stride.shape:
         raise UsageError(f"a stride of {stride.dtype} {stride.shape} for {name!r}; expected one whole number")
     return int(stride)
@@ -228,16 +228,12 @@ def _check_expansion(expanded: int, size: int) -> None:
 
 def _check_arrays(golden: Golden, path: Path) -> None:
     rows = len(golden.images) if golden.images.ndim else 0
-    expected: list[tuple[str, NDArray[Any], Any, int | None]]
-    expected = [("images", golden.images, np.uint8, 4), ("inputs", golden.inputs, np.float32, 4)]
-    expected += [(f"outputs/{name}", array, np.float32, None) for name, array in golden.outputs.items()]
-    expected += [(f"outputs_float64/{name}", array, np.float64, None) for name, array in golden.outputs_float64.items()]
-    for kind, by_precision in (("outputs", golden.files), ("emulated", golden.emulated)):
-        for precision, outputs in by_precision.items():
-            expected += [(f"{kind}_{precision}/{name}", array, np.float32, None) for name, array in outputs.items()]
-    for name, array, dtype, rank in expected:
-        fits = array.dtype == dtype and array.ndim == (rank or array.ndim) and array.shape[:1] == (rows,)
-        if not fits or 0 in array.shape:
+    for name, array in _arrays(golden).items():
+        if name.startswith((_OTHER, "source", "strides/")):
+            continue
+        dtype = {"images": np.uint8, "outputs_float64": np.float64}.get(name.partition("/")[0], np.float32)
+        rank = 4 if name in ("images", "inputs") else array.ndim
+        if (array.dtype, array.ndim, array.shape[:1]) != (dtype, rank, (rows,)) or 0 in array.shape:
             raise UsageError(
                 f"{path}: array {name!r} is {array.dtype} {array.shape}; "
                 f"expected {np.dtype(dtype)} with a row for each image"

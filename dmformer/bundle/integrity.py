@@ -1,4 +1,4 @@
-"""What can be said of a bundle's integrity: every file by its hash, and the manifest by its signature."""
+"""Check and sign a whole bundle: every file by its hash, the manifest by its signature."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from msgspec import Struct
 
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import open_bundle, own_bundle, read_manifest, read_signature_file
-from dmformer.bundle.trust.policy import policy, policy_in_force, trusted_keys
-from dmformer.bundle.trust.signature import Signature, read_signature, sign, verify
+from dmformer.bundle.trust import (
+    Signature,
+    check_signature,
+    policy,
+    policy_in_force,
+    read_signature,
+    sign,
+    trusted_keys,
+)
 from dmformer.errors import CheckFailed, DMFormerError, UsageError
 from dmformer.files import whole_file
 
@@ -47,7 +54,7 @@ def sign_bundle(folder: Path, key: Ed25519PrivateKey) -> Signature:
 
 
 class FileCheck(Struct, frozen=True, kw_only=True):
-    """A file of the bundle, and what is wrong with it."""
+    """The check of a file of the bundle, with what is wrong with it."""
 
     path: str
     passed: bool
@@ -55,7 +62,7 @@ class FileCheck(Struct, frozen=True, kw_only=True):
 
 
 class SignatureCheck(Struct, frozen=True, kw_only=True):
-    """The bundle's signature.
+    """The check of the bundle's signature.
 
     Attributes:
         status: ``none`` where there is none; ``trusted`` where it holds and its key is among the trusted ones;
@@ -82,7 +89,7 @@ class IntegrityReport(Struct, frozen=True, kw_only=True):
 
 
 def check_integrity(named: Path) -> IntegrityReport:
-    """Look at everything in a bundle, a folder or a packed file, and go on where something is wrong.
+    """Check everything in a bundle, a folder or a packed file, and go on where something is wrong.
 
     Raises:
         CheckFailed: a file of a packed bundle is not what its manifest says.
@@ -135,7 +142,7 @@ def _check_signature(bundle: Bundle) -> SignatureCheck:
             return SignatureCheck(status="none")
         manifest, where = read_manifest(bundle.root), str(bundle.root / SIGNATURE)
         signature = read_signature(data, manifest, where)
-        verify(signature, manifest, where)
+        check_signature(signature, manifest, where)
     except CheckFailed as error:
         return SignatureCheck(
             status="bad", fingerprint=None if signature is None else signature.fingerprint, reason=str(error)
@@ -149,7 +156,7 @@ def _check_signature(bundle: Bundle) -> SignatureCheck:
 
 
 def _proves(files: list[FileCheck], signature: SignatureCheck) -> str:
-    """What follows from what was found, and what does not."""
+    """Say what the checks prove, and what they do not."""
     if failed := sum(not file.passed for file in files):
         return f"nothing: {failed} of {len(files)} files are not what {MANIFEST} lists"
     if signature.status == "bad":

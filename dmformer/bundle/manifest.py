@@ -1,4 +1,4 @@
-"""The manifest: what is in a bundle, as types. ``schemas/manifest.json`` is made from them."""
+"""The manifest: what is in a bundle, as types, from which ``schemas/manifest.json`` is made; and the names of files."""
 
 from __future__ import annotations
 
@@ -106,16 +106,18 @@ class FileEntry(Struct, frozen=True, kw_only=True):
 
 
 class Accuracy(Struct, frozen=True, kw_only=True):
-    """Shares from 0 to 1; ``null`` without labels, for another task, or without PyTorch's answers to agree with.
+    """How many right answers there were, as shares from 0 to 1; ``null`` for what was not measured.
+
+    A share is not measured without labels, for another task, or without PyTorch's answers to agree with.
 
     The intervals are those of 95 % confidence: what the same network may reach on other images of the same kind.
 
     Attributes:
         images: how many.
         top1: images whose class is the network's first choice.
-        top1_interval: of ``top1``.
+        top1_interval: lower and upper bound of ``top1``.
         top5: images whose class is among the network's first five.
-        top5_interval: of ``top5``.
+        top5_interval: lower and upper bound of ``top5``.
         miou: mean over the classes of ``iou``.
         pixel_accuracy: pixels with the right class.
         iou: intersection over union of each class's pixels; ``null`` for a class that occurs nowhere.
@@ -196,7 +198,7 @@ class Artifact(Struct, frozen=True, kw_only=True):
 
     @property
     def sha256(self) -> str:
-        """The file's SHA-256; for several files that of their listing as ``sha256sum`` prints it."""
+        """The file's SHA-256; for several files, that of their listing as ``sha256sum`` prints it."""
         if len(self.files) == 1:
             return self.files[0].sha256
         listing = "".join(f"{file.sha256}  {file.path}\n" for file in self.files)
@@ -204,7 +206,7 @@ class Artifact(Struct, frozen=True, kw_only=True):
 
     @property
     def bytes(self) -> int:
-        """Size of all its files."""
+        """Size of all its files, in bytes."""
         return sum(file.bytes for file in self.files)
 
 
@@ -352,12 +354,12 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def entries(self) -> tuple[FileEntry, ...]:
-        """Every file that is listed."""
+        """Every file that the manifest lists."""
         return (*self.files, *(file for artifact in self.artifacts for file in artifact.files))
 
     @property
     def class_count(self) -> int:
-        """How many classes the network tells apart; 0 where it gives features."""
+        """Number of classes that the network tells apart; 0 where it gives features."""
         return 0 if self.model.task == "features" else int(self.outputs[0].shape[1])
 
     @property
@@ -366,7 +368,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return isinstance(self.inputs[0].shape[2], str)
 
     def encode(self) -> bytes:
-        """As indented JSON."""
+        """Return the content of ``manifest.json``."""
         return indented_json(self)
 
 

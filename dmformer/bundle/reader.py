@@ -1,18 +1,12 @@
-"""Open a bundle: nothing in it is parsed before its hash was checked, the manifest excepted.
+"""Open bundles, folders and packed files alike: nothing in one is parsed before its hash was checked, but the manifest.
 
-This is the one place that opens bundles, folders and packed files alike, so it is here that the policy of
-:mod:`dmformer.bundle.trust.policy` is asked, before the manifest is parsed.
+This is the one place that opens bundles, so it is here that the policy of :mod:`dmformer.bundle.trust` is asked, before
+the manifest is parsed.
 
-Files that an ONNX file reads its weights from, found without the onnx package.
-
-An ONNX file may keep tensors in other files ("external data", onnx.proto3: ``TensorProto.external_data``) and name
-them by a path, which an engine opens on its own. So the path is looked at before an engine sees the file. Only the tags
-of the protocol buffer are walked, along the fields that lead to tensors; the weights themselves are skipped.
-
-Open a bundle: nothing in it is parsed before its hash was checked, the manifest excepted.
-
-This is the one place that opens bundles, folders and packed files alike, so it is here that the policy of
-:mod:`dmformer.bundle.trust` is asked, before the manifest is parsed.
+An ONNX file may keep tensors in other files ("external data", onnx.proto3: ``TensorProto.external_data``) and name them
+by a path, which an engine opens on its own. So those paths are looked at before an engine sees the file, without the
+onnx package: only the tags of the protocol buffer are walked, along the fields that lead to tensors; the weights
+themselves are skipped.
 """
 
 from __future__ import annotations
@@ -40,8 +34,7 @@ from dmformer.bundle.manifest import (
     Manifest,
     decode_manifest,
 )
-from dmformer.bundle.trust.policy import admit
-from dmformer.bundle.trust.signature import MAX_SIGNATURE_BYTES
+from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.files import hash_file
 from dmformer.process import announce
@@ -71,7 +64,7 @@ _MOST_FIELDS = 2_000_000  # seconds of work; a network has some thousands
 
 
 def external_files(path: Path) -> set[str]:
-    """The paths that the tensors of an ONNX file name.
+    """Return the paths of other files that the tensors of an ONNX file name.
 
     Raises:
         UsageError: the file is no ONNX file.
@@ -86,7 +79,7 @@ def external_files(path: Path) -> set[str]:
 
 
 def _entries(data: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Extents of the entries of every tensor's ``external_data``."""
+    """Give start and end of each entry of each tensor's ``external_data``."""
     waiting, seen = [("ModelProto", 0, len(data), 0)], 0
     while waiting:
         kind, start, end, depth = waiting.pop()
@@ -102,7 +95,7 @@ def _entries(data: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 
 def _location(data: mmap.mmap, start: int, end: int) -> set[str]:
-    """The value of an entry whose key is ``location``; of a field that comes twice the last counts."""
+    """Return the value of an entry whose key is ``location``; of a field that comes twice the last counts."""
     entry = {field: data[first:last].decode() for field, _, first, last in fields(data, start, end)}
     return {entry.get(2, "")} if entry.get(1) == "location" else set()
 
@@ -124,12 +117,12 @@ class Bundle:
     packed: Path | None = None
 
     @property
-    def named(self) -> Path:
-        """What the user knows it by: the packed file, or the folder."""
+    def source(self) -> Path:
+        """The path that a user opened: the packed file, or the folder."""
         return self.packed or self.root
 
     def check(self, entry: FileEntry) -> Path:
-        """The file, once its size and SHA-256 were found to be the manifest's.
+        """Return the path of a listed file, after checking its size and SHA-256.
 
         Raises:
             CheckFailed: it is missing, reached over a link, or of another content.
@@ -139,7 +132,7 @@ class Bundle:
         return path
 
     def read(self, entry: FileEntry) -> bytes:
-        """The file's content, read once, so that what was checked is what is used.
+        """Return the content of a listed file, read once, so that what was checked is what is used.
 
         Raises:
             CheckFailed: it is missing, reached over a link, or of another content.
@@ -151,7 +144,7 @@ class Bundle:
         return data
 
     def locate(self, entry: FileEntry) -> Path:
-        """Where the file is; its content is not looked at.
+        """Return the path of a listed file, whose content is not looked at.
 
         Raises:
             CheckFailed: it is missing, or reached over a link.
@@ -173,7 +166,7 @@ class Bundle:
             )
 
     def load_path(self, artifact: Artifact) -> Path:
-        """The file of an artifact that its runtime loads, after checking everything that the runtime may read.
+        """Return the file of an artifact that its runtime loads, after checking everything that the runtime may read.
 
         Raises:
             CheckFailed: a file is not what the manifest says, or the runtime could reach one that was not checked.
@@ -184,7 +177,7 @@ class Bundle:
         return paths[0]
 
     def check_reach(self, artifact: Artifact) -> None:
-        """See that a runtime which is given an artifact's first file finds no other file than the artifact's.
+        """Check that a runtime which is given an artifact's first file finds no other file than the artifact's.
 
         Raises:
             CheckFailed: it would.
@@ -202,13 +195,13 @@ class Bundle:
                 )
 
     def unlisted(self, folder: Path | None = None) -> list[str]:
-        """Files and links below a folder, or the whole bundle, that the manifest does not list."""
+        """List files and links below a folder, or below the root, that the manifest does not list."""
         known = {MANIFEST, SIGNATURE, *(entry.path for entry in self.manifest.entries)}
         found = (path.relative_to(self.root).as_posix() for path in _everything(folder or self.root))
         return sorted(set(found) - known)
 
     def check_all(self) -> None:
-        """Every listed file by its hash, and that nothing else is there.
+        """Check every listed file by its hash, and that no other file is there.
 
         This finds damage and mistakes. Somebody who can write the bundle can write its manifest too.
 
@@ -223,7 +216,7 @@ class Bundle:
             raise CheckFailed(f"{self.root}: {unlisted[0]!r} is not listed in the manifest; expected no other files")
 
     def golden(self) -> Golden:
-        """Golden inputs and outputs, after checking their hash.
+        """Return the golden inputs and outputs, after checking their hash.
 
         Raises:
             CheckFailed: the file is not what the manifest says.
@@ -242,7 +235,7 @@ class Bundle:
         raise UsageError(f"{self.root}: the manifest lists no {GOLDEN}; export the bundle again")
 
     def artifacts(self, format_name: str, precision: str | None = None) -> list[Artifact]:
-        """Artifacts of a format, at one precision or at all."""
+        """Return the artifacts of a format, at one precision or at all."""
         return [
             artifact
             for artifact in self.manifest.artifacts
@@ -281,7 +274,7 @@ def open_bundle(named: Path) -> Bundle:
 
 
 def own_bundle(folder: Path) -> Bundle:
-    """A bundle that this program wrote or is about to replace, or whose admission the caller sees to: no policy.
+    """Open a bundle without a policy: one that this program wrote or replaces, or that the caller admits itself.
 
     Raises:
         UsageError: there is no bundle, or its manifest cannot be read.
@@ -295,7 +288,7 @@ def _bundle(folder: Path, manifest: bytes, packed: Path | None = None) -> Bundle
 
 
 def read_manifest(root: Path) -> bytes:
-    """The bytes of a bundle's manifest.
+    """Return the bytes of a bundle's manifest.
 
     Raises:
         UsageError: there is none, or it is no file of a manifest's size.
@@ -314,7 +307,7 @@ def read_manifest(root: Path) -> bytes:
 
 
 def read_signature_file(root: Path) -> bytes | None:
-    """The bytes of a bundle's ``manifest.sig``; ``None`` where there is none.
+    """Return the bytes of a bundle's ``manifest.sig``; ``None`` where there is none.
 
     Raises:
         CheckFailed: it cannot be read, or is no file.
@@ -335,7 +328,7 @@ def read_signature_file(root: Path) -> bytes | None:
 
 
 def _everything(folder: Path) -> Iterator[Path]:
-    """Everything below a folder that is no folder itself; a link to one is not followed."""
+    """Walk everything below a folder that is no folder itself; a link to one is not followed."""
     with os.scandir(folder) as found:
         for item in found:
             if item.is_dir(follow_symlinks=False):

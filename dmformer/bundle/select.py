@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from dmformer.runtimes.base import Runtime
 
 
+AUTO = "auto"  # in the place of a runtime's name: the first that can run
+
+
 @dataclass(frozen=True)
 class Choice:
-    """An artifact and the runtime for it."""
+    """An artifact of a bundle, and the runtime that runs it."""
 
     artifact: Artifact
     entry: registry.RuntimeEntry
@@ -26,21 +29,21 @@ class Choice:
 
     @property
     def title(self) -> str:
-        """Runtime and precision."""
+        """The names of the runtime and the precision."""
         return f"{self.entry.name} {self.artifact.precision}"
 
     @property
-    def saturation(self) -> str | None:
-        """Why the artifact's int8 sums may saturate on this machine (:func:`saturation`)."""
-        return saturation(self.entry, self.artifact.full_range)
+    def saturation_risk(self) -> str | None:
+        """Why the artifact's int8 sums may saturate on this machine, as :func:`saturation_risk` says it."""
+        return saturation_risk(self.entry, self.artifact.full_range)
 
     @property
     def caveat(self) -> str | None:
-        """What is to be known before the artifact is run on this machine (:func:`caveat`)."""
+        """What a user should know before the artifact is run on this machine, as :func:`caveat` says it."""
         return caveat(self.entry, self.artifact)
 
     def runtime(self, threads: int | None = None, taps: Sequence[str] = ()) -> Runtime:
-        """The runtime, not yet open, over files whose hashes were checked.
+        """Return the runtime, not yet open, over files whose hashes were checked.
 
         Args:
             threads: for one inference; otherwise all cores.
@@ -58,29 +61,52 @@ class Choice:
         return adapter(path, threads=threads, precision=artifact.precision, target=artifact.target, taps=taps)
 
 
-def preferred(
-    artifacts: Sequence[Artifact], cannot: Callable[[registry.RuntimeEntry, Artifact], str | None]
+def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
+    """Return the first artifact, in the manifest's order, of a runtime; those whose int8 sums may saturate come last.
+
+    Args:
+        bundle: to choose from.
+        runtime: its name; otherwise, or with ``auto``, the first that can run on this machine.
+        precision: of the artifact; otherwise any.
+
+    Raises:
+        UnavailableError: the runtime that was named, or every one, cannot run on this machine.
+        UsageError: a name is unknown, or the bundle has nothing for it.
+    """
+    if runtime is not None and runtime.lower() == AUTO:
+        runtime = None
+    if runtime is None:
+        artifacts = [artifact for artifact in bundle.manifest.artifacts if precision in (None, artifact.precision)]
+        first = first_runnable(artifacts, cannot_run)
+        if first is not None:
+            return Choice(first[1], first[0], bundle)
+    choices, _ = select(bundle, [runtime] if runtime else [], [precision] if precision else [])
+    return min(choices, key=lambda choice: choice.saturation_risk is not None)
+
+
+def first_runnable(
+    artifacts: Sequence[Artifact], reason_against: Callable[[registry.RuntimeEntry, Artifact], str | None]
 ) -> tuple[registry.RuntimeEntry, Artifact] | None:
-    """The first artifact that runs here, in the manifest's order, those whose int8 sums may saturate last.
+    """Return the first artifact that runs here, in the manifest's order, those whose int8 sums may saturate last.
 
     Args:
         artifacts: to choose from.
-        cannot: why one cannot run; asked in turn until there is no reason.
+        reason_against: why one cannot run; asked of one after another until there is no reason.
     """
-    known = [(row, one) for one in artifacts if (row := registry.reader_of(one.format)) is not None]
-    known.sort(key=lambda pair: saturation(pair[0], pair[1].full_range) is not None)
-    return next((pair for pair in known if cannot(*pair) is None), None)
+    readable = [(row, artifact) for artifact in artifacts if (row := registry.reader_of(artifact.format)) is not None]
+    readable.sort(key=lambda pair: saturation_risk(pair[0], pair[1].full_range) is not None)
+    return next((pair for pair in readable if reason_against(*pair) is None), None)
 
 
 def cannot_run(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
-    """Why an artifact cannot run on this machine; ``None`` where it can, as far as is known without loading it."""
+    """Say why an artifact cannot run on this machine; ``None`` where it can, as far as one sees without loading it."""
     adapter = registry.adapter(row)
     status = adapter.probe()
     return adapter.cannot_load(artifact.target) if status.available else status.reason
 
 
-def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
-    """Why int8 sums may saturate on this machine, and what to do; ``None`` where they do not.
+def saturation_risk(row: registry.RuntimeEntry, full_range: bool) -> str | None:
+    """Say why int8 sums may saturate on this machine, and what to do; ``None`` where they do not.
 
     Args:
         row: of the runtime.
@@ -94,12 +120,12 @@ def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
 
 
 def caveat(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
-    """What is to be known of an artifact that runs here: that its sums saturate, or that it is computed in float32."""
-    return saturation(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
+    """Say that an artifact's sums saturate here, or that it is computed in float32; ``None`` where neither is so."""
+    return saturation_risk(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
 
 
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:
-    """Artifacts to work on, and a sentence for each one that had to be left out.
+    """Return the artifacts to work on, and a sentence for each one that had to be left out.
 
     A runtime that is named must be able to run and must have an artifact. With none named, or ``all``, every artifact
     whose runtime can run on this machine is taken.
@@ -147,7 +173,7 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
 
 
 def _divide(choices: Sequence[Choice]) -> tuple[list[Choice], list[str]]:
-    """Those that can run on this machine, and a sentence for each of the others."""
+    """Return those that can run on this machine, and a sentence for each of the others."""
     fit, reasons = [], []
     for choice in choices:
         if reason := cannot_run(choice.entry, choice.artifact):

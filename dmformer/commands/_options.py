@@ -1,109 +1,96 @@
-"""Options whose values are pairs, or one of a few words.
+"""Options and arguments that commands share, and the bundle that a command is about.
 
-Whose bundles a command takes: options that stand on every command that opens bundles, and reach no further.
-
-They set the policy for the length of the command; the place that opens bundles asks it.
+Two kinds act by a callback, so that no command's body reads them: the policy options put their policy in force for as
+long as the command runs, and ``--debug`` notes in the context's object that a failure's traceback is wanted.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dmformer.bundle.manifest import DEFAULT_BUNDLE
-from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.bundle.trust import Policy, policy, policy_in_force
+from dmformer.commands._present import say
 from dmformer.errors import UsageError
 from dmformer.export.options import EngineOptions, sentences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from dmformer.bundle.reader import Bundle
 
 
-def remember(bundle: Path) -> None:
-    """Note the bundle that was just written from this working folder; a home that cannot be written is no failure."""
-    try:
-        note = _note()
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(bundle.absolute()), encoding="utf-8")
-    except (OSError, RuntimeError, UnicodeError):  # RuntimeError: there is no home at all
-        return
+@dataclass
+class Invocation:
+    """One run of the command line, as Typer's contexts carry it in ``obj``."""
+
+    debug: bool = False
 
 
-def find_bundle(named: Path | None) -> Bundle:
-    """Open the bundle that was named, or else the last one written from this working folder.
-
-    Raises:
-        UsageError: there is none, or it cannot be read.
-    """
-    return open_bundle(bundle_path(named))
+def set_debug(context: typer.Context, wanted: bool) -> bool:
+    """Note that the traceback of a failure is wanted; the callback of every ``--debug``."""
+    context.ensure_object(Invocation).debug |= wanted
+    return wanted
 
 
-def bundle_path(named: Path | None) -> Path:
-    """Where the bundle is that was named, or else the last one written from this working folder.
-
-    Raises:
-        UsageError: none is named, and there is no such folder.
-    """
-    if named is not None:
-        return named
-    try:
-        remembered = Path(_note().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, UnicodeError):
-        remembered = Path(DEFAULT_BUNDLE)
-    for candidate in (remembered, Path(DEFAULT_BUNDLE)):
-        if candidate.is_dir():
-            return candidate
-    raise UsageError(f"no bundle named, and none at ./{DEFAULT_BUNDLE}; name one, or run: dmformer export")
+def _require_signature(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.with_resource(policy_in_force(replace(policy(), required=True)))
+    return wanted
 
 
-def _note() -> Path:
-    """One small file for each working folder, in the user's state folder (XDG Base Directory Specification)."""
-    import platformdirs
-
-    key = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:16]
-    return platformdirs.user_state_path("dmformer") / f"last-bundle-{key}"
+def _trust_keys(context: typer.Context, folder: Path | None) -> Path | None:
+    if folder is not None:
+        context.with_resource(policy_in_force(Policy(required=True, trusted_keys=folder)))
+    return folder
 
 
-T = TypeVar("T", bound=str)
-
-
-def parse_choice(value: str | None, words: tuple[T, ...], option: str) -> T | None:
-    """One of the words, in any case.
+def check_report_target(target: str | Path | None) -> str | Path | None:
+    """Refuse a report file that cannot be written, before the work is done; the callback of options that name one.
 
     Raises:
-        UsageError: it is none of them.
+        UsageError: its folder does not exist, or it is a folder.
     """
-    if value is None:
-        return None
-    for word in words:
-        if word == value.lower():
-            return word
-    raise UsageError(f"{option} {value!r}; expected one of {', '.join(words)}")
+    if target is not None and target != "-":
+        path = Path(target)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists")
+    return target
 
 
-def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; a value is JSON where it reads as JSON, and a plain word otherwise.
-
-    Raises:
-        UsageError: a text is no pair.
-    """
-    values = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key or not text:
-            raise UsageError(f"{option} {pair!r}; expected KEY=VALUE, for instance {example}")
-        try:
-            values[key] = json.loads(text)
-        except ValueError:
-            values[key] = text
-    return values
+BundleArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[BUNDLE]", help="Folder of the bundle, or a packed file; otherwise the one the last export wrote."
+    ),
+]
+RuntimeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov) or tensorrt (trt). Repeatable."
+    ),
+]
+PrecisionOption = Annotated[
+    list[str] | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8; otherwise all. Repeatable.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads for one inference; otherwise all cores.")
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=check_report_target,
+        help="Write the report as JSON; - is standard output.",
+    ),
+]
 
 
 def option(options: type, field: str, *flags: str, **how: Any) -> Any:
@@ -122,48 +109,92 @@ OptBatchOption = Annotated[int, _engine("opt_batch", "--opt-batch", min=1)]
 MaxBatchOption = Annotated[int, _engine("max_batch", "--max-batch", min=1)]
 WorkspaceOption = Annotated[int | None, _engine("workspace_mb", "--workspace", metavar="MIB", min=1)]
 
-
-RequireOption = Annotated[
+# On every command that opens bundles. The environment is read by the policy itself, for callers in Python too: Typer's
+# ``envvar`` would refuse a value that the policy takes for "yes".
+RequireSignatureOption = Annotated[
     bool,
     typer.Option(
         "--require-signature",
+        callback=_require_signature,
         help="Open only bundles signed by a trusted key; DMFORMER_REQUIRE_SIGNATURE=1 does the same.",
     ),
 ]
-TrustedOption = Annotated[
+TrustedKeysOption = Annotated[
     Path | None,
     typer.Option(
         "--trusted-keys",
         metavar="DIR",
+        callback=_trust_keys,
         help="Public keys (*.pem) whose signature is required; otherwise DMFORMER_TRUSTED_KEYS, or the user's own.",
     ),
 ]
+# On every command, so that it may stand anywhere on the line; only the help of the whole shows it.
+DebugOption = Annotated[bool, typer.Option("--debug", callback=set_debug, is_eager=True, hidden=True)]
 
 
-def under_policy(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with ``--require-signature`` and ``--trusted-keys`` after its own options."""
+def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:
+    """Parse ``KEY=VALUE`` pairs; a value is JSON where it reads as JSON, and otherwise a string.
 
-    @functools.wraps(command)
-    def run(*, require_signature: bool, trusted_keys: Path | None, **given: Any) -> None:
-        from dmformer.bundle.trust.policy import Policy, policy, policy_in_force
+    Raises:
+        UsageError: a text is no pair.
+    """
+    values = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key or not text:
+            raise UsageError(f"{option} {pair!r}; expected KEY=VALUE, for instance {example}")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+    return values
 
-        default = policy()
-        chosen = Policy(
-            required=require_signature or trusted_keys is not None or default.required,
-            trusted_keys=trusted_keys or default.trusted_keys,
-        )
-        with policy_in_force(chosen):
-            command(**given)
 
-    signature = inspect.signature(command, eval_str=True)
-    options = (
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, default, annotation in (
-            ("require_signature", False, RequireOption),
-            ("trusted_keys", None, TrustedOption),
-        )
-    )
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), *options]
-    )
-    return run
+def remember_bundle(folder: Path) -> None:
+    """Note the bundle that was just written from this working folder; a home that cannot be written is no failure."""
+    try:
+        note = _note()
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(folder.absolute()), encoding="utf-8")
+    except (OSError, RuntimeError, UnicodeError):  # RuntimeError: there is no home at all
+        return
+
+
+def bundle_path(named: Path | None) -> Path:
+    """Return the path that the user named, or else that of the last bundle written from this working folder.
+
+    Raises:
+        UsageError: none is named, and there is no such folder.
+    """
+    if named is not None:
+        return named
+    try:
+        remembered = Path(_note().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, UnicodeError):
+        remembered = Path(DEFAULT_BUNDLE)
+    for candidate in (remembered, Path(DEFAULT_BUNDLE)):
+        if candidate.is_dir():
+            return candidate
+    raise UsageError(f"no bundle named, and none at ./{DEFAULT_BUNDLE}; name one, or run: dmformer export")
+
+
+def find_bundle(named: Path | None) -> Bundle:
+    """Open the bundle at :func:`bundle_path`; say which it is where the user named none.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    from dmformer.bundle.reader import open_bundle
+
+    bundle = open_bundle(bundle_path(named))
+    if named is None:
+        say(f"bundle {bundle.source}")
+    return bundle
+
+
+def _note() -> Path:
+    """Return the file that remembers this working folder's bundle, in the user's state folder (XDG)."""
+    import platformdirs
+
+    key = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:16]
+    return platformdirs.user_state_path("dmformer") / f"last-bundle-{key}"

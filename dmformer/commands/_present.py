@@ -1,4 +1,4 @@
-"""What commands share: where output goes, progress, tables and JSON files."""
+"""Where the output of commands goes, and what it looks like: messages, progress, tables, reports."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from dmformer.errors import StageFailed, UsageError
+from dmformer.errors import StageFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,31 +20,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dmformer.bundle.manifest import Artifact
-    from dmformer.bundle.reader import Bundle
     from dmformer.progress import Advance
-
-BundleArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[BUNDLE]", help="Folder of the bundle, or a packed file; otherwise the one the last export wrote."
-    ),
-]
-RuntimeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov) or tensorrt (trt). Repeatable."
-    ),
-]
-PrecisionOption = Annotated[
-    list[str] | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8; otherwise all. Repeatable.")
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads for one inference; otherwise all cores.")
-]
-JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is standard output.")
-]
-
 
 _PIPED_WIDTH = 120
 
@@ -54,36 +28,36 @@ _PIPED_WIDTH = 120
 def _console(stderr: bool, **settings: Any) -> Console:
     from rich.console import Console
 
-    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, **settings)
-    if not made.is_terminal and "COLUMNS" not in os.environ:
-        made.width = _PIPED_WIDTH
-    return made
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, **settings)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPED_WIDTH
+    return console
 
 
 def messages() -> Console:
-    """The console of progress and messages: standard error, so that standard output can be piped."""
+    """Return the console of progress and messages: standard error, so that standard output can be piped."""
     return _console(stderr=True, soft_wrap=True)
 
 
 def results(json_target: str | None = None) -> Console:
-    """The console of results: standard output, unless JSON goes there."""
+    """Return the console of results: standard output, unless JSON goes there."""
     return _console(stderr=json_target == "-")
 
 
 def say(line: str) -> None:
-    """One line to standard error."""
+    """Print one line to standard error."""
     messages().print(line)
 
 
 def table(title: str, columns: Sequence[str], numeric: Sequence[str] = ()) -> Table:
-    """An empty table; the columns named in ``numeric`` are set flush right."""
+    """Make an empty table; the columns named in ``numeric`` are set flush right."""
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    empty = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
-    return made
+        empty.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
+    return empty
 
 
 def add_row(listing: Table, cells: Sequence[str | Text]) -> None:
@@ -94,7 +68,7 @@ def add_row(listing: Table, cells: Sequence[str | Text]) -> None:
 
 
 def mark(good: bool, bad: str = "no") -> Text:
-    """A green ok, or a word in red."""
+    """Return a green ok, or a word in red."""
     from rich.text import Text
 
     return Text("ok", style="green") if good else Text(bad, style="bold red")
@@ -120,7 +94,7 @@ def write_json(report: Any, target: str | None) -> None:
 
 
 def write_report(path: Path, data: bytes) -> None:
-    """Write a report's file, or a picture: whole, and through a link; into a pipe or a device, which stays what it is.
+    """Write the file of a report or a picture, all of it or nothing, through a link too; or into a pipe or a device.
 
     Raises:
         StageFailed: it could not be written.
@@ -135,29 +109,6 @@ def write_report(path: Path, data: bytes) -> None:
         return
     with whole_file(path.resolve()) as staging:
         staging.write_bytes(data)
-
-
-def check_json_target(target: str | None) -> None:
-    """Refuse a report file that cannot be written, before the work is done.
-
-    Raises:
-        UsageError: its folder does not exist, or it is a folder.
-    """
-    if target in (None, "-"):
-        return
-    path = Path(str(target))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"report {target!r}: expected a file in a folder that exists")
-
-
-def bundle_named(named: Path | None) -> Bundle:
-    """The bundle that a command is about; says which, where it was not named."""
-    from dmformer.commands._options import find_bundle
-
-    bundle = find_bundle(named)
-    if named is None:
-        say(f"bundle {bundle.named}")
-    return bundle
 
 
 _SILENT_S = 10.0  # after which a stage tells how far it is where there is no terminal
@@ -229,20 +180,20 @@ class Stages:
             self.console.print(f"{name}: {time.monotonic() - begun:.1f} s")
 
     def say(self, line: str) -> None:
-        """One line, above the bars."""
+        """Print one line above the bars."""
         self.console.print(line)
 
 
 @contextmanager
 def stages() -> Iterator[Stages]:
-    """Progress on standard error for the length of the block."""
+    """Show progress on standard error for the length of the block."""
     shown = Stages(messages())
     with shown.progress:
         yield shown
 
 
 def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
-    """What was found of artifacts when they were made: in what they compute, accuracy lost, speed."""
+    """Make a table of what was measured of artifacts when they were made: precision of layers, accuracy lost, speed."""
     from rich.text import Text
 
     from dmformer.bench.sentences import digits
@@ -272,13 +223,13 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
 
 
 def processor(found: Mapping[str, Any]) -> str:
-    """A processor (or a machine, which has its fields) in words: its name, and the instruction sets that matter."""
+    """Describe a processor (or a machine, which has its fields): its name, and the instruction sets that matter."""
     held = f", oneDNN held to {found['max_isa']}" if found["max_isa"] else ""
     return f"{found['cpu']} ({' '.join(found['instructions']) or found['architecture']}{held})"
 
 
 def tied_to(artifact: Artifact) -> str:
-    """What a compiled artifact is tied to, in words; nothing for one that any machine can load."""
+    """Say what a compiled artifact is tied to; nothing for one that any machine can load."""
     tied = artifact.target
     if tied is None:
         return ""
@@ -287,10 +238,10 @@ def tied_to(artifact: Artifact) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share from 0 to 1 in percent; a dash for what is not known."""
+    """Write a share from 0 to 1 in percent; a dash for what is not known."""
     return "-" if share is None else f"{share:.2%}"
 
 
 def megabytes(size: int) -> str:
-    """Bytes as MB (10^6)."""
+    """Write a number of bytes as MB (10^6)."""
     return f"{size / 1e6:.1f} MB"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import UsageError
 
@@ -23,7 +24,7 @@ _REPORTED = "Reports"
 
 
 def bench(
-    bundle: present.BundleArgument = None,
+    bundle: options.BundleArgument = None,
     runtime: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,7 +33,7 @@ def bench(
             help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt) or all. Repeatable.",
         ),
     ] = None,
-    precision: present.PrecisionOption = None,
+    precision: options.PrecisionOption = None,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size; otherwise 1. Repeatable.")
     ] = None,
@@ -48,7 +49,7 @@ def bench(
         list[int] | None,
         typer.Option("--streams", min=1, help="Calls under way at once, for throughput; otherwise as many as cores."),
     ] = None,
-    threads: present.ThreadsOption = None,
+    threads: options.ThreadsOption = None,
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Images to ask about; otherwise the golden ones.")
     ] = None,
@@ -77,25 +78,27 @@ def bench(
             rich_help_panel=_REPORTED,
         ),
     ] = None,
-    json_file: present.JsonOption = None,
+    json_file: options.JsonOption = None,
     html: Annotated[
         Path | None,
         typer.Option(
             "--html",
             metavar="FILE",
+            callback=options.check_report_target,
             help="Write the report as one page that needs no network.",
             rich_help_panel=_REPORTED,
         ),
     ] = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Time a bundle's runtimes: each row in processes of its own, beside what the machine can do at best."""
     from dmformer.bench import api, page
     from dmformer.bench.plan import BenchRequest, plan_bench
     from dmformer.bench.sentences import format_duration
 
-    present.check_json_target(json_file)
     if html is not None:
-        present.check_json_target(str(html))
         page.check_installed()
     earlier = _baseline(baseline, max_regression)
     request = BenchRequest(
@@ -111,7 +114,7 @@ def bench(
         images=images,
         profile=profile,
     )
-    plan = plan_bench(present.bundle_named(bundle), request)
+    plan = plan_bench(options.find_bundle(bundle), request)
     if earlier is not None:
         earlier.check_model(plan.bundle.manifest.model.arch)
     about, most = format_duration(plan.expected_s), format_duration(plan.longest_s)

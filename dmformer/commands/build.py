@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmformer.commands import _options as engine
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.export.options import EngineOptions
 
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 def build(
     format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="tensorrt (trt) or openvino (ov).")],
-    bundle: present.BundleArgument = None,
-    precision: present.PrecisionOption = None,
-    flavour: engine.FlavourOption = EngineOptions.flavour,
-    targets: engine.TargetOption = None,
-    min_batch: engine.MinBatchOption = EngineOptions.min_batch,
-    opt_batch: engine.OptBatchOption = EngineOptions.opt_batch,
-    max_batch: engine.MaxBatchOption = EngineOptions.max_batch,
-    workspace_mb: engine.WorkspaceOption = EngineOptions.workspace_mb,
-    json_file: present.JsonOption = None,
+    bundle: options.BundleArgument = None,
+    precision: options.PrecisionOption = None,
+    flavour: options.FlavourOption = EngineOptions.flavour,
+    targets: options.TargetOption = None,
+    min_batch: options.MinBatchOption = EngineOptions.min_batch,
+    opt_batch: options.OptBatchOption = EngineOptions.opt_batch,
+    max_batch: options.MaxBatchOption = EngineOptions.max_batch,
+    workspace_mb: options.WorkspaceOption = EngineOptions.workspace_mb,
+    json_file: options.JsonOption = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Build an engine on this machine from the ONNX files of a bundle, verify it, and put it into the bundle.
 
@@ -32,11 +35,10 @@ def build(
     """
     from dmformer.export.build import build as run_build
 
-    present.check_json_target(json_file)
-    options = EngineOptions(flavour, targets or (), min_batch, opt_batch, max_batch, workspace_mb)
-    opened = present.bundle_named(bundle)
+    engine = EngineOptions(flavour, targets or (), min_batch, opt_batch, max_batch, workspace_mb)
+    opened = options.find_bundle(bundle)
     with present.stages() as shown:
-        found = run_build(opened, format_name, precisions=precision or [], engine=options, stage=shown.stage)
+        found = run_build(opened, format_name, precisions=precision or [], engine=engine, stage=shown.stage)
     _show(found, json_file)
     present.write_json(found, json_file)
 

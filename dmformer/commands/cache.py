@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import UsageError
 
 
 def cache(
     action: Annotated[
-        str, typer.Argument(metavar="[list|clear]", help="list: what, how large, when. clear: remove all of it.")
+        Literal["list", "clear"],
+        typer.Argument(metavar="[list|clear]", help="list: what, how large, when. clear: remove all of it."),
     ] = "list",
     as_json: Annotated[bool, typer.Option("--json", help="Print the listing as JSON.")] = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Show or clear what exports keep, so that the same work is not done twice.
 
     DMFORMER_CACHE names its folder, or no cache where it is empty; DMFORMER_CACHE_LIMIT_MB how large it may grow.
     """
-    from dmformer.cache import FOLDER, Cache, open_cache
+    from dmformer.cache import FOLDER, open_cache
 
-    if action not in ("list", "clear"):
-        raise UsageError(f"cache {action!r}; expected list or clear")
     opened = open_cache()
-    if not isinstance(opened, Cache):
+    if opened.folder is None:
         raise UsageError(f"{FOLDER} is empty, so nothing is kept; expected a folder, or no such variable")
     if action == "clear":
         opened.clear()

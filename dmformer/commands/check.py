@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import CheckFailed
 
@@ -11,13 +12,17 @@ if TYPE_CHECKING:
     from dmformer.bundle.integrity import IntegrityReport
 
 
-def check(bundle: present.BundleArgument = None, json_file: present.JsonOption = None) -> None:
+def check(
+    bundle: options.BundleArgument = None,
+    json_file: options.JsonOption = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
+) -> None:
     """Check a bundle's integrity: every file by its hash, the manifest by its signature; and say what that proves."""
     from dmformer.bundle.integrity import check_integrity
-    from dmformer.commands._options import bundle_path
 
-    present.check_json_target(json_file)
-    path = bundle_path(bundle)
+    path = options.bundle_path(bundle)
     report = check_integrity(path)
     _show(report, str(path), json_file)
     present.write_json(report, json_file)

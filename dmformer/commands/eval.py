@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 
 if TYPE_CHECKING:
@@ -25,20 +26,22 @@ def evaluate(
             help="Images, in folders named after their classes or, for segmentation, as ADE20K has them; or loose.",
         ),
     ],
-    bundle: present.BundleArgument = None,
-    runtime: present.RuntimeOption = None,
-    precision: present.PrecisionOption = None,
+    bundle: options.BundleArgument = None,
+    runtime: options.RuntimeOption = None,
+    precision: options.PrecisionOption = None,
     weights: Annotated[
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Checkpoint to agree with; otherwise the bundle's own."),
     ] = None,
-    json_file: present.JsonOption = None,
+    json_file: options.JsonOption = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Measure accuracy on labelled images, and agreement with PyTorch, for every runtime and precision of a bundle."""
     from dmformer.verify.evaluate import evaluate as run_evaluate
 
-    present.check_json_target(json_file)
-    opened = present.bundle_named(bundle)
+    opened = options.find_bundle(bundle)
     with present.stages() as shown:
         report = run_evaluate(
             opened, data, runtimes=runtime or [], precisions=precision or [], weights=weights, stage=shown.stage

@@ -10,10 +10,10 @@ import typer
 
 from dmformer.commands import _options
 from dmformer.commands import _present as present
-from dmformer.commands._options import parse_choice, parse_pairs
+from dmformer.commands._options import parse_pairs
 from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export.options import EngineOptions, ExportOptions
-from dmformer.task import TASKS
+from dmformer.task import Task
 
 if TYPE_CHECKING:
     from dmformer.bundle.manifest import Model
@@ -27,7 +27,7 @@ _option = functools.partial(_options.option, ExportOptions)
 def export(
     weights: Annotated[Path | None, _option("weights", "--weights", metavar="FILE")] = None,
     arch: Annotated[str | None, _option("arch", "--arch", metavar="NAME")] = ExportOptions.arch,
-    task: Annotated[str | None, _option("task", "--task", metavar="NAME")] = ExportOptions.task,
+    task: Annotated[Task | None, _option("task", "--task", metavar="NAME", case_sensitive=False)] = ExportOptions.task,
     formats: Annotated[list[str] | None, _option("formats", "--format", metavar="NAME")] = None,
     precisions: Annotated[list[str] | None, _option("precisions", "--precision", metavar="NAME")] = None,
     output: Annotated[Path, _option("output", "--output", metavar="DIR")] = Path(ExportOptions.output),
@@ -51,6 +51,7 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     force: Annotated[bool, _option("force", "--force")] = ExportOptions.force,
     use_cache: Annotated[bool, _option("use_cache", "--cache/--no-cache")] = ExportOptions.use_cache,
+    debug: _options.DebugOption = False,
 ) -> None:
     """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT.
 
@@ -73,7 +74,7 @@ def export(
         asked = ExportOptions(
             weights=weights,
             arch=arch,
-            task=parse_choice(task, TASKS, "--task"),
+            task=task,
             formats=formats or ExportOptions.formats,
             precisions=precisions or ExportOptions.precisions,
             output=output,
@@ -102,7 +103,7 @@ def export(
         model = result.manifest.model
         _say_source(model.weights, model.seed, model)
     _show_result(result)
-    _options.remember(output)
+    _options.remember_bundle(output)
     if result.broken:
         raise StageFailed(f"{'; '.join(result.broken)}; the rest was written to {output}")
     if not result.parity.passed:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 
 _MOST_SENSITIVE = 5
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    bundle: present.BundleArgument = None,
+    bundle: options.BundleArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Show what is in a bundle."""
-    opened = present.bundle_named(bundle)
+    opened = options.find_bundle(bundle)
     if as_json:
         present.write_json(opened.manifest, "-")
         return
-    _show(opened.manifest, str(opened.named))
+    _show(opened.manifest, str(opened.source))
 
 
 def _show(manifest: Manifest, root: str) -> None:

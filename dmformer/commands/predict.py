@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dmformer.serve.predictor import Predictor, PredictReport, SegmentReport, Segments
+    from dmformer.serve.predictor import ClassProbability, ClassShare, Predictor, PredictReport, SegmentReport
 
 
 def predict(
@@ -33,7 +34,7 @@ def predict(
         str | None, typer.Option("--precision", metavar="P", help="Otherwise the first there is.")
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes shown for each image.")] = 5,
-    threads: present.ThreadsOption = None,
+    threads: options.ThreadsOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -42,17 +43,20 @@ def predict(
             help="For the pictures NAME.overlay.png of a segmentation network; otherwise the working folder.",
         ),
     ] = None,
-    json_file: present.JsonOption = None,
+    json_file: options.JsonOption = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
-    from dmformer.bundle.packing import SUFFIX
-    from dmformer.serve.predictor import Predictor, choose
+    from dmformer.bundle.archive import SUFFIX
+    from dmformer.bundle.select import choose
+    from dmformer.serve.predictor import Predictor
 
-    present.check_json_target(json_file)
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)
     if not images:
         raise UsageError("no image given; expected at least one image file")
-    bundle = present.bundle_named(named)
+    bundle = options.find_bundle(named)
     task = bundle.manifest.model.task
     if task == "features":
         raise UsageError("a bundle of features tells no classes; expected dmformer.load(...).outputs(...) in Python")
@@ -80,13 +84,12 @@ def _classify(predictor: Predictor, images: list[Path], top_k: int) -> tuple[Pre
     listing = present.table("", ["image", "class", "probability", ""], numeric=["probability"])
     for prediction in predictions:
         for rank, likely in enumerate(prediction.classes):
-            name = likely.name if likely.name is not None else str(likely.index)
-            present.add_row(listing, _cells(prediction.image if rank == 0 else "", name, likely.probability, 2))
+            present.add_row(listing, _cells(prediction.image if rank == 0 else "", likely, likely.probability, 2))
     ran = predictor.runtime
-    found = PredictReport(
+    report = PredictReport(
         runtime=ran.name, precision=ran.precision, predictions=tuple(predictions), notes=predictor.notes
     )
-    return found, listing
+    return report, listing
 
 
 def _segment(predictor: Predictor, images: list[Path], targets: list[Path], top_k: int) -> tuple[SegmentReport, Table]:
@@ -94,26 +97,28 @@ def _segment(predictor: Predictor, images: list[Path], targets: list[Path], top_
 
     predictions = []
     listing = present.table("", ["image", "class", "pixels", ""], numeric=["pixels"])
-    for found, target in zip(predictor.segment(images), targets, strict=True):
-        _write(found, target)
-        predictions.append(SegmentedImage(image=str(found.path), classes=found.classes, overlay=str(target)))
-        for rank, one in enumerate(found.classes[:top_k]):
-            name = one.name if one.name is not None else str(one.index)
-            present.add_row(listing, _cells(str(found.path) if rank == 0 else "", name, one.share, 1))
+    for segments, target in zip(predictor.segment(images), targets, strict=True):
+        png = io.BytesIO()
+        segments.overlay().save(png, "PNG")
+        present.write_report(target, png.getvalue())
+        predictions.append(SegmentedImage(image=str(segments.path), classes=segments.classes, overlay=str(target)))
+        for rank, share in enumerate(segments.classes[:top_k]):
+            present.add_row(listing, _cells(str(segments.path) if rank == 0 else "", share, share.share, 1))
         present.say(f"wrote {target}")
     ran = predictor.runtime
-    made = SegmentReport(
+    report = SegmentReport(
         runtime=ran.name, precision=ran.precision, predictions=tuple(predictions), notes=predictor.notes
     )
-    return made, listing
+    return report, listing
 
 
-def _cells(image: str, name: str, share: float, digits: int) -> list[str]:
+def _cells(image: str, label: ClassProbability | ClassShare, share: float, digits: int) -> list[str]:
+    name = label.name if label.name is not None else str(label.index)
     return [image, name, f"{share:.{digits}%}", "█" * round(20 * share)]
 
 
 def _overlay_paths(images: list[Path], folder: Path) -> list[Path]:
-    """A file for each image, all different, also where images of several folders have one name."""
+    """Name a file for each image, all different, also where images of several folders have one name."""
     if not folder.is_dir():
         raise UsageError(f"--output {folder}: no such folder; expected one for the pictures")
     names: list[str] = []
@@ -121,9 +126,3 @@ def _overlay_paths(images: list[Path], folder: Path) -> list[Path]:
         stems = (image.stem if number == 1 else f"{image.stem}-{number}" for number in itertools.count(1))
         names.append(next(stem for stem in stems if stem not in names))
     return [folder / f"{name}.overlay.png" for name in names]
-
-
-def _write(found: Segments, target: Path) -> None:
-    png = io.BytesIO()
-    found.overlay().save(png, "PNG")
-    present.write_report(target, png.getvalue())

@@ -7,22 +7,26 @@ from typing import Annotated
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 
 
 def serve_layout(
     server: Annotated[str, typer.Argument(metavar="triton|ovms", help="NVIDIA Triton, or OpenVINO Model Server.")],
-    bundle: present.BundleArgument = None,
+    bundle: options.BundleArgument = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the layout.")] = Path("served"),
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Largest batch that Triton makes of waiting requests.")
     ] = 8,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Write a model repository for a server: its configuration, the model files, and what clients have to know."""
     from dmformer.serve.layouts import serve_layout as write
 
-    written = write(server.lower(), present.bundle_named(bundle), output, force=force, max_batch=max_batch)
+    written = write(server.lower(), options.find_bundle(bundle), output, force=force, max_batch=max_batch)
     for name in written.models:
         present.show(str(output / "models" / name))
     for reason in written.left_out:

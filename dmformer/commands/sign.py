@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import UsageError
 
 
 def sign(
-    bundle: present.BundleArgument = None,
+    bundle: options.BundleArgument = None,
     key: Annotated[
         Path | None, typer.Option("--key", metavar="FILE", help="Private Ed25519 key in PEM form to sign with.")
     ] = None,
@@ -23,11 +24,11 @@ def sign(
             "--generate-key", metavar="FILE", help="Make a key instead: the private one here, the public one beside it."
         ),
     ] = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Sign a bundle, once all of it was found to be what its manifest lists; or make a key to sign with."""
     from dmformer.bundle.integrity import sign_bundle
-    from dmformer.bundle.trust.keys import generate_keys, load_private_key
-    from dmformer.commands._options import bundle_path
+    from dmformer.bundle.trust import generate_keys, load_private_key
 
     if (key is None) == (generate_key is None) or (generate_key is not None and bundle is not None):
         raise UsageError("expected a bundle and --key FILE; or --generate-key FILE alone")
@@ -38,7 +39,7 @@ def sign(
         return
     assert key is not None
     private = load_private_key(key, _password)
-    folder = bundle_path(bundle)
+    folder = options.bundle_path(bundle)
     signature = sign_bundle(folder, private)
     present.show(f"{folder} is signed with key {signature.fingerprint}")
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
-from dmformer.commands._options import parse_pairs
 
 if TYPE_CHECKING:
     from dmformer.train.journal import Row
@@ -57,7 +57,8 @@ def train(
         typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N; otherwise a GPU if there is one."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False,
-    json_file: present.JsonOption = None,
+    json_file: options.JsonOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Train a network on a folder of images; by default, with the paper's recipe.
 
@@ -69,8 +70,7 @@ def train(
     from dmformer.train.api import train as run_training
     from dmformer.train.recipe import make_recipe, read_recipe
 
-    present.check_json_target(json_file)
-    fields: dict[str, Any] = {
+    named: dict[str, Any] = {
         "arch": arch,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -81,8 +81,8 @@ def train(
         "workers": workers,
     }
     values = read_recipe(recipe) if recipe is not None else {}
-    values |= {name: value for name, value in fields.items() if value is not None}
-    values |= parse_pairs(settings or [], "--set", "drop_path=0.2")
+    values |= {name: value for name, value in named.items() if value is not None}
+    values |= options.parse_pairs(settings or [], "--set", "drop_path=0.2")
     with present.stages() as shown:
         result = run_training(
             data,

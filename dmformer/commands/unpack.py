@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 
 
@@ -16,9 +17,12 @@ def unpack(
         Path | None,
         typer.Option("--output", metavar="DIR", help="Folder to write; otherwise beside the file, without its .dmf."),
     ] = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Write a packed bundle as a folder, every file checked; nothing is left behind if that fails."""
-    from dmformer.bundle.packing import unpack as run_unpack
+    from dmformer.bundle.writer import unpack as run_unpack
 
     bundle = run_unpack(packed, output)
     listed = bundle.manifest.entries

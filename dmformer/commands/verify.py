@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dmformer._optional import require
+from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import CheckFailed, UsageError
 
@@ -22,8 +23,8 @@ CASES = "dmformer-bisect"
 
 
 def verify(
-    bundle: present.BundleArgument = None,
-    runtime: present.RuntimeOption = None,
+    bundle: options.BundleArgument = None,
+    runtime: options.RuntimeOption = None,
     weights: Annotated[
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Compare with this checkpoint; needs PyTorch."),
@@ -42,7 +43,10 @@ def verify(
         Path | None,
         typer.Option("--case", metavar="DIR", help="Run a failure that --bisect saved, instead of a bundle."),
     ] = None,
-    json_file: present.JsonOption = None,
+    json_file: options.JsonOption = None,
+    require_signature: options.RequireSignatureOption = False,
+    trusted_keys: options.TrustedKeysOption = None,
+    debug: options.DebugOption = False,
 ) -> None:
     """Check that a bundle's runtimes answer as PyTorch does.
 
@@ -50,7 +54,6 @@ def verify(
     """
     from dmformer.verify.report import failure
 
-    present.check_json_target(json_file)
     if case is not None:
         if bundle is not None or runtime or weights or images or bisect:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
@@ -76,13 +79,13 @@ def _verify(
     from dmformer.bundle.select import select
     from dmformer.verify.api import verify as run_verify
 
-    opened = present.bundle_named(bundle)
+    opened = options.find_bundle(bundle)
     if bisect:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="--bisect")
     for choice in select(opened, runtimes)[0]:
-        if choice.saturation is not None:
-            present.say(f"note: {choice.title}: {choice.saturation}")
+        if choice.saturation_risk is not None:
+            present.say(f"note: {choice.title}: {choice.saturation_risk}")
     with present.stages() as shown:
         report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, layers=bisect, stage=shown.stage)
         if bisect and not report.passed:

@@ -45,7 +45,7 @@ class AnnotatedSet:
 
 
 def annotated_set(folder: Path, part: Part) -> AnnotatedSet:
-    """The images of one part of a data set and their annotations.
+    """Find the images of one part of a data set, and their annotations.
 
     Raises:
         UsageError: no such folder, no names of classes, no image, or an image without an annotation.
@@ -65,7 +65,7 @@ def annotated_set(folder: Path, part: Part) -> AnnotatedSet:
 def annotated_images(
     folder: Path, preprocessing: Preprocessing, classes: Sequence[str], class_count: int, part: Part = "validation"
 ) -> ImageSet:
-    """The images of one part of a data set, with their annotations; or loose images without.
+    """Return the images of one part of a data set with their annotations, or loose images without.
 
     Args:
         folder: in ADE20K's layout, or with images and nothing else.
@@ -89,7 +89,7 @@ def annotated_images(
 
 
 def label_maps(images: ImageSet, classes: int) -> Iterator[NDArray[np.uint8]]:
-    """The labels of each image's pixels as the network sees them, (size, size): 0 to ``classes - 1``, or ``IGNORED``.
+    """Give the labels of each image's pixels as the network sees it, (size, size): 0 to ``classes - 1`` or ``IGNORED``.
 
     Raises:
         UsageError: an annotation cannot be read, or is not of its image's size; the message names it.
@@ -104,7 +104,7 @@ def label_maps(images: ImageSet, classes: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def load_labels(path: Path, classes: int) -> NDArray[np.uint8]:
-    """The annotation in a file as labels (H, W): 0 to ``classes - 1``, or ``IGNORED``.
+    """Read an annotation file as labels (H, W): 0 to ``classes - 1``, or ``IGNORED``.
 
     Raises:
         UsageError: no image of one 8-bit number a pixel, or a number beyond the classes; the message names the file.

@@ -1,10 +1,10 @@
-"""Image files and folders."""
+"""Image files, folders of them, and sets of images whose classes the folders tell."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+T = TypeVar("T")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 # What is decoded, whatever the file is called. Pillow knows dozens more, some of which start other programs (EPS).
@@ -24,7 +25,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted by path.
+    """List the image files below a folder, sorted by path.
 
     Raises:
         UsageError: there is no such folder, or no image in it.
@@ -38,7 +39,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Everything below a folder, through links to folders too: data sets are often linked together."""
+    """Walk everything below a folder, through links to folders too: data sets are often linked together."""
     here = folder.resolve()
     if here in above:  # a link back
         return
@@ -94,35 +95,35 @@ def load_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> NDArray[
     Raises:
         UsageError: one of them cannot be used; the message names it.
     """
-    return np.stack([_made(path, preprocessing.pixels) for path in paths])
+    return np.stack([_read_with(path, preprocessing.pixels) for path in paths])
 
 
-def load_whole(path: Path, preprocessing: Preprocessing, multiple: int) -> NDArray[np.uint8]:
+def load_uncropped(path: Path, preprocessing: Preprocessing, multiple: int) -> NDArray[np.uint8]:
     """Decode and resize an image file, nothing cropped: uint8 (1, H, W, C), H and W multiples of ``multiple``.
 
     Raises:
         UsageError: it cannot be used; the message names it.
     """
-    return _made(path, lambda image: preprocessing.whole_pixels(image, multiple))[None]
+    return _read_with(path, lambda image: preprocessing.uncropped_pixels(image, multiple))[None]
 
 
-def _made(path: Path, make: Callable[[Image], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _read_with(path: Path, read: Callable[[Image], NDArray[np.uint8]]) -> NDArray[np.uint8]:
     try:
-        return make(open_image(path))
+        return read(open_image(path))
     except UsageError as error:
         message = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise UsageError(message) from error
 
 
-def spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """At most ``count`` of the paths, evenly spread over them, so that sorted class folders are all represented."""
-    if len(paths) <= count:
-        return list(paths)
-    return [paths[i * len(paths) // count] for i in range(count)]
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` items, evenly spread, so that sorted class folders are all represented."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def synthetic_pixels(count: int, size: int, channels: int, seed: int) -> NDArray[np.uint8]:
-    """Coloured noise images, uint8 (N, size, size, channels): white and 1/f by turns.
+    """Make coloured noise images, uint8 (N, size, size, channels): white and 1/f by turns.
 
     1/f noise has the power spectrum of natural images (Field, "Relations between the statistics of natural images and
     the response properties of cortical cells", 1987), so that it reaches the deeper stages; white noise exercises the
@@ -145,7 +146,7 @@ def synthetic_pixels(count: int, size: int, channels: int, seed: int) -> NDArray
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Image files, how the network sees them, and what is known of them.
+    """Image files, how the network sees them, and their right answers where these are known.
 
     Attributes:
         paths: of the images.
@@ -168,10 +169,8 @@ class ImageSet:
         return self.labels is not None or bool(self.annotations)
 
     def spread(self, count: int) -> ImageSet:
-        """At most ``count`` of the images, evenly spread, so that sorted class folders are all represented."""
-        if len(self) <= count:
-            return self
-        chosen = np.arange(count) * len(self) // count
+        """Return at most ``count`` of the images, spread as :func:`spread` does."""
+        chosen = spread(range(len(self)), count)
         return replace(
             self,
             paths=tuple(self.paths[i] for i in chosen),
@@ -180,7 +179,7 @@ class ImageSet:
         )
 
     def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
-        """Preprocessed images in order, (size or fewer, C, H, W), decoded as they are asked for.
+        """Give the preprocessed images in order, (size or fewer, C, H, W), decoded as they are asked for.
 
         Raises:
             UsageError: an image cannot be read; the message names it.
@@ -190,7 +189,7 @@ class ImageSet:
 
 
 def image_set(folder: Path, preprocessing: Preprocessing, classes: Sequence[str], class_count: int) -> ImageSet:
-    """The images below a folder, labelled where each lies in a subfolder that is named after its class.
+    """Return the images below a folder, labelled where each lies in a subfolder that is named after its class.
 
     A class is named by its name, or by its index; where the network has no class names and there are as many
     subfolders as classes, they are taken in sorted order (ImageNet's ``n01440764`` ...).

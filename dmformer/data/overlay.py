@@ -30,7 +30,7 @@ class LegendEntry(NamedTuple):
 
 
 def class_colours(count: int) -> NDArray[np.uint8]:
-    """A colour for each class, (count, 3): PASCAL VOC's colour map from its second entry on (its first is black).
+    """Return a colour a class, (count, 3): PASCAL VOC's colour map from its second entry on (its first is black).
 
     Source: Everingham et al., "The PASCAL Visual Object Classes Challenge 2012 Development Kit", VOClabelcolormap:
     the bits of the index are dealt out to red, green and blue in turn, the lowest ones becoming the highest.
@@ -47,7 +47,7 @@ def class_colours(count: int) -> NDArray[np.uint8]:
 def overlay(
     image: Image, labels: NDArray[np.integer], box: tuple[float, float, float, float], legend: Sequence[LegendEntry]
 ) -> Image:
-    """The image with its pixels' classes in colour, and a legend beside it.
+    """Draw an image with its pixels' classes in colour, and a legend beside it.
 
     Args:
         image: upright, RGB or L.
@@ -66,7 +66,11 @@ def overlay(
     coloured = PillowImage.fromarray(colours[labels]).resize(seen.size, PillowImage.Resampling.NEAREST)
     picture = picture.point([int(value * _DIMMED) for value in range(256)] * 3)
     picture.paste(PillowImage.blend(seen, coloured, _OPACITY), (left, top))
-    return _beside(picture, _legend(list(legend), height))
+    key = _legend(list(legend), height)
+    page = PillowImage.new("RGB", (width + key.width, max(height, key.height)), "white")
+    page.paste(picture, (0, 0))
+    page.paste(key, (width, 0))
+    return page
 
 
 def _legend(entries: list[LegendEntry], least_height: int) -> Image:
@@ -74,13 +78,13 @@ def _legend(entries: list[LegendEntry], least_height: int) -> Image:
     from PIL import ImageDraw, ImageFont
 
     font = ImageFont.load_default(_FONT)
-    lines = [(entry.number, f"{_shown(entry, font)}  {entry.share:.1%}") for entry in entries[:_MOST_ENTRIES]]
+    lines = [(entry.number, f"{_name_to_print(entry, font)}  {entry.share:.1%}") for entry in entries[:_MOST_ENTRIES]]
     if len(entries) > _MOST_ENTRIES:
         lines.append((-1, f"and {len(entries) - _MOST_ENTRIES} more"))
     line, swatch = round(1.6 * _FONT), _FONT
     width = swatch + 3 * swatch + max(round(font.getlength(text)) for _, text in lines)
-    made = PillowImage.new("RGB", (width, max(least_height, line * len(lines) + swatch)), "white")
-    draw = ImageDraw.Draw(made)
+    page = PillowImage.new("RGB", (width, max(least_height, line * len(lines) + swatch)), "white")
+    draw = ImageDraw.Draw(page)
     colours = class_colours(max(index for index, _ in lines) + 1)
     for row, (index, text) in enumerate(lines):
         top = swatch // 2 + row * line
@@ -88,22 +92,13 @@ def _legend(entries: list[LegendEntry], least_height: int) -> Image:
             colour = tuple(int(value) for value in colours[index])
             draw.rectangle((swatch, top, 2 * swatch, top + swatch), fill=colour, outline="black")
         draw.text((round(2.5 * swatch), top - 2), text, fill="black", font=font)
-    return made
+    return page
 
 
-def _shown(entry: LegendEntry, font: FreeTypeFont | ImageFont) -> str:
+def _name_to_print(entry: LegendEntry, font: FreeTypeFont | ImageFont) -> str:
     """The name in one line that is not too long; the number where the font, which is Pillow's, lacks a letter."""
     name = " ".join(entry.name.split())
     nothing = bytes(font.getmask("\uffff"))  # what is drawn in the place of a letter that is missing
     if any(bytes(font.getmask(letter)) == nothing for letter in name if letter != " "):
         return f"class {entry.number}"
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
-
-
-def _beside(picture: Image, legend: Image) -> Image:
-    from PIL import Image as PillowImage
-
-    made = PillowImage.new("RGB", (picture.width + legend.width, max(picture.height, legend.height)), "white")
-    made.paste(picture, (0, 0))
-    made.paste(legend, (picture.width, 0))
-    return made

@@ -59,7 +59,7 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @classmethod
     def from_dict(cls, values: Any) -> Preprocessing:
-        """The preprocessing of a dictionary of JSON types.
+        """Make a preprocessing from a dictionary of JSON types.
 
         Raises:
             UsageError: an unknown field, or a value not of its type or range.
@@ -70,7 +70,7 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise UsageError(f"preprocessing: {error}") from error
 
     def resized_to(self, image_size: int) -> Preprocessing:
-        """The same for another input size.
+        """Return the same preprocessing for another input size.
 
         Raises:
             UsageError: the size is out of range.
@@ -84,9 +84,7 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             UsageError: an image of 16-bit or floating-point samples, one whose colours or metadata cannot be read, or
                 one so narrow that it cannot be resized.
         """
-        from PIL.Image import Resampling
-
-        cropped = self._fit(self.upright(image), Resampling[self.interpolation.upper()])
+        cropped = self._fit(self.upright(image), self._resampling())
         return np.asarray(cropped, dtype=np.uint8).reshape(self.image_size, self.image_size, -1)
 
     def label_pixels(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -99,7 +97,7 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
         return np.asarray(self._fit(fromarray(labels), Resampling.NEAREST))
 
-    def whole_pixels(self, image: Image, multiple: int) -> NDArray[np.uint8]:
+    def uncropped_pixels(self, image: Image, multiple: int) -> NDArray[np.uint8]:
         """All of an image, nothing cropped, for a network of open size: a Pillow image -> uint8 (H, W, C).
 
         The shorter side becomes ``image_size``, the longer one the nearest multiple of ``multiple``, so that the image
@@ -108,40 +106,45 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Raises:
             UsageError: as :meth:`pixels`.
         """
-        from PIL.Image import Resampling
-
         upright = _not_empty(self.upright(image))
         scale = self.image_size / min(upright.size)
         width, height = (max(self.image_size, multiple * round(side * scale / multiple)) for side in upright.size)
-        self._check_shape(upright, width, height)
-        resized = upright.resize((width, height), Resampling[self.interpolation.upper()])
+        resized = self._resize(upright, (width, height), self._resampling())
         return np.asarray(resized, dtype=np.uint8).reshape(height, width, -1)
 
-    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The part of an image that :meth:`pixels` keeps: left, top, right, bottom in pixels of the image."""
-        resized_width, resized_height = self._resized(width, height)
-        left, top = (resized_width - self.image_size) // 2, (resized_height - self.image_size) // 2
-        across, down = width / resized_width, height / resized_height
-        return left * across, top * down, (left + self.image_size) * across, (top + self.image_size) * down
+    def visible_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return the part of an image that :meth:`pixels` keeps: left, top, right, bottom in pixels of the image."""
+        resized = self._resized(width, height)
+        left, top, right, bottom = self._crop_box(resized)
+        across, down = width / resized[0], height / resized[1]
+        return left * across, top * down, right * across, bottom * down
 
     def _fit(self, image: Image, resampling: Resampling) -> Image:
         """Resize the shorter side, crop the centre."""
-        resized_size = self._resized(*_not_empty(image).size)
-        self._check_shape(image, *resized_size)
-        resized = image.resize(resized_size, resampling)
-        left, top = (resized_size[0] - self.image_size) // 2, (resized_size[1] - self.image_size) // 2
-        return resized.crop((left, top, left + self.image_size, top + self.image_size))
+        size = self._resized(*_not_empty(image).size)
+        return self._resize(image, size, resampling).crop(self._crop_box(size))
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Before the crop."""
+        """Return the width and height that an image is resized to before the crop."""
         if self.crop_fraction * 64 < 1:
             raise UsageError(f"preprocessing: crop_fraction is {self.crop_fraction}; expected at least 1/64")
         scale = round(self.image_size / self.crop_fraction) / min(width, height)
         return max(self.image_size, round(width * scale)), max(self.image_size, round(height * scale))
 
-    def _check_shape(self, image: Image, *resized: int) -> None:
-        if max(resized) > 64 * self.image_size:
+    def _crop_box(self, resized: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return left, top, right and bottom of the centre square in a resized image."""
+        left, top = ((side - self.image_size) // 2 for side in resized)
+        return left, top, left + self.image_size, top + self.image_size
+
+    def _resize(self, image: Image, size: tuple[int, int], resampling: Resampling) -> Image:
+        if max(size) > 64 * self.image_size:
             raise UsageError(f"image of {image.width}x{image.height} pixels; expected sides no more than 1:64")
+        return image.resize(size, resampling)
+
+    def _resampling(self) -> Resampling:
+        from PIL.Image import Resampling
+
+        return Resampling[self.interpolation.upper()]
 
     def upright(self, image: Image) -> Image:
         """Orient by EXIF and convert to the channels that the network takes.

@@ -1,15 +1,16 @@
-"""What this machine can run, and why not."""
+"""Examine a machine: which runtimes and artifacts it can run, which it cannot, and why."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from dmformer.bundle.select import caveat, preferred, saturation
+from dmformer.bundle.select import caveat, first_runnable, saturation_risk
 from dmformer.machine import available_memory, describe_machine
 from dmformer.runtimes import registry
 
@@ -32,8 +33,8 @@ _TOOLS = {
 }
 
 
-class Finding(Struct, frozen=True, kw_only=True):
-    """A runtime or package: usable, or why not and what to do.
+class Component(Struct, frozen=True, kw_only=True):
+    """A runtime or a package on this machine: usable, or why not and what to do.
 
     Attributes:
         name: of the runtime, or of the package.
@@ -50,8 +51,8 @@ class Finding(Struct, frozen=True, kw_only=True):
     untried: str | None = None
 
 
-class ArtifactFinding(Struct, frozen=True, kw_only=True):
-    """A format at a precision that the bundle has, or that could be built from its ONNX.
+class ArtifactStatus(Struct, frozen=True, kw_only=True):
+    """What this machine can do with a format at a precision that a bundle has, or that can be built from its ONNX.
 
     Attributes:
         format: canonical name.
@@ -76,118 +77,109 @@ class ArtifactFinding(Struct, frozen=True, kw_only=True):
     chosen: bool = False
 
 
-class Diagnosis(Struct, frozen=True, kw_only=True):
-    """Everything ``doctor`` found."""
+class MachineReport(Struct, frozen=True, kw_only=True):
+    """What ``doctor`` writes as JSON: the machine, its runtimes and packages, and a bundle's artifacts on it."""
 
     machine: dict[str, Any]
-    runtimes: tuple[Finding, ...]
-    tools: tuple[Finding, ...]
-    artifacts: tuple[ArtifactFinding, ...] = ()
+    runtimes: tuple[Component, ...]
+    tools: tuple[Component, ...]
+    artifacts: tuple[ArtifactStatus, ...] = ()
 
 
 CannotBuild = Callable[[registry.RuntimeEntry, str], "str | None"]
 
 
-def diagnose(bundle: Bundle | None = None, cannot_build: CannotBuild | None = None) -> Diagnosis:
-    """Look at the machine, and at a bundle's artifacts; no artifact is loaded, nor an engine whose files are whole.
+def examine_machine(bundle: Bundle | None = None, cannot_build: CannotBuild | None = None) -> MachineReport:
+    """Examine the machine, and a bundle's artifacts on it; neither an artifact nor an undamaged engine is loaded.
 
     Args:
-        bundle: to look at.
-        cannot_build: why a format at a precision cannot be built here from the bundle.
+        bundle: whose artifacts are examined.
+        cannot_build: says why a format at a precision cannot be built here from the bundle.
     """
-    seen = {row.name: registry.adapter(row).look() for row in registry.ENTRIES}
-    runtimes = tuple(
-        Finding(
-            name=name,
-            available=status.available,
-            version=status.version,
-            reason=status.reason,
-            untried=status.untried,
-        )
-        for name, status in seen.items()
-    )
-    artifacts = _artifacts(bundle, seen, cannot_build or (lambda *_: "not looked at")) if bundle is not None else ()
+    statuses = {row.name: registry.adapter(row).look() for row in registry.ENTRIES}
+    runtimes = tuple(Component(name=name, **asdict(status)) for name, status in statuses.items())
+    artifacts = _artifacts(bundle, statuses, cannot_build or (lambda *_: "not looked at")) if bundle is not None else ()
     tools = tuple(_tool(name, extra) for name, extra in _TOOLS.items())
-    return Diagnosis(machine=describe_machine(), runtimes=runtimes, tools=tools, artifacts=artifacts)
+    return MachineReport(machine=describe_machine(), runtimes=runtimes, tools=tools, artifacts=artifacts)
 
 
-def _tool(name: str, extra: str) -> Finding:
+def _tool(name: str, extra: str) -> Component:
     try:
-        return Finding(name=name, available=True, version=metadata.version(name))
+        return Component(name=name, available=True, version=metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding(name=name, available=False, reason=f"not installed; run: pip install 'dmformer[{extra}]'")
+        return Component(name=name, available=False, reason=f"not installed; run: pip install 'dmformer[{extra}]'")
 
 
 def _artifacts(
-    bundle: Bundle, seen: Mapping[str, Availability], cannot_build: CannotBuild
-) -> tuple[ArtifactFinding, ...]:
+    bundle: Bundle, statuses: Mapping[str, Availability], cannot_build: CannotBuild
+) -> tuple[ArtifactStatus, ...]:
     memory = available_memory()
-    found: list[ArtifactFinding] = []
+    examined: list[ArtifactStatus] = []
 
     def not_built(row: registry.RuntimeEntry, precision: str) -> str | None:
-        if not seen[row.name].available:  # it is built with its own engine, and for this machine
-            return seen[row.name].reason
+        if not statuses[row.name].available:  # it is built with its own engine, and for this machine
+            return statuses[row.name].reason
         return cannot_build(row, precision)
 
-    taken = preferred(bundle.manifest.artifacts, lambda row, artifact: _unfit(artifact, row, seen))
-    chosen = None if taken is None else taken[1]
+    first = first_runnable(bundle.manifest.artifacts, lambda row, artifact: _unfit(artifact, row, statuses))
+    chosen = None if first is None else first[1]
     for artifact in bundle.manifest.artifacts:
         row = registry.reader_of(artifact.format)
-        unfit = _unfit(artifact, row, seen)
+        unfit = _unfit(artifact, row, statuses)
         if unfit is None and memory is not None and artifact.bytes > memory:
             unfit = f"its files have {artifact.bytes / 1e6:.0f} MB; {memory / 1e6:.0f} MB of memory are available"
         runs = unfit is None
         cannot = None if row is None or runs else not_built(row, artifact.precision)
-        found.append(
-            ArtifactFinding(
+        examined.append(
+            ArtifactStatus(
                 format=artifact.format,
                 precision=artifact.precision,
                 runtime=row.name if row else None,
                 held=True,
                 runs=runs,
-                reason=unfit or (_to_know(artifact, row, seen) if row else None),
+                reason=unfit or (_caveats(artifact, row, statuses) if row else None),
                 buildable=row is not None and not runs and cannot is None,
                 not_buildable=cannot,
                 chosen=artifact is chosen,
             )
         )
-    held = {(finding.format, finding.precision) for finding in found}
+    held = {(artifact.format, artifact.precision) for artifact in bundle.manifest.artifacts}
     full_range = {artifact.precision: artifact.full_range for artifact in bundle.manifest.artifacts}
     for row in registry.ENTRIES:
         for precision, full in full_range.items():
             able = (row.format, precision) not in held and precision in registry.adapter(row).precisions
             if able and not_built(row, precision) is None:
-                found.append(
-                    ArtifactFinding(
+                examined.append(
+                    ArtifactStatus(
                         format=row.format,
                         precision=precision,
                         runtime=row.name,
                         held=False,
                         runs=False,
-                        reason=saturation(row, full),
+                        reason=saturation_risk(row, full),
                         buildable=True,
                     )
                 )
-    return tuple(found)
+    return tuple(examined)
 
 
-def _unfit(artifact: Artifact, row: registry.RuntimeEntry | None, seen: Mapping[str, Availability]) -> str | None:
-    """Why an artifact does not run here."""
+def _unfit(artifact: Artifact, row: registry.RuntimeEntry | None, statuses: Mapping[str, Availability]) -> str | None:
+    """Say why an artifact does not run here; ``None`` where it does."""
     if row is None:
         return "this version of dmformer has no runtime for it"
-    if not seen[row.name].available:
-        return seen[row.name].reason
+    if not statuses[row.name].available:
+        return statuses[row.name].reason
     return registry.adapter(row).cannot_load(artifact.target)
 
 
-def _to_know(artifact: Artifact, row: registry.RuntimeEntry, seen: Mapping[str, Availability]) -> str | None:
-    """What is to be known of an artifact that runs: another precision, or an engine older than the one that made it."""
-    built, here = artifact.built_with.get(row.name), seen[row.name].version
-    found = caveat(row, artifact)
+def _caveats(artifact: Artifact, row: registry.RuntimeEntry, statuses: Mapping[str, Availability]) -> str | None:
+    """Say what a user should know of an artifact that runs: its :func:`caveat`, or that a newer engine made it."""
+    built, here = artifact.built_with.get(row.name), statuses[row.name].version
+    other = caveat(row, artifact)
     if built and here and _numbers(here) < _numbers(built):
         older = f"made with {row.name} {built}; here is {here}, and older versions may not read what newer ones write"
-        return f"{older}; {found}" if found else older
-    return found
+        return f"{older}; {other}" if other else older
+    return other
 
 
 def _numbers(version: str) -> list[int]:

@@ -15,7 +15,7 @@ import msgspec
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE, Artifact, file_entry
 from dmformer.bundle.reader import Bundle, open_bundle, own_bundle, read_signature_file
 from dmformer.bundle.writer import staged
-from dmformer.cache import NoCache
+from dmformer.cache import Cache
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.export.formats import check_convertible, check_size, is_compiled
 from dmformer.export.loop import Loop, write_report
@@ -82,7 +82,7 @@ def build(
     with staged(opened.root) as folder:
         with stage("integrity"):
             golden = _copy_checked(opened, row, sources, folder).golden()
-        loop, work, built = Loop(NoCache()), Work(folder, stage, options, golden), []
+        loop, work, built = Loop(Cache()), Work(folder, stage, options, golden), []
         for source in sources:
             verified = loop.artifact(work, row, _precision_file(source, folder))
             loop.checks.extend(verified.checks)

@@ -25,7 +25,7 @@ from dmformer.runtimes import registry
 from dmformer.verify.report import ParityReport
 
 if TYPE_CHECKING:
-    from dmformer.cache import NoCache
+    from dmformer.cache import Cache
     from dmformer.export.options import ExportOptions
 
 _WHOLE = "the whole export"
@@ -58,7 +58,7 @@ class CachedBundle(msgspec.Struct, frozen=True, kw_only=True):
     parity: ParityReport
 
 
-def key_of(cache: NoCache, options: ExportOptions) -> str:
+def key_of(cache: Cache, options: ExportOptions) -> str:
     """Stands for an export by its options, files by their content.
 
     Empty where something cannot be read, which the export itself tells, or an engine is asked for, which depends on
@@ -83,7 +83,7 @@ def key_of(cache: NoCache, options: ExportOptions) -> str:
         return ""
 
 
-def keep(cache: NoCache, key: str, options: ExportOptions, folder: Path, result: ExportResult) -> None:
+def keep(cache: Cache, key: str, options: ExportOptions, folder: Path, result: ExportResult) -> None:
     """Keep a bundle in which every check held and nothing is missing, before anybody else can see or replace it.
 
     Raises:
@@ -99,7 +99,7 @@ def keep(cache: NoCache, key: str, options: ExportOptions, folder: Path, result:
     cache.keep(key, f"{result.manifest.model.arch}: {_WHOLE}", whole, folder)
 
 
-def find(cache: NoCache, key: str, output: Path) -> ExportResult | None:
+def find(cache: Cache, key: str, output: Path) -> ExportResult | None:
     """Write the bundle from the cache, its evidence marked as measured then; ``None`` where it has none.
 
     Raises:
@@ -117,7 +117,7 @@ def find(cache: NoCache, key: str, output: Path) -> ExportResult | None:
     return ExportResult(output, manifest, parity)
 
 
-def _written(cache: NoCache, key: str, folder: Path) -> tuple[Manifest, ParityReport]:
+def _written(cache: Cache, key: str, folder: Path) -> tuple[Manifest, ParityReport]:
     kept = cache.find(key, CachedBundle, folder)
     if kept is None:
         raise _Damaged

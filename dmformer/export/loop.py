@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.manifest import (
         Artifact,
     )
-    from dmformer.cache import NoCache
+    from dmformer.cache import Cache
     from dmformer.export.precisions import PrecisionFile
     from dmformer.runtimes import registry
     from dmformer.verify.report import Check
@@ -42,7 +42,7 @@ class Loop:
         broken: the engines that could not be built, and why.
     """
 
-    def __init__(self, cache: NoCache, name: str = "", left_out: Iterable[str] = ()) -> None:
+    def __init__(self, cache: Cache, name: str = "", left_out: Iterable[str] = ()) -> None:
         self.cache = cache
         self.name = name  # of the network, in front of what the cache keeps
         self.checks: list[Check] = []

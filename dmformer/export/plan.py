@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dmformer._optional import require
 from dmformer.bundle.manifest import BENCH_REPORT, GOLDEN, MANIFEST, PARITY_REPORT, SAFE_WEIGHT_BITS
-from dmformer.bundle.select import saturation
+from dmformer.bundle.select import saturation_risk
 from dmformer.bundle.writer import check_destination
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.export.formats import check_convertible, check_size, is_compiled
@@ -79,7 +79,7 @@ class ExportPlan:
         """A sentence for each artifact that this machine may answer wrongly, and what to do for other machines."""
         found = []
         for row, precision in self.pairs:
-            reason = saturation(row, precision == "int8" and self.options.weight_bits != SAFE_WEIGHT_BITS)
+            reason = saturation_risk(row, precision == "int8" and self.options.weight_bits != SAFE_WEIGHT_BITS)
             if reason is not None:
                 elsewhere = (
                     f"for devices with VNNI export --format onnx, and there: dmformer build --format {row.format}"

@@ -33,7 +33,7 @@ from dmformer.bundle.manifest import (
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import cannot_run
 from dmformer.bundle.writer import staged
-from dmformer.cache import NoCache, open_cache
+from dmformer.cache import Cache, open_cache
 from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export import cached, precisions, steps
 from dmformer.export.cached import ExportResult
@@ -74,7 +74,7 @@ def export(options: ExportOptions) -> ExportResult:
 
 def run_export(options: ExportOptions, announce: Callable[[ExportPlan], object] = lambda _: None) -> ExportResult:
     """As :func:`export`; ``announce`` is told the plan before its first step, unless the cache has the whole export."""
-    cache = open_cache() if options.use_cache else NoCache()
+    cache = open_cache() if options.use_cache else Cache()
     key = cached.key_of(cache, options)
     result = cached.find(cache, key, Path(options.output))
     if result is not None:
@@ -104,7 +104,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
 class _Export(Loop):
     """One export under way."""
 
-    def __init__(self, plan: ExportPlan, folder: Path, cache: NoCache) -> None:
+    def __init__(self, plan: ExportPlan, folder: Path, cache: Cache) -> None:
         super().__init__(cache, plan.network.checkpoint.arch, plan.not_made)
         self.plan, self.options = plan, plan.options
         self.checkpoint, self.stage = plan.network.checkpoint, plan.options.stage

@@ -19,7 +19,7 @@ from dmformer.bench.report import BenchReport, Result
 from dmformer.bench.statistics import round_ratios
 from dmformer.bundle.golden import Golden
 from dmformer.bundle.manifest import Artifact, Speed, file_entry
-from dmformer.bundle.select import cannot_run, saturation
+from dmformer.bundle.select import cannot_run, saturation_risk
 from dmformer.errors import StageFailed
 from dmformer.export import formats
 from dmformer.export.formats import ConversionSource
@@ -179,7 +179,7 @@ def _measure(
             kept = measure.answers(_runtime(work, row, artifact), images, advance)
     accuracy, lost = work.calibration.points_lost(kept)
     check = check_accuracy(row.name, artifact.precision, accuracy, lost, work.max_accuracy_drop)
-    (check,) = explained([check], saturation(row, artifact.full_range))
+    (check,) = explained([check], saturation_risk(row, artifact.full_range))
     return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
 

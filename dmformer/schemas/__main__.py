@@ -11,7 +11,7 @@ from dmformer.bench.report import BenchReport
 from dmformer.bundle.integrity import IntegrityReport
 from dmformer.bundle.manifest import Manifest
 from dmformer.cache import CacheReport
-from dmformer.device.doctor import Diagnosis
+from dmformer.device.doctor import MachineReport
 from dmformer.export.build import BuildReport
 from dmformer.files import indented_json
 from dmformer.serve.predictor import PredictReport, SegmentReport
@@ -25,7 +25,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "eval": EvalReport,
     "predict": PredictReport,
     "segment": SegmentReport,
-    "doctor": Diagnosis,
+    "doctor": MachineReport,
     "build": BuildReport,
     "cache": CacheReport,
     "check": IntegrityReport,

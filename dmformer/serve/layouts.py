@@ -1,4 +1,4 @@
-"""A bundle as the model repository of a server.
+"""Write a bundle as the model repository of a server.
 
 DIR/models is the repository, and DIR/README.md says how it is served and what a client has to do with an image, for
 neither server does that. NVIDIA Triton: a folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/`` with the
@@ -19,6 +19,8 @@ from dmformer.errors import UsageError
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dmformer.bundle.manifest import Artifact, Manifest, Tensor
     from dmformer.bundle.reader import Bundle
 
@@ -74,20 +76,20 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
     """
     if server not in SERVERS:
         raise UsageError(f"server {server!r}; expected {' or '.join(SERVERS)}")
-    taken = [artifact for artifact in bundle.manifest.artifacts if _unservable(server, artifact) is None]
-    left_out = tuple(
-        f"{artifact.format} {artifact.precision}: {reason}"
-        for artifact in bundle.manifest.artifacts
-        if (reason := _unservable(server, artifact)) is not None
-    )
-    if not taken:
+    named: dict[str, Artifact] = {}
+    left_out: list[str] = []
+    for artifact in bundle.manifest.artifacts:
+        if reason := _unservable(server, artifact):
+            left_out.append(f"{artifact.format} {artifact.precision}: {reason}")
+        else:
+            named[_name(bundle.manifest, artifact)] = artifact
+    if not named:
         raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
 
     def replaceable(folder: Path) -> None:
         if not force:
             raise UsageError(f"output {str(folder)!r} is not empty; expected a new folder, or --force to replace it")
 
-    named = {_name(bundle.manifest, artifact): artifact for artifact in taken}
     with staged(output, replaceable) as folder:
         (folder / _MODELS).mkdir()
         for name, artifact in named.items():
@@ -97,15 +99,16 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
         else:
             _write_ovms(folder / _MODELS, named)
         (folder / "README.md").write_text(_readme(server, bundle.manifest, named, left_out), encoding="utf-8")
-    return Layout(output, tuple(named), left_out)
+    return Layout(output, tuple(named), tuple(left_out))
 
 
 def _name(manifest: Manifest, artifact: Artifact) -> str:
-    """Of the model and its folder: nothing in it leads elsewhere, whatever the manifest calls the architecture."""
+    """Name a model and its folder: nothing in it leads elsewhere, whatever the manifest calls the architecture."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", f"{manifest.model.arch}_{artifact.format}_{artifact.precision}")
 
 
 def _unservable(server: str, artifact: Artifact) -> str | None:
+    """Say why a server cannot serve an artifact; ``None`` where it can."""
     if artifact.format not in (_TRITON if server == "triton" else _OVMS):
         return f"{server} has no backend for it"
     if artifact.target is not None and artifact.target.flavour == "rtx":
@@ -114,7 +117,7 @@ def _unservable(server: str, artifact: Artifact) -> str | None:
 
 
 def _copy(bundle: Bundle, artifact: Artifact, folder: Path, server: str) -> None:
-    """The files, the main one and what belongs to it under the names that the server looks for."""
+    """Copy an artifact's files, the main one and what belongs to it under the names that the server looks for."""
     folder.mkdir(parents=True)
     main = _TRITON[artifact.format].main if server == "triton" else _OVMS[artifact.format]
     loaded, *others = (bundle.check(entry) for entry in artifact.files)
@@ -193,7 +196,7 @@ def _tied(artifact: Artifact) -> str:
 _FULL_RANGE = "int8 weights of 8 bits, whose sums saturate in OpenVINO on x86 processors without VNNI"
 
 
-def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: tuple[str, ...]) -> str:
+def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: Sequence[str]) -> str:
     start = {
         "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
         "tritonserver --model-repository=/models",
@@ -225,7 +228,7 @@ def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_ou
 
 
 def _steps(manifest: Manifest) -> list[str]:
-    """What a client does with an image before a request."""
+    """List what a client does with an image before a request."""
     pre, (given,) = manifest.preprocessing, manifest.inputs
     how = f"({pre.interpolation}, as Pillow does it)"
     resized, more = round(pre.image_size / pre.crop_fraction), ""
@@ -259,7 +262,7 @@ _COMPARE = {
 
 
 def _answers(manifest: Manifest) -> list[str]:
-    """What comes back, and how to see whether it is right."""
+    """Say what comes back, and how to see whether it is right."""
     task = manifest.model.task
     return [
         *(

@@ -1,4 +1,4 @@
-"""An image in, classes out (of the image, or of its pixels), through any runtime of a bundle."""
+"""Predict the class of an image, or of each of its pixels, through any runtime of a bundle."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import Choice, cannot_run, preferred, select
-from dmformer.data.images import load_pixels, load_whole, open_image
+from dmformer.bundle.select import Choice, choose
+from dmformer.data.images import load_pixels, load_uncropped, open_image
 from dmformer.data.overlay import LegendEntry, overlay
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
-    from dmformer.bundle.reader import Bundle
-
-AUTO = "auto"
 _BATCH = 8
 
 
@@ -84,32 +81,32 @@ class SegmentReport(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Segments:
-    """What a network for segmentation makes of an image.
+    """The classes that a network for segmentation gives an image's pixels.
 
     Attributes:
         path: of the image.
         labels: the class of each pixel that the network saw, (H, W).
         classes: those that occur, the largest share first.
-        preprocessing: of the network; its ``seen`` says which part of the image that was.
-        whole: whether the network saw all of the image.
+        preprocessing: of the network; its ``visible_box`` says which part of the image that was.
+        uncropped: whether the network saw all of the image.
     """
 
     path: Path
     labels: NDArray[np.intp]
     classes: tuple[ClassShare, ...]
     preprocessing: Preprocessing
-    whole: bool
+    uncropped: bool
 
     def overlay(self) -> Image:
-        """A Pillow image: the classes in colour over the image, with a legend.
+        """Draw the classes in colour over the image, with a legend: a Pillow image.
 
         Raises:
             UsageError: the image cannot be read any more.
         """
         image = self.preprocessing.upright(open_image(self.path))
         box = (0.0, 0.0, float(image.width), float(image.height))
-        if not self.whole:
-            box = self.preprocessing.seen(*image.size)
+        if not self.uncropped:
+            box = self.preprocessing.visible_box(*image.size)
         legend = [LegendEntry(one.index, one.name or f"class {one.index}", one.share) for one in self.classes]
         return overlay(image, self.labels, box, legend)
 
@@ -159,17 +156,17 @@ class Predictor:
         return predictions
 
     def segment(self, images: str | Path | Sequence[str | Path]) -> Iterator[Segments]:
-        """The class of every pixel of image files, one file after another.
+        """Label every pixel of image files, one file after another.
 
         Raises:
             UsageError: the bundle is for another task, or an image cannot be read; the message names it.
             StageFailed: the runtime failed, or answered with NaN or infinity.
         """
         self._check_task("segmentation")
-        preprocessing, whole = self.manifest.preprocessing, self.manifest.open_size
+        preprocessing, uncropped = self.manifest.preprocessing, self.manifest.open_size
         for path in _as_paths(images):
-            if whole:
-                logits = self._run(load_whole(path, preprocessing, STRIDES[-1]))[OUTPUT_NAME]
+            if uncropped:
+                logits = self._run(load_uncropped(path, preprocessing, STRIDES[-1]))[OUTPUT_NAME]
             else:
                 logits = self.outputs(path)[OUTPUT_NAME]
             self._check_finite(path, logits)
@@ -180,10 +177,10 @@ class Predictor:
                 ClassShare(index=int(i), name=self._class_name(int(i)), share=float(counts[i] / labels.size))
                 for i in order
             )
-            yield Segments(path, labels, classes, preprocessing, whole)
+            yield Segments(path, labels, classes, preprocessing, uncropped)
 
     def outputs(self, images: str | Path | Sequence[str | Path]) -> dict[str, NDArray[np.float32]]:
-        """What the network gives for image files, for any task, by the names in the manifest; all files in one batch.
+        """Run image files through the network in one batch, for any task; return its outputs by name.
 
         Raises:
             UsageError: an image cannot be read; the message names it.
@@ -199,8 +196,8 @@ class Predictor:
     def _check_task(self, wanted: str) -> None:
         task = self.manifest.model.task
         if task != wanted:
-            instead = {"classification": "predict()", "segmentation": "segment()", "features": "outputs()"}[task]
-            raise UsageError(f"a bundle for {task}, asked for {wanted}; expected Predictor.{instead}")
+            method = {"classification": "predict()", "segmentation": "segment()", "features": "outputs()"}[task]
+            raise UsageError(f"a bundle for {task}, asked for {wanted}; expected Predictor.{method}")
 
     def _check_finite(self, path: Path, logits: NDArray[np.float32]) -> None:
         if not np.isfinite(logits).all():
@@ -231,7 +228,7 @@ def _as_paths(images: str | Path | Sequence[str | Path]) -> list[Path]:
 def load(
     bundle: str | Path, runtime: str | None = None, precision: str | None = None, threads: int | None = None
 ) -> Predictor:
-    """A bundle as a predictor: ``with dmformer.load("dmformer-bundle") as p: p.predict(["image.png"])``.
+    """Open a bundle as a predictor: ``with dmformer.load("dmformer-bundle") as p: p.predict(["image.png"])``.
 
     Args:
         bundle: the bundle's folder.
@@ -249,22 +246,6 @@ def load(
         UserWarning: the artifact's int8 sums may saturate on this machine.
     """
     choice = choose(open_bundle(Path(bundle)), runtime, precision)
-    if choice.saturation is not None:
-        warnings.warn(f"{choice.title}: {choice.saturation}", stacklevel=2)
+    if choice.saturation_risk is not None:
+        warnings.warn(f"{choice.title}: {choice.saturation_risk}", stacklevel=2)
     return Predictor(choice, threads)
-
-
-def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:
-    """The first artifact of the runtime that was named, or else of any that can run on this machine.
-
-    In the manifest's order; those whose int8 sums may saturate here come last.
-    """
-    precisions = [precision] if precision else []
-    if runtime is not None and runtime.lower() == AUTO:
-        runtime = None
-    if runtime is None:
-        found = preferred([one for one in bundle.manifest.artifacts if precision in (None, one.precision)], cannot_run)
-        if found is not None:
-            return Choice(found[1], found[0], bundle)
-    chosen, _ = select(bundle, [runtime] if runtime else [], precisions)
-    return min(chosen, key=lambda choice: choice.saturation is not None)

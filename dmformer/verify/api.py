@@ -137,7 +137,7 @@ def _check_choice(choice: Choice, golden: Golden, reference: Golden, asked: Imag
     for check in tuple(decided):
         if asked.labelled and (check.decisions is not None or check.pixels is not None):
             decided.append(_check_labelled(choice, rest, others[OUTPUT_NAME], asked, check, golden))
-    return checks + explained(decided, choice.saturation)
+    return checks + explained(decided, choice.saturation_risk)
 
 
 def _check_labelled(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from dmformer.bundle.select import saturation
+from dmformer.bundle.select import saturation_risk
 from dmformer.errors import DMFormerError, StageFailed, UsageError
 from dmformer.runtimes import registry
 from dmformer.runtimes.layers import describe, shortfall
@@ -301,7 +301,7 @@ def check_artifact(
         *check_decisions(answers, answers.largest, compared_with[0]),
         check_layers(answers, artifact.promised_share, excuse),
     ]
-    return explained(checks, saturation(row, artifact.full_range))
+    return explained(checks, saturation_risk(row, artifact.full_range))
 
 
 def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Check]:

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.bundle.manifest import FileEntry
-from dmformer.bundle.select import saturation
+from dmformer.bundle.select import saturation_risk
 from dmformer.errors import CheckFailed, UsageError, first_line
 from dmformer.files import hash_file, indented_json
 from dmformer.runtimes import registry
@@ -109,7 +109,7 @@ def run_case(folder: Path) -> list[Check]:
         limit = Limit(case.limits[name], "saved with the case")
         comparison = compare(shown[name].astype(np.float64), array.astype(np.float64), limit)
         checks.append(as_check(name, case.runtime, case.precision, len(array), comparison, limit, "expected"))
-    return explained(checks, saturation(registry.entry(case.runtime), case.full_range))
+    return explained(checks, saturation_risk(registry.entry(case.runtime), case.full_range))
 
 
 def _run(

@@ -1,1 +1,0 @@
-"""Whose bundles are opened: keys, signatures, and the policy of this machine."""
