@@ -16,7 +16,7 @@ from dmformer.bundle.trust import (
     policy,
     policy_in_force,
     read_signature,
-    sign,
+    sign_manifest,
     trusted_keys,
 )
 from dmformer.errors import CheckFailed, DMFormerError, UsageError
@@ -45,7 +45,7 @@ def sign_bundle(folder: Path, key: Ed25519PrivateKey) -> Signature:
         raise UsageError(f"{str(folder)!r} is a file; expected the folder of a bundle: sign it, then pack it")
     bundle = own_bundle(folder)
     bundle.check_all()
-    signature = sign(read_manifest(folder), key)
+    signature = sign_manifest(read_manifest(folder), key)
     if signature.manifest_sha256 != bundle.manifest_sha256:
         raise CheckFailed(f"{folder} changed while it was checked, and was not signed; run it again")
     with whole_file(folder / SIGNATURE) as staging:

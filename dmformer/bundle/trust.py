@@ -193,7 +193,7 @@ class Signature(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return indented_json(self)
 
 
-def sign(manifest: bytes, key: Ed25519PrivateKey) -> Signature:
+def sign_manifest(manifest: bytes, key: Ed25519PrivateKey) -> Signature:
     """Sign the bytes of a manifest."""
     public = _public_der(key.public_key())
     return Signature(
