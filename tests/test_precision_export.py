@@ -13,7 +13,7 @@ from dmformer.errors import UsageError
 from dmformer.export import pipeline
 from dmformer.export.api import make_request
 from dmformer.export.request import planned_artifacts
-from dmformer.verify.tasks.measures import Classification
+from dmformer.verify.tasks.classification import Classification
 from tests.bundles import one_line
 from tests.conftest import timed_as
 from tests.precisions import simulated

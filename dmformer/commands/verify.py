@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmformer._optional import require
 from dmformer.commands import _present as present
 from dmformer.errors import CheckFailed, UsageError
 
@@ -48,48 +47,31 @@ def verify(
 
     Without --weights and --images the reference is in the bundle, and PyTorch is not needed.
     """
+    from dmformer.verify.api import verify as run_verify
+    from dmformer.verify.localize.case import run_case
     from dmformer.verify.report import failure
 
     present.check_json_target(json_file)
     if case is not None:
         if bundle is not None or runtime or weights or images or bisect:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
-        report = _run_case(case)
+        report = run_case(case)
     else:
-        report = _verify(bundle, runtime or [], weights, images, bisect)
+        opened = present.bundle_named(bundle)
+        with present.stages() as shown:
+            report = run_verify(
+                opened,
+                runtimes=runtime or [],
+                weights=weights,
+                images=images,
+                bisect=Path(CASES) if bisect else None,
+                stage=shown.stage,
+                note=lambda note: shown.say(f"note: {note}"),
+            )
     _show(report, json_file)
     present.write_json(report, json_file)
     if not report.passed:
         raise CheckFailed(failure(report))
-
-
-def _run_case(case: Path) -> ParityReport:
-    from dmformer.verify.localize.case import run_case
-    from dmformer.verify.report import report
-
-    return report(run_case(case))
-
-
-def _verify(
-    bundle: Path | None, runtimes: list[str], weights: Path | None, images: Path | None, bisect: bool
-) -> ParityReport:
-    from dmformer.bundle.select import select
-    from dmformer.verify.api import verify as run_verify
-
-    opened = present.bundle_named(bundle)
-    if bisect:
-        for package in ("torch", "onnx"):
-            require(package, extra="export", purpose="--bisect")
-    for choice in select(opened, runtimes)[0]:
-        if choice.saturation is not None:
-            present.say(f"note: {choice.title}: {choice.saturation}")
-    with present.stages() as shown:
-        report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, layers=bisect, stage=shown.stage)
-        if bisect and not report.passed:
-            from dmformer.verify.localize.diagnose import diagnose
-
-            report = diagnose(opened, report, weights=weights, folder=Path(CASES), stage=shown.stage)
-    return report
 
 
 def _show(report: ParityReport, json_file: str | None) -> None:

@@ -84,7 +84,7 @@ def runtime_of(row: registry.RuntimeEntry, artifact: Artifact, root: Path) -> Ru
 def check_onnx(path: Path, precision: str, golden: Golden) -> list[Check]:
     """The checks of an ONNX file in onnxruntime, in place of an engine that cannot run here."""
     adapter = registry.available_adapter(registry.entry("onnxruntime"))
-    answers = ask(adapter(path, precision=precision), golden.inputs, golden.thinned, elsewhere=golden.other)
+    answers = ask(adapter(path, precision=precision), golden.inputs, golden.thinned, other_size=golden.other_size)
     compared_with = references(golden, precision)
     return [
         *check_answers("onnx", answers, compared_with),
@@ -105,6 +105,6 @@ def proven(
         golden: what to ask.
         known: what the runtime answered with a file of the same content.
     """
-    answers = known or ask(runtime_of(row, artifact, root), golden.inputs, golden.thinned, elsewhere=golden.other)
+    answers = known or ask(runtime_of(row, artifact, root), golden.inputs, golden.thinned, other_size=golden.other_size)
     checks = check_artifact(answers, golden, row, artifact)
     return msgspec.structs.replace(artifact, layers=answers.layers), checks

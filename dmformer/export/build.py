@@ -22,7 +22,7 @@ from dmformer.export.formats import ConversionSource, EngineOptions, check_conve
 from dmformer.files import indented_json
 from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
-from dmformer.verify.report import Check, ParityReport, failure, report
+from dmformer.verify.report import Check, ParityReport, failure, parity_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +92,7 @@ def build(
                     artifact, found = proven(row, artifact, folder, golden)
                 checks.extend(found)
             built.append(artifact)
-        parity = report(checks, not_run)
+        parity = parity_report(checks, not_run)
         if checks and not parity.passed:
             raise CheckFailed(f"nothing was changed: {failure(parity)}")
         if own_bundle(opened.root).manifest_sha256 != opened.manifest_sha256:

@@ -41,8 +41,8 @@ from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
 from dmformer.verify.parity import check_accuracy
 from dmformer.verify.reference import torch_answers
-from dmformer.verify.report import Check, explained, failure, report
-from dmformer.verify.tasks.measures import measure_of
+from dmformer.verify.report import Check, add_cause, failure, parity_report
+from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -351,7 +351,7 @@ class _Export:
                 kept = measure.answers(runtime_of(row, artifact, self.folder), images, advance)
         accuracy, lost = calibration.points_lost(kept)
         check = check_accuracy(row.name, artifact.precision, accuracy, lost, self.request.max_points_lost)
-        (check,) = explained([check], saturation(row, artifact.full_range))
+        (check,) = add_cause([check], saturation(row, artifact.full_range))
         return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
     def _finish(
@@ -365,7 +365,7 @@ class _Export:
         comparing = self.request.reduced and self._runnable(artifacts)
         if not comparing:
             artifacts = self._keep(artifacts, self._asked_for(artifacts))
-        parity = report(self.checks, self.left_out)
+        parity = parity_report(self.checks, self.left_out)
         failed = [check for check in parity.checks if not check.passed]
         if failed and not self.request.force:
             raise CheckFailed(f"nothing was written: {failure(parity)}; --force writes the bundle all the same")
