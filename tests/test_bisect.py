@@ -52,7 +52,7 @@ def test_any_node_is_found_in_logarithmically_many_runs(count: int, reach: int, 
     assert parting.max_abs == pytest.approx(0.5)
     assert parting.runs == len(asked) <= math.ceil(math.log2(count + 1)) + 1
     assert parting.most_shown == max(map(len, asked)) <= reach + 1
-    assert parting.made == (f"t{broken + 1}",)
+    assert parting.outputs == (f"t{broken + 1}",)
     at_once = parting_at_once(nodes, found, right, dict.fromkeys(right, 1e-3), wrong)
     assert at_once is not None
     assert (at_once.nodes, at_once.tensor) == (parting.nodes, parting.tensor)
