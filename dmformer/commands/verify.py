@@ -75,7 +75,7 @@ def verify(
 
 
 def _show(report: ParityReport, json_file: str | None) -> None:
-    """What failed comes first, stage by stage; what held is summed up by what it was compared with."""
+    """Show the checks: those that failed first, stage by stage; those that held in one line for each reference."""
     columns = ["", "stage", "runtime", "precision", "batch", "against", "max abs", "of limit", "cosine", "class"]
     listing = present.table("Parity with PyTorch", columns, numeric=columns[6:])
     groups: dict[tuple[object, ...], list[Check]] = {}
@@ -92,29 +92,29 @@ def _show(report: ParityReport, json_file: str | None) -> None:
 
 
 def _remarks(report: ParityReport) -> Iterator[str]:
-    """What the figures leave open: reasons, findings, and where the limits come from."""
+    """Say what the table of figures leaves open: reasons, findings, and where the limits come from."""
     batches: dict[tuple[object, ...], list[str]] = {}
     for check in report.checks:
         if check.reason is not None:
             mark = "" if check.passed else "FAILED "
-            said = (f"{mark}{check.where} in {check.runtime} {check.precision}", check.against, check.reason)
-            batches.setdefault(said, []).append(str(check.batch))
-    for (what, against, reason), found in batches.items():
-        yield f"{what}, batch {', '.join(found)}, against {against}: {reason}"
+            remark = (f"{mark}{check.where} in {check.runtime} {check.precision}", check.against, check.reason)
+            batches.setdefault(remark, []).append(str(check.batch))
+    for (what, against, reason), numbers in batches.items():
+        yield f"{what}, batch {', '.join(numbers)}, against {against}: {reason}"
     for finding in report.findings:
-        yield from _told(finding)
+        yield from _finding_lines(finding)
     for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
         if limit:
             yield f"limit {limit:.2g}: {source}"
 
 
-def _told(finding: Finding) -> Iterator[str]:
-    """What a bisection found, line by line."""
-    apart = "NaN or infinite" if finding.max_abs is None else f"{finding.max_abs:.3g}"
+def _finding_lines(finding: Finding) -> Iterator[str]:
+    """Say line by line where a failure begins, whose fault it is, and how to see it alone."""
+    distance = "NaN or infinite" if finding.max_abs is None else f"{finding.max_abs:.3g}"
     where = f" at {finding.size}" if finding.size else ""
     yield (
         f"FOUND {finding.runtime} {finding.precision}{where} parts at {', '.join(finding.nodes)} "
-        f"(module {finding.module}): {apart}, limit {finding.limit:.3g}"
+        f"(module {finding.module}): {distance}, limit {finding.limit:.3g}"
     )
     yield f"  {finding.explanation}"
     for difference in finding.differences:
@@ -131,9 +131,9 @@ def _told(finding: Finding) -> Iterator[str]:
 
 
 def _cells(group: Sequence[Check]) -> list[str | Text]:
-    """One line for checks in one runtime against one thing: the figures are those of the worst."""
+    """One line for checks in one runtime against one reference: the figures are those of the worst."""
     first = group[0]
-    apart = [check.max_abs for check in group if check.max_abs is not None]
+    distances = [check.max_abs for check in group if check.max_abs is not None]
     cosines = [check.cosine for check in group if check.cosine is not None]
     agreements = [check.top1_agreement for check in group if check.top1_agreement is not None]
     return [
@@ -143,8 +143,8 @@ def _cells(group: Sequence[Check]) -> list[str | Text]:
         first.precision,
         ", ".join(map(str, sorted({check.batch for check in group}))),
         first.against,
-        f"{max(apart):.2g}" if apart else "-",
-        _share(max(apart) / first.limit) if apart and first.limit else "-",
+        f"{max(distances):.2g}" if distances else "-",
+        _share(max(distances) / first.limit) if distances and first.limit else "-",
         f"{min(cosines):.6f}" if cosines else "-",
         f"{min(agreements):.0%}" if agreements else "-",
     ]
