@@ -39,8 +39,8 @@ from dmformer.models.deploy import deploy
 from dmformer.progress import silent
 from dmformer.runtimes import registry
 from dmformer.verify.evaluate import evaluate
-from dmformer.verify.localize.diagnose import diagnose
-from dmformer.verify.report import ParityReport, report
+from dmformer.verify.localize import localize
+from dmformer.verify.report import ParityReport, parity_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,7 @@ class Bench:
             weights = self.weights if fault.module is not None else None
             found = dmformer.verify(opened, runtimes=[fault.runtime], weights=weights)
             if weights is not None:
-                found = diagnose(opened, found, weights=weights, folder=Path(folder) / "cases", stage=silent)
+                found = localize(opened, found, weights=weights, folder=Path(folder) / "cases", stage=silent)
             return outcome(fault, found)
 
     def in_eval(self, fault: Fault) -> Outcome:
@@ -107,7 +107,7 @@ class Bench:
                 return Outcome(fault, ("reduced",), (module,), (str(error),))
         reasons = [check.reason or "" for check in checks if check.stage == "tensors" and not check.passed]
         modules = tuple(reason.partition("/")[0] for reason in reasons)
-        return replace(outcome(fault, report(checks)), modules=modules)
+        return replace(outcome(fault, parity_report(checks)), modules=modules)
 
     def source(self) -> PrecisionSource:
         """What a precision is made from."""

@@ -337,8 +337,7 @@ def calibration(checkpoint: Checkpoint, few_images: Path) -> Calibration:
 @pytest.fixture(scope="module")
 def trusted_once() -> Iterator[None]:
     """What is trusted, graph, layers and PyTorch's answers, is the same for every fault of one checkpoint."""
-    from dmformer.verify import api
-    from dmformer.verify.localize import diagnose
+    from dmformer.verify import api, localize
 
     known: dict[tuple[object, str], Any] = {}
 
@@ -352,7 +351,7 @@ def trusted_once() -> Iterator[None]:
         return remembered
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((diagnose, "_trusted"), (api, "_layers"), (api, "_recompute")):
+        for module, name in ((localize, "_trusted"), (api, "_layers"), (api, "_recompute")):
             patch.setattr(module, name, once(getattr(module, name)))
         yield
 

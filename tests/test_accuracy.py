@@ -18,8 +18,7 @@ from dmformer.errors import StageFailed, UsageError
 from dmformer.models.dmformer import create_model
 from dmformer.runtimes.base import TensorSpec
 from dmformer.verify.reference import torch_answers
-from dmformer.verify.tasks.classification import points_lost, score, wilson_interval
-from dmformer.verify.tasks.measures import Classification
+from dmformer.verify.tasks.classification import Classification, points_lost, score, wilson_interval
 from tests.fakes import FakeRuntime
 
 if TYPE_CHECKING:

@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmformer.errors import StageFailed
-from dmformer.verify.localize.search import (
-    Cut,
-    Node,
-    cuts,
-    find_parting,
-    first_beyond,
-    nearest_to_limit,
-    parting_at_once,
-    tensor_limits,
-)
+from dmformer.verify.compare import tensor_limits
+from dmformer.verify.inner import nearest_to_limit
+from dmformer.verify.localize.nodes import Cut, Node, cuts, find_parting, parting_at_once
 
 
 def chain(count: int, reach: int = 1) -> list[Node]:
@@ -59,7 +52,7 @@ def test_any_node_is_found_in_logarithmically_many_runs(count: int, reach: int, 
     assert parting.max_abs == pytest.approx(0.5)
     assert parting.runs == len(asked) <= math.ceil(math.log2(count + 1)) + 1
     assert parting.most_shown == max(map(len, asked)) <= reach + 1
-    assert parting.made == (f"t{broken + 1}",)
+    assert parting.outputs == (f"t{broken + 1}",)
     at_once = parting_at_once(nodes, found, right, dict.fromkeys(right, 1e-3), wrong)
     assert at_once is not None
     assert (at_once.nodes, at_once.tensor) == (parting.nodes, parting.tensor)
@@ -103,7 +96,6 @@ def test_no_difference_is_no_parting() -> None:
     limits = dict.fromkeys(right, 1e-3)
     assert find_parting(nodes, found, right, limits, lambda names: {name: right[name] for name in names}) is None
     assert parting_at_once(nodes, found, right, limits, right) is None
-    assert first_beyond(nodes, right, right, limits) is None
 
 
 @pytest.mark.parametrize("broken", [np.full((1, 2), np.nan), np.full((1, 2), np.inf), np.zeros((1, 3))])

@@ -24,7 +24,7 @@ EXPECTED = np.array(
 def answered(outputs: np.ndarray | StageFailed, limit: float = 0.1) -> Check:
     answers = Answers("engine", "fp32", {4: {"logits": outputs} if isinstance(outputs, np.ndarray) else outputs})
     reference = Reference("PyTorch", {"logits": EXPECTED}, {"logits": Limit(limit, "test")})
-    (check,) = check_decisions(answers, answers.largest, reference)
+    (check,) = check_decisions(answers, answers.at_largest_batch, reference)
     return check
 
 

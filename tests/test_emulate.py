@@ -14,8 +14,8 @@ from dmformer.export.networks import random_checkpoint
 from dmformer.graph.trace import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes.layers import module_path
-from dmformer.verify.executors import input_peaks, interpret, quantized, round_layers_
-from dmformer.verify.localize.modules import ModuleTruth
+from dmformer.verify.executors import Emulation, emulated, exact, input_peaks, quantized, round_layers_
+from dmformer.verify.inner import ModuleTruth
 from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
 from dmformer.verify.report import Check
 from tests.fakes import FakeRuntime
@@ -43,12 +43,12 @@ def test_the_interpreter_is_the_network(other: Checkpoint, form: bool, tmp_path:
     golden = make_golden(model, other.preprocessing, golden_pixels(other.preprocessing, []))
     trace(other, deploy(model, 32) if form else other.model(), tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
-    values = interpret(graph, {"image": golden.inputs}, double=True)
+    values = dict(exact(graph, {"image": golden.inputs}))
     assert set(values) == {name for node in graph.graph.node for name in node.output}
     spread = np.ptp(golden.outputs_float64["logits"])
     # Folded weights are rounded to float32 once more.
     assert np.abs(values["logits"] - golden.outputs_float64["logits"]).max() < 1e-5 * spread
-    single = interpret(graph, {"image": golden.inputs}, double=False)
+    single = dict(emulated(graph, {"image": golden.inputs}))
     assert single["logits"].dtype == np.float32
     assert 0 < np.abs(single["logits"] - values["logits"]).max() < 1e-4 * spread
 
@@ -58,7 +58,7 @@ def test_the_interpreter_refuses_what_it_does_not_know() -> None:
     values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 2]) for n in ("image", "logits")]
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]))
     with pytest.raises(StageFailed, match="node 'strange' is Softmax; expected one of Add"):
-        interpret(model, {"image": np.zeros((1, 2), np.float32)}, double=True)
+        dict(exact(model, {"image": np.zeros((1, 2), np.float32)}))
 
 
 def test_int8_has_a_symmetric_grid() -> None:
@@ -83,7 +83,8 @@ def test_an_emulation_is_near_the_network_and_not_equal(checkpoint: Checkpoint, 
 
     def error(some: list[str]) -> float:
         rounded = deploy(model, 32)
-        round_layers_(rounded, precision, some, peaks, weight_bits=7)
+        nodes = frozenset(f"{name}/Conv" for name in some)
+        round_layers_(rounded, Emulation(precision, nodes, peaks=peaks, weight_bits=7))
         return float(np.abs(torch_outputs(rounded, golden.inputs)["logits"] - exact).max())
 
     found = error(layers)
@@ -99,7 +100,7 @@ def test_modules_that_stay_in_float32_are_not_rounded(checkpoint: Checkpoint) ->
     inputs = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))
     form = deploy(model, 32)
     every = [name for name, module in form.named_modules() if not list(module.children())]
-    round_layers_(form, "fp16", [], {}, every)
+    round_layers_(form, Emulation("fp16", exact=frozenset(f"{name}/Node" for name in every)))
     untouched, expected = (torch_outputs(one, inputs)["logits"] for one in (form, deploy(model, 32)))
     np.testing.assert_array_equal(untouched, expected)
 

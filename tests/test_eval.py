@@ -29,8 +29,7 @@ from dmformer.progress import silent
 from dmformer.runtimes import base, registry
 from dmformer.train.datasets import DIGIT_CLASSES, DIGIT_PREPROCESSING, load_digits, write_digits
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
-from dmformer.verify.tasks.classification import Paired, wilson_interval
-from dmformer.verify.tasks.measures import Classification
+from dmformer.verify.tasks.classification import Classification, Paired, wilson_interval
 from tests.bundles import copied, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:

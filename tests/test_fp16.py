@@ -20,7 +20,7 @@ from dmformer.graph.onnx_file import typed_share
 from dmformer.models.checkpoint import Checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.verify.compare import reduced_limit
-from dmformer.verify.executors import literal_answers
+from dmformer.verify.executors import graph_outputs, input_name, literal
 from tests.precisions import ATTENTION, rescaled, source_of, types
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.export.cached import ExportResult
+
+
+def literal_outputs(path: Path, inputs: np.ndarray) -> dict[str, np.ndarray]:
+    model = onnx.load(path)
+    return graph_outputs(model, literal(model, {input_name(model): inputs}))
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +88,9 @@ def test_fp16_keeps_in_float32_what_float16_cannot_hold(
     assert all(peak > LARGEST / 8 for peak in peaks)
     assert all(f"float16 ends at {LARGEST:g}" in reason for reason in made.kept_in_fp32.values())
     assert made.promised_share == pytest.approx(1 - len(made.kept_in_fp32) / 57)
-    answers = literal_answers(made.onnx, golden.inputs)
+    answers = literal_outputs(made.onnx, golden.inputs)
     assert np.isfinite(answers["logits"]).all()
-    plain = literal_answers(to_fp16(source_of(checkpoint, tmp_path / "p", golden.inputs)).onnx, golden.inputs)
+    plain = literal_outputs(to_fp16(source_of(checkpoint, tmp_path / "p", golden.inputs)).onnx, golden.inputs)
     (usual,) = reduced_limit("fp16", plain, golden.outputs_float64).values()
     assert np.abs(answers["logits"] - golden.outputs["logits"]).max() < usual.max_abs
 
@@ -96,7 +101,7 @@ def test_fp16_that_overflows_is_refused(
     monkeypatch.setattr(fp16, "HEADROOM", 0.0)  # as if nobody had looked at the ranges
     made = to_fp16(source_of(rescaled(checkpoint, 14), tmp_path / "s", golden.inputs))
     assert made.kept_in_fp32 == {}
-    answers = literal_answers(made.onnx, golden.inputs)
+    answers = literal_outputs(made.onnx, golden.inputs)
     with pytest.raises(StageFailed, match="at fp16 output 'logits' is NaN or infinite"):
         reduced_limit("fp16", answers, golden.outputs_float64)
 
@@ -132,7 +137,7 @@ def test_the_literal_execution_overflows_where_float16_does(tmp_path: Path) -> N
     graph = onnx.helper.make_graph(nodes, "test", ends[:1], ends[1:], weights)
     path = tmp_path / "m.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
-    assert np.isinf(literal_answers(path, np.full((1, 1, 1, 1), 300, np.float32))["logits"]).all()
+    assert np.isinf(literal_outputs(path, np.full((1, 1, 1, 1), 300, np.float32))["logits"]).all()
 
 
 @pytest.mark.usefixtures("quick")

@@ -21,7 +21,7 @@ from dmformer.export.precisions import int8, tensor_peaks
 from dmformer.export.precisions.int8 import quantizable, to_int8
 from dmformer.graph.onnx_file import typed_share
 from dmformer.runtimes.openvino import OpenVinoRuntime
-from dmformer.verify.tasks.measures import Classification
+from dmformer.verify.tasks.classification import Classification
 from tests.bundles import one_line
 from tests.precisions import arrays, simulated, source_of, types
 

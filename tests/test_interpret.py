@@ -1,4 +1,4 @@
-"""The interpreter's operators against onnxruntime's, on graphs of one node, and on whole networks of open size."""
+"""The executors' operators against onnxruntime's, on graphs of one node, and on whole networks of open size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dmformer.errors import StageFailed
-from dmformer.verify.executors import interpret
+from dmformer.verify.executors import emulated, exact
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -41,7 +41,7 @@ def graph(operator: str, inputs: dict[str, np.ndarray | None], **attributes: Any
 def both(model: ModelProto, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, {"x": x})
-    return interpret(model, {"x": x}, double=False)["y"], np.asarray(expected)
+    return dict(emulated(model, {"x": x}))["y"], np.asarray(expected)
 
 
 def resize(scales: tuple[float, float] | None, sizes: tuple[int, ...] | None, **attributes: Any) -> ModelProto:
@@ -84,9 +84,9 @@ def test_in_float64_it_is_the_same_but_finer() -> None:
     x = image((6, 10))
     for how in (LINEAR, NEAREST):
         model = resize((4.0, 4.0), None, **how)
-        exact = interpret(model, {"x": x.astype(np.float64)}, double=True)["y"]
-        assert exact.dtype == np.float64
-        np.testing.assert_allclose(exact, both(model, x)[1], atol=2e-6)
+        truth = dict(exact(model, {"x": x.astype(np.float64)}))["y"]
+        assert truth.dtype == np.float64
+        np.testing.assert_allclose(truth, both(model, x)[1], atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_in_float64_it_is_the_same_but_finer() -> None:
 )
 def test_another_way_to_enlarge_is_refused_and_not_taken_for_one_of_these(how: dict[str, Any]) -> None:
     with pytest.raises(StageFailed, match=r"a Resize by .*expected linear, half_pixel or nearest, asymmetric"):
-        interpret(resize((2.0, 2.0), None, **how), {"x": image((4, 4))}, double=False)
+        dict(emulated(resize((2.0, 2.0), None, **how), {"x": image((4, 4))}))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_operators_on_shapes(operator: str, inputs: dict[str, np.ndarray], attri
 
 def test_an_operator_that_no_network_has_is_refused() -> None:
     with pytest.raises(StageFailed, match="node 'node/it' is Tanh"):
-        interpret(graph("Tanh", {}), {"x": image((2, 2))}, double=False)
+        dict(emulated(graph("Tanh", {}), {"x": image((2, 2))}))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 64)])
@@ -150,6 +150,6 @@ def test_a_whole_network_of_open_size(segmentation_open: ExportResult, size: tup
     path = segmentation_open.output / "onnx/fp32/model.onnx"
     x = image(size, count=1)
     (expected,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"image": x})
-    found = interpret(onnx.load(path), {"image": x}, double=False)["logits"]
+    found = dict(emulated(onnx.load(path), {"image": x}))["logits"]
     assert found.shape == (1, 11, *size)
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -30,7 +30,7 @@ from dmformer.verify.answers import ask
 from dmformer.verify.compare import Limit, compare, float32_limit, largest_difference, largest_value
 from dmformer.verify.parity import check_answers, check_consistency, check_preprocessing, references
 from dmformer.verify.reference import golden_pixels, make_golden
-from dmformer.verify.report import Check, report
+from dmformer.verify.report import Check, parity_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,7 +153,7 @@ FAULTS = {
 def test_the_right_model_passes(subject: Subject, tmp_path: Path) -> None:
     checks = checks_of(subject, subject.checkpoint.model(), tmp_path, ENGINES)
     assert [(check.runtime, check.batch) for check in checks] == [(e, b) for e in ENGINES for b in (1, 2, 5)]
-    assert report(checks).passed, checks
+    assert parity_report(checks).passed, checks
 
 
 # A share of a tensor is judged against a noise that grows with the width; a wrong structure is as wrong in any.
@@ -272,7 +272,7 @@ def test_a_reference_that_tells_nothing_is_refused(spoil: Callable[[nn.Linear], 
 
 
 def test_no_check_is_no_pass() -> None:
-    assert not report([]).passed
+    assert not parity_report([]).passed
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_clean_exports_raise_no_alarm(seed: int, tmp_path: Path) -> None:
     model = checkpoint.model()
     golden = make_golden(model, checkpoint.preprocessing, golden_pixels(checkpoint.preprocessing, []))
     checks = checks_of(Subject(checkpoint, golden), model, tmp_path, ENGINES)
-    assert report(checks).passed, checks
+    assert parity_report(checks).passed, checks
 
 
 class Spoilt(OnnxRuntime):

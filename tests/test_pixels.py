@@ -23,8 +23,8 @@ from dmformer.verify.answers import Answers
 from dmformer.verify.compare import Limit, Reference
 from dmformer.verify.evaluate import evaluate
 from dmformer.verify.parity import check_decisions, check_labelled_pixels
-from dmformer.verify.tasks.measures import Segmentation, measure_of
-from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
+from dmformer.verify.tasks import measure_of
+from dmformer.verify.tasks.segmentation import Segmentation, confusion_matrix, pixel_accuracy
 from tests.bundles import one_line
 
 if TYPE_CHECKING:
@@ -213,14 +213,14 @@ def test_what_is_kept_is_the_class_of_each_pixel() -> None:
     logits = np.zeros((2, 3, 4, 5), np.float32)
     logits[0, 2, 1, 3] = 1
     logits[1, 1] = 1
-    kept = Segmentation(3).kept({"logits": logits})
+    kept = Segmentation(3).keep({"logits": logits})
     assert (kept.shape, kept.dtype) == ((2, 4, 5), np.uint8)
     assert kept[0, 1, 3] == 2
     assert kept[0].sum() == 2
     assert (kept[1] == 1).all()
     wide = np.zeros((1, 300, 1, 1), np.float32)
     wide[0, 299] = 1
-    assert Segmentation(300).kept({"logits": wide}).item() == 299
+    assert Segmentation(300).keep({"logits": wide}).item() == 299
 
 
 def test_all_pixels_of_all_images_count_together(folder: Path) -> None:
@@ -307,15 +307,15 @@ def test_images_and_annotations_are_read_once_for_all_runtimes(
     assert sorted(opened) == sorted(path.name for path in (few_scenes / "annotations/validation").iterdir())
 
 
-def test_a_tally_keeps_no_more_than_a_confusion_matrix() -> None:
-    tally = Segmentation(3).tally()
+def test_a_score_keeps_no_more_than_a_confusion_matrix() -> None:
+    score = Segmentation(3).new_score()
     for value in range(3):
         kept = np.full((1, 50, 50), value, np.uint8)
-        tally.add(kept, kept, kept)
-    arrays = [value for value in vars(tally).values() if isinstance(value, np.ndarray)]
+        score.add(kept, kept, kept)
+    arrays = [value for value in vars(score).values() if isinstance(value, np.ndarray)]
     assert [array.tolist() for array in arrays] == [(2500 * np.eye(3)).tolist()]
-    assert all(isinstance(value, (int, np.ndarray)) for value in vars(tally).values())
-    assert tally.accuracy().agreement_with_torch == 1
+    assert all(isinstance(value, (int, np.ndarray)) for value in vars(score).values())
+    assert score.accuracy().agreement_with_torch == 1
 
 
 def test_loose_images_are_measured_by_agreement(

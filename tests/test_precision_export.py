@@ -13,7 +13,7 @@ from dmformer.errors import UsageError
 from dmformer.export import steps
 from dmformer.export.options import ExportOptions
 from dmformer.export.run import plan_export
-from dmformer.verify.tasks.measures import Classification
+from dmformer.verify.tasks.classification import Classification
 from tests.bundles import one_line
 from tests.conftest import timed_as
 from tests.precisions import simulated

@@ -161,7 +161,7 @@ def test_a_case_names_the_cause(full_range: ExportResult, tmp_path: Path) -> Non
             runtime="openvino", precision="int8", files=files, node="head", limits={"logits": 1e-9}, full_range=full
         )
         save_case(tmp_path / f"case-{full}", case, {"image": golden.inputs}, dict(golden.outputs_float64))
-        (check,) = run_case(tmp_path / f"case-{full}")
+        (check,) = run_case(tmp_path / f"case-{full}").checks
         assert not check.passed
         assert (SATURATES in (check.reason or "")) == full
 

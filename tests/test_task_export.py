@@ -30,8 +30,8 @@ from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, STRIDES
 from dmformer.verify import reference as referring
 from dmformer.verify.answers import Answers, ask
+from dmformer.verify.localize import localize
 from dmformer.verify.localize.case import run_case
-from dmformer.verify.localize.diagnose import diagnose
 from dmformer.verify.parity import check_artifact, check_other_size, references
 from tests.bundles import adopt, one_line, rewrite
 
@@ -153,7 +153,7 @@ def test_upernet_at_an_open_size_in_float16(tmp_path: Path) -> None:
 def test_golden_files_keep_every_output_and_another_size(features_open: ExportResult, tmp_path: Path) -> None:
     golden = load_golden(features_open.output / GOLDEN)
     assert tuple(golden.outputs) == tuple(golden.outputs_float64) == tuple(golden.files["fp32"]) == FEATURE_NAMES
-    other = golden.other
+    other = golden.other_size
     assert other is not None
     assert (golden.size, other.size) == ("32x32", "64x96")
     assert other.outputs["features_s8"].shape == (2, 32, 8, 12)
@@ -191,15 +191,15 @@ def test_a_thinned_bundle_is_exported_and_verified(
     assert dmformer.export(task="segmentation", **options).parity.passed  # type: ignore[arg-type]
     golden = load_golden(tmp_path / "b" / GOLDEN)
     assert golden.strides == {OUTPUT_NAME: 3}
-    assert golden.other is not None
-    assert golden.other.strides == {OUTPUT_NAME: 7}
+    assert golden.other_size is not None
+    assert golden.other_size.strides == {OUTPUT_NAME: 7}
     found = dmformer.verify(tmp_path / "b", runtimes=["ort"], weights=SEGMENTATION_CHECKPOINT, images=few_scenes)
     assert found.passed, [check.reason for check in found.checks if not check.passed]
     assert "accuracy" in {check.stage for check in found.checks}
     spoil_weights(tmp_path / "b", {"decoder.smooth.1.weight": lambda array: 1.02 * array})
     opened = open_bundle(tmp_path / "b")
     report = dmformer.verify(opened, runtimes=["ort"])
-    found = diagnose(opened, report, weights=SEGMENTATION_CHECKPOINT, folder=tmp_path / "c", stage=silent)
+    found = localize(opened, report, weights=SEGMENTATION_CHECKPOINT, folder=tmp_path / "c", stage=silent)
     assert [finding.module for finding in found.findings] == ["decoder.smooth.1"]
 
 
@@ -260,21 +260,21 @@ def test_the_least_traffic_counts_every_output_at_the_size_of_the_preprocessing(
 def asked(result: ExportResult) -> tuple[Answers, Golden]:
     golden = open_bundle(result.output).golden()
     runtime = OnnxRuntime(result.output / "onnx/fp32/model.onnx")
-    return ask(runtime, golden.inputs, golden.thinned, elsewhere=golden.other), golden
+    return ask(runtime, golden.inputs, golden.thinned, other_size=golden.other_size), golden
 
 
 def test_what_is_wrong_at_another_size_alone_is_seen(segmentation_open: ExportResult) -> None:
     answers, golden = asked(segmentation_open)
     what = registry.entry("onnxruntime"), open_bundle(segmentation_open.output).artifacts("onnx")[0]
     assert all(check.passed for check in check_artifact(answers, golden, *what))
-    assert isinstance(answers.elsewhere, dict)
+    assert isinstance(answers.other_size, dict)
     for wrong in (
-        {OUTPUT_NAME: np.roll(answers.elsewhere[OUTPUT_NAME], 1, axis=3)},
-        {OUTPUT_NAME: answers.elsewhere[OUTPUT_NAME].transpose(0, 1, 3, 2)},
+        {OUTPUT_NAME: np.roll(answers.other_size[OUTPUT_NAME], 1, axis=3)},
+        {OUTPUT_NAME: answers.other_size[OUTPUT_NAME].transpose(0, 1, 3, 2)},
         StageFailed("out of memory"),
         None,
     ):
-        checks = check_artifact(replace(answers, elsewhere=wrong), golden, *what)
+        checks = check_artifact(replace(answers, other_size=wrong), golden, *what)
         failed = {(check.where, check.against) for check in checks if not check.passed}
         assert failed == {("runtime at 64x96", "PyTorch"), ("runtime at 64x96", "onnx fp32")}
 
@@ -294,20 +294,20 @@ def test_what_is_wrong_at_another_size_alone_is_found_there(segmentation_open: E
     opened = open_bundle(bundle)
     report = dmformer.verify(opened, runtimes=["ort"])
     assert {check.where for check in report.checks if not check.passed} == {"runtime at 64x96"}
-    (finding,) = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent).findings
+    (finding,) = localize(opened, report, weights=None, folder=tmp_path / "cases", stage=silent).findings
     assert (finding.module, finding.at_fault, finding.batch) == (module, "file", 1)
-    assert any(not check.passed for check in run_case(tmp_path / "cases/onnxruntime-fp32"))
+    assert not run_case(tmp_path / "cases/onnxruntime-fp32").passed
     assert finding.size == "64x96"
     # Without a checkpoint the file itself is not trusted, but where what failed is at the other size it would be.
     rewrite(bundle, lambda c: c.update(artifacts=[made for made in c["artifacts"] if made["format"] != "torch"]))
     shutil.rmtree(bundle / "torch")
     opened = open_bundle(bundle)
-    found = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
+    found = localize(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
     assert "--bisect has nothing to trust" in found.skipped[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntime, "infer", elsewhere(lambda array: array, lambda array: 1.5 * array))
         report = dmformer.verify(opened, runtimes=["ort"])
-        (finding,) = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent).findings
+        (finding,) = localize(opened, report, weights=None, folder=tmp_path / "cases", stage=silent).findings
     assert (finding.size, finding.at_fault) == (None, "engine")
 
 
@@ -348,7 +348,7 @@ def test_what_an_engine_does_at_another_size_alone(
     opened = open_bundle(segmentation_open.output)
     report = dmformer.verify(opened, runtimes=["ort"])
     assert not report.passed
-    found = diagnose(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
+    found = localize(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
     assert [finding.size for finding in found.findings] == ([] if said else ["64x96"])
     assert said is None or said in found.skipped[-1]
 
@@ -368,7 +368,7 @@ def test_a_fault_is_bisected_at_an_open_size(
     opened = open_bundle(bundle)
     report = dmformer.verify(opened, runtimes=["ort"])
     assert {"runtime", "runtime at 64x96"} <= {check.where for check in report.checks if not check.passed}
-    (finding,) = diagnose(opened, report, weights=weights, folder=tmp_path / "cases", stage=silent).findings
+    (finding,) = localize(opened, report, weights=weights, folder=tmp_path / "cases", stage=silent).findings
     assert finding.module == module
 
 
@@ -380,17 +380,17 @@ def test_a_graph_that_has_baked_its_size_in_is_seen(
     other = referring.at_another_size(
         load_checkpoint(SEGMENTATION_CHECKPOINT).model(), segmentation.manifest.preprocessing
     )
-    golden = replace(golden, other=replace(other, files={"fp32": other.outputs}))
+    golden = replace(golden, other_size=replace(other, files={"fp32": other.outputs}))
     runtime = OnnxRuntime(segmentation.output / "onnx/fp32/model.onnx")
-    answers = ask(runtime, golden.inputs, golden.thinned, elsewhere=golden.other, consistency=False)
-    assert isinstance(answers.elsewhere, DMFormerError)
+    answers = ask(runtime, golden.inputs, golden.thinned, other_size=golden.other_size, consistency=False)
+    assert isinstance(answers.other_size, DMFormerError)
     assert not any(check.passed for check in check_other_size("runtime", answers, golden))
-    assert check_other_size("runtime", answers, replace(golden, other=None)) == []
+    assert check_other_size("runtime", answers, replace(golden, other_size=None)) == []
 
 
 def test_an_open_bundle_without_another_size_does_not_pass(segmentation_open: ExportResult, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(segmentation_open.output, tmp_path / "bundle"))
-    replace(load_golden(bundle / GOLDEN), other=None).save(bundle / GOLDEN)
+    replace(load_golden(bundle / GOLDEN), other_size=None).save(bundle / GOLDEN)
     adopt(bundle, GOLDEN)
     with pytest.raises(UsageError, match="height and width are open, and the golden file has one size"):
         dmformer.verify(bundle, runtimes=["ort"])

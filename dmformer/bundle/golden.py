@@ -53,7 +53,7 @@ class Golden:
         sources: images before resizing and cropping, (H, W, C) each.
         source_pixels: what is made of them, (sources, H, W, C).
         strides: of the rows and columns that are kept, by output; 1 where it has none.
-        other: the same for another height and width, where they are open.
+        other_size: the same for another height and width, where they are open.
     """
 
     images: NDArray[np.uint8]
@@ -65,12 +65,12 @@ class Golden:
     sources: tuple[NDArray[np.uint8], ...] = ()
     source_pixels: NDArray[np.uint8] | None = None
     strides: dict[str, int] = field(default_factory=dict)
-    other: Golden | None = None
+    other_size: Golden | None = None
 
     @property
     def sizes(self) -> dict[str | None, Golden]:
-        """This object under ``None``, and the one for another height and width under its :attr:`size`."""
-        return {None: self} if self.other is None else {None: self, self.other.size: self.other}
+        """This under ``None``, and under its :attr:`size` the same for another height and width."""
+        return {None: self} if self.other_size is None else {None: self, self.other_size.size: self.other_size}
 
     @property
     def size(self) -> str:
@@ -136,8 +136,8 @@ def _arrays(golden: Golden) -> dict[str, Any]:
     if golden.source_pixels is not None:
         arrays["source_pixels"] = golden.source_pixels
     arrays |= {f"strides/{name}": np.int64(stride) for name, stride in golden.strides.items() if stride > 1}
-    if golden.other is not None:
-        arrays |= {f"{_OTHER}{name}": array for name, array in _arrays(golden.other).items()}
+    if golden.other_size is not None:
+        arrays |= {f"{_OTHER}{name}": array for name, array in _arrays(golden.other_size).items()}
     return arrays
 
 
@@ -172,7 +172,7 @@ def parse_golden(data: bytes, path: Path) -> Golden:
         raise UsageError(f"{path}: no array {error}; expected the golden file of a bundle") from error
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise UsageError(f"{path}: damaged: {first_line(error)}; expected the golden file of a bundle") from error
-    for part in (golden, golden.other):  # before any is asked for its size
+    for part in (golden, golden.other_size):  # before any is asked for its size
         if part is not None:
             _check_part(part, path)
     return golden
@@ -191,7 +191,7 @@ def _golden(arrays: dict[str, NDArray[Any]]) -> Golden:
         sources=tuple(_group(arrays, "sources/").values()),
         source_pixels=arrays.get("source_pixels"),
         strides={name: _read_stride(name, stride) for name, stride in _group(arrays, "strides/").items()},
-        other=_golden(others) if others else None,
+        other_size=_golden(others) if others else None,
     )
 
 
@@ -208,8 +208,8 @@ def _check_part(golden: Golden, path: Path) -> None:
             raise UsageError(f"{path}: a stride for {name!r}; expected one of {', '.join(golden.outputs)}")
         if stride < 1:
             raise UsageError(f"{path}: a stride of {stride} for {name!r}; expected 1 or more")
-    if golden.other is not None and (
-        golden.other.other is not None or set(golden.other.outputs) != set(golden.outputs)
+    if golden.other_size is not None and (
+        golden.other_size.other_size is not None or set(golden.other_size.outputs) != set(golden.outputs)
     ):
         raise UsageError(f"{path}: the arrays of another height and width have other outputs; expected the same")
     others: list[dict[str, NDArray[Any]]] = [golden.outputs_float64, *golden.files.values(), *golden.emulated.values()]

@@ -226,7 +226,7 @@ class Bundle:
         for entry in self.manifest.files:
             if entry.path == GOLDEN:
                 found = parse_golden(self.read(entry), path)
-                if self.manifest.open_size and found.other is None:
+                if self.manifest.open_size and found.other_size is None:
                     raise UsageError(
                         f"{path}: height and width are open, and the golden file has one size; expected another one "
                         "as well: export the bundle again"

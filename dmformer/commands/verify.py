@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmformer._optional import require
 from dmformer.commands import _options as options
 from dmformer.commands import _present as present
 from dmformer.errors import CheckFailed, UsageError
@@ -52,51 +51,34 @@ def verify(
 
     Without --weights and --images the reference is in the bundle, and PyTorch is not needed.
     """
+    from dmformer.verify.api import verify as run_verify
+    from dmformer.verify.localize.case import run_case
     from dmformer.verify.report import failure
 
     if case is not None:
         if bundle is not None or runtime or weights or images or bisect:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
-        report = _run_case(case)
+        report = run_case(case)
     else:
-        report = _verify(bundle, runtime or [], weights, images, bisect)
+        opened = options.find_bundle(bundle)
+        with present.stages() as shown:
+            report = run_verify(
+                opened,
+                runtimes=runtime or [],
+                weights=weights,
+                images=images,
+                bisect=Path(CASES) if bisect else None,
+                stage=shown.stage,
+                note=lambda note: shown.say(f"note: {note}"),
+            )
     _show(report, json_file)
     present.write_json(report, json_file)
     if not report.passed:
         raise CheckFailed(failure(report))
 
 
-def _run_case(case: Path) -> ParityReport:
-    from dmformer.verify.localize.case import run_case
-    from dmformer.verify.report import report
-
-    return report(run_case(case))
-
-
-def _verify(
-    bundle: Path | None, runtimes: list[str], weights: Path | None, images: Path | None, bisect: bool
-) -> ParityReport:
-    from dmformer.bundle.select import select
-    from dmformer.verify.api import verify as run_verify
-
-    opened = options.find_bundle(bundle)
-    if bisect:
-        for package in ("torch", "onnx"):
-            require(package, extra="export", purpose="--bisect")
-    for choice in select(opened, runtimes)[0]:
-        if choice.saturation_risk is not None:
-            present.say(f"note: {choice.title}: {choice.saturation_risk}")
-    with present.stages() as shown:
-        report = run_verify(opened, runtimes=runtimes, weights=weights, images=images, layers=bisect, stage=shown.stage)
-        if bisect and not report.passed:
-            from dmformer.verify.localize.diagnose import diagnose
-
-            report = diagnose(opened, report, weights=weights, folder=Path(CASES), stage=shown.stage)
-    return report
-
-
 def _show(report: ParityReport, json_file: str | None) -> None:
-    """What failed comes first, stage by stage; what held is summed up by what it was compared with."""
+    """Show the checks: those that failed first, stage by stage; those that held in one line for each reference."""
     columns = ["", "stage", "runtime", "precision", "batch", "against", "max abs", "of limit", "cosine", "class"]
     listing = present.table("Parity with PyTorch", columns, numeric=columns[6:])
     groups: dict[tuple[object, ...], list[Check]] = {}
@@ -113,29 +95,29 @@ def _show(report: ParityReport, json_file: str | None) -> None:
 
 
 def _remarks(report: ParityReport) -> Iterator[str]:
-    """What the figures leave open: reasons, findings, and where the limits come from."""
+    """Say what the table of figures leaves open: reasons, findings, and where the limits come from."""
     batches: dict[tuple[object, ...], list[str]] = {}
     for check in report.checks:
         if check.reason is not None:
             mark = "" if check.passed else "FAILED "
-            said = (f"{mark}{check.where} in {check.runtime} {check.precision}", check.against, check.reason)
-            batches.setdefault(said, []).append(str(check.batch))
-    for (what, against, reason), found in batches.items():
-        yield f"{what}, batch {', '.join(found)}, against {against}: {reason}"
+            remark = (f"{mark}{check.where} in {check.runtime} {check.precision}", check.against, check.reason)
+            batches.setdefault(remark, []).append(str(check.batch))
+    for (what, against, reason), numbers in batches.items():
+        yield f"{what}, batch {', '.join(numbers)}, against {against}: {reason}"
     for finding in report.findings:
-        yield from _told(finding)
+        yield from _finding_lines(finding)
     for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
         if limit:
             yield f"limit {limit:.2g}: {source}"
 
 
-def _told(finding: Finding) -> Iterator[str]:
-    """What a bisection found, line by line."""
-    apart = "NaN or infinite" if finding.max_abs is None else f"{finding.max_abs:.3g}"
+def _finding_lines(finding: Finding) -> Iterator[str]:
+    """Say line by line where a failure begins, whose fault it is, and how to see it alone."""
+    distance = "NaN or infinite" if finding.max_abs is None else f"{finding.max_abs:.3g}"
     where = f" at {finding.size}" if finding.size else ""
     yield (
         f"FOUND {finding.runtime} {finding.precision}{where} parts at {', '.join(finding.nodes)} "
-        f"(module {finding.module}): {apart}, limit {finding.limit:.3g}"
+        f"(module {finding.module}): {distance}, limit {finding.limit:.3g}"
     )
     yield f"  {finding.explanation}"
     for difference in finding.differences:
@@ -152,9 +134,9 @@ def _told(finding: Finding) -> Iterator[str]:
 
 
 def _cells(group: Sequence[Check]) -> list[str | Text]:
-    """One line for checks in one runtime against one thing: the figures are those of the worst."""
+    """One line for checks in one runtime against one reference: the figures are those of the worst."""
     first = group[0]
-    apart = [check.max_abs for check in group if check.max_abs is not None]
+    distances = [check.max_abs for check in group if check.max_abs is not None]
     cosines = [check.cosine for check in group if check.cosine is not None]
     agreements = [check.top1_agreement for check in group if check.top1_agreement is not None]
     return [
@@ -164,8 +146,8 @@ def _cells(group: Sequence[Check]) -> list[str | Text]:
         first.precision,
         ", ".join(map(str, sorted({check.batch for check in group}))),
         first.against,
-        f"{max(apart):.2g}" if apart else "-",
-        _share(max(apart) / first.limit) if apart and first.limit else "-",
+        f"{max(distances):.2g}" if distances else "-",
+        _share(max(distances) / first.limit) if distances and first.limit else "-",
         f"{min(cosines):.6f}" if cosines else "-",
         f"{min(agreements):.0%}" if agreements else "-",
     ]

@@ -24,7 +24,7 @@ from dmformer.export.precisions import PrecisionFile
 from dmformer.export.steps import Work
 from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
-from dmformer.verify.report import ParityReport, failure, report
+from dmformer.verify.report import ParityReport, failure, parity_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +87,7 @@ def build(
             verified = loop.artifact(work, row, _precision_file(source, folder))
             loop.checks.extend(verified.checks)
             built.append(verified.artifact)
-        parity = report(loop.checks, loop.left_out)
+        parity = parity_report(loop.checks, loop.left_out)
         if loop.checks and not parity.passed:
             raise CheckFailed(f"nothing was changed: {failure(parity)}")
         if own_bundle(opened.root).manifest_sha256 != opened.manifest_sha256:

@@ -26,9 +26,9 @@ from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
 from dmformer.verify.answers import Answers, ask, batch_sizes
 from dmformer.verify.compare import Reference
-from dmformer.verify.localize.modules import ModuleTruth
+from dmformer.verify.inner import ModuleTruth
 from dmformer.verify.parity import check_answers, check_other_size, references
-from dmformer.verify.reference import at_another_size, golden_pixels, make_golden
+from dmformer.verify.reference import golden_at_other_size, golden_pixels, make_golden
 from dmformer.verify.report import Check
 
 if TYPE_CHECKING:
@@ -112,12 +112,12 @@ def verified_graph(source: GraphSource) -> tuple[VerifiedGraph, Answers]:
             if isinstance(found, str):
                 raise StageFailed(f"{found}; expected nearly all of them in a file that was just traced")
             kept.checks.append(found)
-    largest = kept.answers.largest
+    largest = kept.answers.at_largest_batch
     if not isinstance(largest, DMFormerError):
         golden = replace(golden, files={"fp32": largest})
-    elsewhere = kept.answers.elsewhere
-    if golden.other is not None and elsewhere is not None and not isinstance(elsewhere, DMFormerError):
-        golden = replace(golden, other=replace(golden.other, files={"fp32": elsewhere}))
+    other_size = kept.answers.other_size
+    if golden.other_size is not None and other_size is not None and not isinstance(other_size, DMFormerError):
+        golden = replace(golden, other_size=replace(golden.other_size, files={"fp32": other_size}))
     return VerifiedGraph(kept.file, golden, kept.checks, simplification), kept.answers
 
 
@@ -131,7 +131,8 @@ def _reference(source: GraphSource) -> Golden:
     checkpoint = source.checkpoint
     preprocessing = checkpoint.preprocessing
     golden = make_golden(source.model, preprocessing, golden_pixels(preprocessing, source.images))
-    return replace(golden, other=at_another_size(source.model, preprocessing)) if checkpoint.open_size else golden
+    other_size = golden_at_other_size(source.model, preprocessing) if checkpoint.open_size else None
+    return replace(golden, other_size=other_size)
 
 
 def _check_forms(
@@ -155,7 +156,7 @@ def _check_forms(
         if model is source.model:  # of which the golden answers are those at the largest batch
             before = [replace(pytorch, name=name)]
             continue
-        whole = ask_it(golden.inputs, sizes=sizes[-1:], elsewhere=golden.other)
+        whole = ask_it(golden.inputs, sizes=sizes[-1:], other_size=golden.other_size)
         checks += check_answers(name, whole, [pytorch, *before])
         checks += check_other_size(name, whole, golden)
         before = _as_reference(name, whole, pytorch)
@@ -196,12 +197,14 @@ def _checked(stage: str, answers: Answers, golden: Golden, compared_with: Sequen
 
 def _ask_onnxruntime(file: Path, golden: Golden, *, whole: bool) -> Answers:
     adapter = registry.available_adapter(registry.entry("onnxruntime"))
-    return ask(adapter(file), golden.inputs, golden.thinned, layers=whole, consistency=whole, elsewhere=golden.other)
+    return ask(
+        adapter(file), golden.inputs, golden.thinned, layers=whole, consistency=whole, other_size=golden.other_size
+    )
 
 
 def _as_reference(name: str, answers: Answers, pytorch: Reference) -> list[Reference]:
     """A stage as what the next one is compared with; nothing where it did not answer, which its own checks say."""
-    largest = answers.largest
+    largest = answers.at_largest_batch
     return [] if isinstance(largest, DMFormerError) else [Reference(name, largest, pytorch.limits)]
 
 

@@ -21,7 +21,7 @@ from dmformer.data.images import ImageSet, list_images
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint
 from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, LayerScale, create_model
-from dmformer.verify.tasks.measures import measure_of
+from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -43,8 +43,8 @@ from dmformer.export.options import ExportOptions, keywords_of
 from dmformer.export.precisions import Calibration, PrecisionFile, PrecisionSource
 from dmformer.export.steps import TimedArtifacts, VerifiedArtifact, Work
 from dmformer.runtimes import registry
-from dmformer.verify.report import ParityReport, failure, report
-from dmformer.verify.tasks.measures import measure_of
+from dmformer.verify.report import ParityReport, failure, parity_report
+from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -265,7 +265,7 @@ class _Export(Loop):
         compares = self.plan.reduces and any(runnable)
         if not compares:
             artifacts = self.keep(artifacts, self.asked_for(artifacts))
-        parity = report(self.checks, self.left_out)
+        parity = parity_report(self.checks, self.left_out)
         failed = [check for check in parity.checks if not check.passed]
         if failed and not self.options.force:
             raise CheckFailed(f"nothing was written: {failure(parity)}; --force writes the bundle all the same")

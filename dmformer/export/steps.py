@@ -36,7 +36,7 @@ from dmformer.verify.parity import (
     check_other_size,
     references,
 )
-from dmformer.verify.report import Check, explained
+from dmformer.verify.report import Check, add_cause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,7 +160,7 @@ def _check_onnx(work: Work, file: PrecisionFile) -> list[Check]:
 
 
 def _ask(golden: Golden, runtime: Runtime) -> Answers:
-    return ask(runtime, golden.inputs, golden.thinned, elsewhere=golden.other)
+    return ask(runtime, golden.inputs, golden.thinned, other_size=golden.other_size)
 
 
 def _runtime(work: Work, row: registry.RuntimeEntry, artifact: Artifact) -> Runtime:
@@ -179,7 +179,7 @@ def _measure(
             kept = measure.answers(_runtime(work, row, artifact), images, advance)
     accuracy, lost = work.calibration.points_lost(kept)
     check = check_accuracy(row.name, artifact.precision, accuracy, lost, work.max_accuracy_drop)
-    (check,) = explained([check], saturation_risk(row, artifact.full_range))
+    (check,) = add_cause([check], saturation_risk(row, artifact.full_range))
     return msgspec.structs.replace(artifact, accuracy=accuracy, points_lost=lost), check
 
 

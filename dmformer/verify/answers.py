@@ -1,4 +1,4 @@
-"""Ask a runtime everything that is compared: every golden image at several batch sizes, and the same ones otherwise."""
+"""Ask a runtime all that is compared: golden images in several batch sizes, shuffled, repeated, of another size."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Answers:
         precision: of the artifact.
         by_batch: for each batch size an array for each output, or why there is none.
         layers: in which precision each compute layer ran, counted; empty where they were not read.
-        unread: why they could not be read.
-        apart: the largest difference between answers that must be equal but for rounding, by what was done:
+        layers_error: why they could not be read.
+        self_differences: the largest difference between answers that must be equal but for rounding, by what was done:
             ``rows`` (identical rows of a batch), ``shuffled`` (the rows in another order), ``repeated`` (asked twice).
             Empty where that was not tried.
-        others: answers to other inputs, where there were some.
-        elsewhere: answers to images of another height and width, or why there are none; ``None`` where that was not
+        extra: answers to the rows that were given beside the golden ones, where there were some.
+        other_size: answers to images of another height and width, or why there are none; ``None`` where that was not
             tried.
     """
 
@@ -48,13 +48,13 @@ class Answers:
     precision: str
     by_batch: dict[int, Outputs | DMFormerError]
     layers: dict[str, int] = field(default_factory=dict)
-    unread: DMFormerError | None = None
-    apart: dict[str, float] = field(default_factory=dict)
-    others: Outputs | None = None
-    elsewhere: Outputs | DMFormerError | None = None
+    layers_error: DMFormerError | None = None
+    self_differences: dict[str, float] = field(default_factory=dict)
+    extra: Outputs | None = None
+    other_size: Outputs | DMFormerError | None = None
 
     @property
-    def largest(self) -> Outputs | DMFormerError:
+    def at_largest_batch(self) -> Outputs | DMFormerError:
         """What was answered at the largest batch."""
         return self.by_batch[max(self.by_batch)]
 
@@ -67,8 +67,8 @@ def ask(
     sizes: Sequence[int] | None = None,
     layers: bool = True,
     consistency: bool = True,
-    others: NDArray[np.float32] | None = None,
-    elsewhere: Golden | None = None,
+    extra: NDArray[np.float32] | None = None,
+    other_size: Golden | None = None,
 ) -> Answers:
     """Load the runtime and run every row at each batch size.
 
@@ -81,51 +81,59 @@ def ask(
         sizes: of batches, ascending; otherwise smallest, a middle and the largest of the artifact.
         layers: read back in which precision each layer ran.
         consistency: ask again, shuffled, and with equal rows.
-        others: more rows, asked once, at the largest of the batch sizes.
-        elsewhere: images of another height and width, asked as one batch.
+        extra: more rows, asked once, at the largest of the batch sizes.
+        other_size: images of another height and width, asked as one batch.
 
     Raises:
         UnavailableError: the runtime cannot run on this machine.
     """
     sizes = sizes or _sizes_for(runtime, inputs)
     by_batch: dict[int, Outputs | DMFormerError] = {}
-    found: dict[str, int] = {}
-    apart: dict[str, float] = {}
-    unread: DMFormerError | None = None
-    more: Outputs | None = None
-    at_other: Outputs | DMFormerError | None = None
+    counts: dict[str, int] = {}
+    differences: dict[str, float] = {}
+    layers_error: DMFormerError | None = None
+    at_extra: Outputs | None = None
+    at_other_size: Outputs | DMFormerError | None = None
     try:
         with runtime:
             (name,) = (spec.name for spec in runtime.inputs)
             if layers:  # some engines load the model once more for it, and have room before the rest
-                shown = _tried(runtime.layers)
-                found, unread = ({}, shown) if isinstance(shown, DMFormerError) else (shown, None)
+                shown = _result_or_error(runtime.layers)
+                counts, layers_error = ({}, shown) if isinstance(shown, DMFormerError) else (shown, None)
             for batch in reversed(sizes):  # what engines set aside for the largest does for the others
-                by_batch[batch] = _tried(functools.partial(runtime.run_rows, {name: inputs}, batch, keep))
+                by_batch[batch] = _result_or_error(functools.partial(runtime.run_rows, {name: inputs}, batch, keep))
             for answer in by_batch.values():
                 if isinstance(answer, DMFormerError):
                     raise answer
             if consistency:
-                apart = _apart(runtime, name, inputs, by_batch, keep)
-            if others is not None:
-                more = runtime.run_rows({name: others}, sizes[-1], keep)
-            if elsewhere is not None:
-                ask_it = functools.partial(runtime.run_rows, {name: elsewhere.inputs}, keep=elsewhere.thinned)
-                at_other = _tried(ask_it)
+                differences = _self_differences(runtime, name, inputs, by_batch, keep)
+            if extra is not None:
+                at_extra = runtime.run_rows({name: extra}, sizes[-1], keep)
+            if other_size is not None:
+                run = functools.partial(runtime.run_rows, {name: other_size.inputs}, keep=other_size.thinned)
+                at_other_size = _result_or_error(run)
     except UnavailableError:
         raise
     except DMFormerError as error:
-        found, unread = {}, error
+        counts, layers_error = {}, error
         by_batch.update({batch: error for batch in sizes if batch not in by_batch})
-        at_other = at_other or (None if elsewhere is None else error)
-    in_order = {batch: by_batch[batch] for batch in sizes}
-    return Answers(runtime.name, runtime.precision, in_order, found, unread, apart, more, at_other)
+        at_other_size = at_other_size or (None if other_size is None else error)
+    return Answers(
+        runtime=runtime.name,
+        precision=runtime.precision,
+        by_batch={batch: by_batch[batch] for batch in sizes},
+        layers=counts,
+        layers_error=layers_error,
+        self_differences=differences,
+        extra=at_extra,
+        other_size=at_other_size,
+    )
 
 
-def _tried(ask_it: Callable[[], T]) -> T | DMFormerError:
+def _result_or_error(run: Callable[[], T]) -> T | DMFormerError:
     """What a call gives, or how it failed; that the runtime cannot run on this machine at all is raised."""
     try:
-        return ask_it()
+        return run()
     except UnavailableError:
         raise
     except DMFormerError as error:
@@ -146,14 +154,14 @@ def _sizes_for(runtime: Runtime, inputs: NDArray[np.float32]) -> Sequence[int]:
     return sorted({least, (least + most) // 2, most})
 
 
-def _apart(
+def _self_differences(
     runtime: Runtime,
     name: str,
     inputs: NDArray[np.float32],
     by_batch: Mapping[int, Any],
     keep: Callable[[Outputs], Outputs],
 ) -> dict[str, float]:
-    """Distances between what must be equal; every batch size was asked for all inputs before."""
+    """The largest differences between answers that must be equal; every batch size was asked for all inputs before."""
     sizes = sorted(by_batch)
     largest, middle = sizes[-1], sizes[len(sizes) // 2]
     order = np.roll(np.arange(len(inputs))[::-1], 1)

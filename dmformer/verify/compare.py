@@ -9,7 +9,7 @@ A reduced precision changes the answers by design, so the measure there is the e
 used, and neither is made from what it judges. Against PyTorch: the distance between the network emulated at that
 precision in PyTorch (:mod:`dmformer.verify.executors`) and PyTorch in float64, times :data:`EMULATED_FACTOR`. An engine
 against a literal execution of its graph, operator by operator: the distance of that execution from PyTorch in float64,
-times :data:`REDUCED_FACTOR`.
+times :data:`REDUCED_FACTOR`. A single inner tensor has a limit of its own, times :data:`TENSOR_FACTORS`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ EMULATED_FACTOR = 4.0
 # this. A small tensor has few values, and an error that is small by luck: up to 5.4 times was seen at fp16, 4.3 at
 # int8.
 TENSOR_FACTORS = {"fp32": NOISE_FACTOR, "fp16": 12.0, "int8": 9.0}
-# Of what the outputs differ by between images.
+# A limit may be no more than this share of what the outputs differ by between images.
 _LARGEST_NOISE_SHARE = 0.01
 _LARGEST_REDUCED_SHARE = 0.5
-_PIECE = 1 << 17
+# The noise of a tensor is taken to be no less than the last place of this share of the largest value in the network.
+_LEAST_PEAK = 1e-4
+_PIECE = 1 << 17  # values that are compared at once
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,40 @@ def emulated_limit(
     return limits
 
 
+def tensor_limits(
+    truth: Mapping[str, NDArray[Any]], emulated: Mapping[str, NDArray[Any]], factor: float
+) -> dict[str, float]:
+    """The largest difference allowed in each inner tensor, from its error in an emulation.
+
+    Args:
+        truth: the tensors in float64.
+        emulated: the tensors at the candidate's precision.
+        factor: how many times the emulation's error is allowed.
+
+    Raises:
+        StageFailed: the truth itself is not finite.
+    """
+    peaks = {name: largest_value(exact) for name, exact in truth.items()}
+    errors = {name: largest_difference(emulated[name], exact) for name, exact in truth.items()}
+    return limits_from_errors(peaks, errors, factor)
+
+
+def limits_from_errors(peaks: Mapping[str, float], errors: Mapping[str, float], factor: float) -> dict[str, float]:
+    """The largest difference allowed in each inner tensor, from the largest value of each and the largest error in it.
+
+    Raises:
+        StageFailed: a tensor is not finite.
+    """
+    limits = {}
+    least = _LEAST_PEAK * max((peak for peak in peaks.values() if np.isfinite(peak)), default=0.0)
+    for name, peak in peaks.items():
+        if not np.isfinite(peak):
+            raise StageFailed(f"tensor {name!r} is NaN or infinite in PyTorch itself; expected numbers")
+        floor = float(np.finfo(np.float32).eps) * max(peak, least)
+        limits[name] = factor * max(errors[name] if np.isfinite(errors[name]) else 0.0, floor)
+    return limits
+
+
 def _check_signal(name: str, double: NDArray[Any], limit: float, largest_share: float, precision: str) -> None:
     """Refuse a reference whose answers hardly depend on the image: within its noise, a wrong network would pass."""
     signal = float(np.ptp(double, axis=0).max())
@@ -183,9 +219,9 @@ def compare(candidate: NDArray[Any], reference: NDArray[Any], limit: Limit) -> C
 
 
 def largest_difference(shown: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The largest difference; infinite where shapes differ or are empty, NaN or infinite where a value is.
+    """The largest absolute difference; infinite where shapes differ or are empty, NaN or infinite where a value is.
 
-    In pieces that stay in a processor's cache: for maps of many pixels that takes a quarter of the time.
+    It is found in pieces that stay in a processor's cache: for maps of many pixels that takes a quarter of the time.
     """
     if shown.shape != expected.shape or not shown.size:
         return float("inf")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec import Struct
 
 from dmformer.bundle.manifest import Accuracy
@@ -15,24 +16,26 @@ from dmformer.bundle.select import select
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.progress import silent
 from dmformer.task import Task
-from dmformer.verify.reference import reference_checkpoint
+from dmformer.verify.reference import reference_checkpoint, torch_outputs
+from dmformer.verify.tasks import finite, measure_of
 from dmformer.verify.tasks.classification import Paired  # noqa: TC001 - the type of a field
-from dmformer.verify.tasks.measures import Tally, finite, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from dmformer.bundle.select import Choice
     from dmformer.data.images import ImageSet
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.progress import Progress
-    from dmformer.runtimes.base import Runtime
+    from dmformer.verify.tasks import Measure, RunningScore
 
 
 class EvalResult(Accuracy, frozen=True, kw_only=True):
-    """One artifact in its runtime; ``paired`` is its comparison with PyTorch, where there are labels and weights."""
+    """The accuracy of one artifact in its runtime.
+
+    Attributes:
+        paired: its comparison with PyTorch, where there are labels and weights.
+    """
 
     runtime: str
     precision: str
@@ -41,12 +44,19 @@ class EvalResult(Accuracy, frozen=True, kw_only=True):
 
 
 class EvalReport(Struct, frozen=True, kw_only=True):
-    """What ``eval`` found. Shares from 0 to 1.
+    """What ``eval`` found; shares from 0 to 1.
 
-    ``classes`` are the names of the network's classes, in the order of ``iou``; empty where it has none.
-    ``torch`` is PyTorch's own accuracy where its weights were at hand; ``skipped`` has a sentence for whatever was not
-    measured, ``notes`` one for each artifact that is computed in another precision than its own, and one where the
-    labels themselves look wrong.
+    Attributes:
+        data: the folder of images.
+        images: how many.
+        labelled: whether the folder has the right answers.
+        task: of the network.
+        classes: names of the network's classes, in the order of ``iou``; empty where they have none.
+        results: one for each artifact.
+        torch: PyTorch's own accuracy, where its weights were at hand.
+        skipped: a sentence for whatever was not measured.
+        notes: a sentence for each artifact that is computed in another precision than its own, and one where the
+            labels themselves look wrong.
     """
 
     data: str
@@ -69,7 +79,7 @@ def evaluate(
     weights: str | Path | None = None,
     stage: Progress = silent,
 ) -> EvalReport:
-    """Top-1 and top-5 accuracy or, for segmentation, mean intersection over union; and agreement with PyTorch.
+    """Measure top-1 and top-5 accuracy or, for segmentation, mean intersection over union; and agreement with PyTorch.
 
     Args:
         bundle: a bundle's folder.
@@ -92,62 +102,62 @@ def evaluate(
     measure = measure_of(manifest.model.task, manifest.class_count)
     images = measure.images(Path(data), manifest.preprocessing, manifest.model.classes)
     checkpoint, reason = _reference(opened, images, Path(weights) if weights is not None else None)
-    counted = [_Counted(choice.runtime(), measure.tally()) for choice in chosen]
-    torch = measure.tally() if checkpoint is not None else None
+    if reason:
+        skipped.append(f"agreement with PyTorch: {reason}")
     names = [*(["PyTorch"] if checkpoint else []), *(choice.title for choice in chosen)]
-    with ExitStack() as open_, stage(", ".join(names), measure.parts(images)) as advance:
-        ask_torch = _asking(checkpoint) if checkpoint is not None else None
-        for one in counted:
-            open_.enter_context(one.runtime)
-        # Side by side, so that images and annotations are read once, and no answers are kept.
-        for batch, truth in zip(images.batches(measure.batch), measure.truths(images), strict=True):
-            expected = None
-            if torch is not None and ask_torch is not None:
-                expected = measure.kept(finite(ask_torch(batch), "PyTorch itself"))
-                torch.add(expected, truth, expected)
-            for runtime, tally in counted:
-                (name,) = (spec.name for spec in runtime.inputs)
-                kept = measure.kept(finite(runtime.run_rows({name: batch}), runtime.name))
-                tally.add(kept, truth, expected)
-            advance()
-    results = []
-    for choice, (_, tally) in zip(chosen, counted, strict=True):
-        accuracy = tally.accuracy()
-        results.append(
-            EvalResult(
-                runtime=choice.entry.name,
-                precision=choice.artifact.precision,
-                artifact_sha256=choice.artifact.sha256,
-                paired=tally.paired(),
-                **{field: getattr(accuracy, field) for field in accuracy.__struct_fields__},
-            )
-        )
-    doubt = (torch or counted[-1].tally).doubt()
+    with stage(", ".join(names), measure.parts(images)) as advance:
+        scores, torch = _score(chosen, checkpoint, measure, images, advance)
+    doubt = (torch or scores[-1]).label_doubt()
     return EvalReport(
         data=str(data),
         images=len(images),
         labelled=images.labelled,
         task=manifest.model.task,
         classes=manifest.model.classes,
-        results=tuple(results),
+        results=tuple(_result(choice, score) for choice, score in zip(chosen, scores, strict=True)),
         torch=None if torch is None else torch.accuracy(),
-        notes=(
-            *([doubt] if doubt else []),
-            *(f"{one.title}: {one.caveat}" for one in chosen if one.caveat),
-        ),
-        skipped=(*skipped, *([f"agreement with PyTorch: {reason}"] if reason else [])),
+        notes=(*([doubt] if doubt else []), *(f"{one.title}: {one.caveat}" for one in chosen if one.caveat)),
+        skipped=tuple(skipped),
     )
 
 
-class _Counted(NamedTuple):
-    runtime: Runtime
-    tally: Tally
+def _score(
+    chosen: Sequence[Choice],
+    checkpoint: Checkpoint | None,
+    measure: Measure,
+    images: ImageSet,
+    advance: Callable[[], object],
+) -> tuple[list[RunningScore], RunningScore | None]:
+    """Score each artifact, and PyTorch where there is a checkpoint.
+
+    They are asked side by side, so that images and annotations are read once, and no answers are kept.
+    """
+    scores = [measure.new_score() for _ in chosen]
+    torch = ask_torch = None
+    if checkpoint is not None:
+        torch, ask_torch = measure.new_score(), functools.partial(torch_outputs, checkpoint.model())
+    with ExitStack() as opened:
+        runtimes = [opened.enter_context(choice.runtime()) for choice in chosen]
+        for batch, labels in zip(images.batches(measure.batch), measure.labels(images), strict=True):
+            expected = None
+            if torch is not None and ask_torch is not None:
+                expected = measure.keep(finite(ask_torch(batch), "PyTorch itself"))
+                torch.add(expected, labels, expected)
+            for runtime, score in zip(runtimes, scores, strict=True):
+                (name,) = (spec.name for spec in runtime.inputs)
+                score.add(measure.keep(finite(runtime.run_rows({name: batch}), runtime.name)), labels, expected)
+            advance()
+    return scores, torch
 
 
-def _asking(checkpoint: Checkpoint) -> Callable[[NDArray[np.float32]], dict[str, NDArray[Any]]]:
-    from dmformer.verify.reference import torch_outputs
-
-    return functools.partial(torch_outputs, checkpoint.model())
+def _result(choice: Choice, score: RunningScore) -> EvalResult:
+    return EvalResult(
+        runtime=choice.entry.name,
+        precision=choice.artifact.precision,
+        artifact_sha256=choice.artifact.sha256,
+        paired=score.paired(),
+        **msgspec.structs.asdict(score.accuracy()),
+    )
 
 
 def _reference(bundle: Bundle, images: ImageSet, weights: Path | None) -> tuple[Checkpoint | None, str | None]:

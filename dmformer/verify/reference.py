@@ -30,11 +30,18 @@ if TYPE_CHECKING:
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.models.dmformer import DMFormerBackbone, DMFormerConfig
-    from dmformer.verify.tasks.measures import Measure
+    from dmformer.verify.tasks import Measure
+
+
+GOLDEN_IMAGES = 5
+_MOST_REAL = 3  # of the golden images; the others are noise, which reaches what few images may not
+_OTHER_SIZE_IMAGES = 2  # of another size, where height and width are open
+_SEED = 20230604
+_MOST_KEPT = 1 << 18  # values of one output for one image; 21 MB for all golden images in float32 and float64
 
 
 def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
-    """A checkpoint file, or the one in the bundle's ``torch`` format.
+    """Load a checkpoint file, or the one in the bundle's ``torch`` format.
 
     Raises:
         CheckFailed: the bundle's file is not what its manifest says.
@@ -52,15 +59,15 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
         # What neither names nor shapes nor the file's metadata tell is taken from the bundle: a plain .pth could not
         # be compared otherwise.
         fallback = {name: config[name] for name in HIDDEN_FIELDS if name in config}
-        found = load_checkpoint(weights, options=options, fallback=fallback)
-        ours = found.config.to_dict()
+        checkpoint = load_checkpoint(weights, options=options, fallback=fallback)
+        ours = checkpoint.config.to_dict()
         for field in ("task", "in_channels", "num_classes"):
             if ours[field] != config.get(field):
                 raise UsageError(
                     f"{weights}: {field} is {ours[field]}, in the bundle it is {config.get(field)}; expected the "
                     "checkpoint that the bundle was made from"
                 )
-        return found
+        return checkpoint
     for artifact in bundle.artifacts("torch"):
         return load_checkpoint(bundle.load_path(artifact))
     raise UsageError("images have no stored answers; give --weights FILE, or export with --format torch as well")
@@ -74,13 +81,6 @@ def form_in(bundle: Bundle, model: DMFormerBackbone) -> nn.Module:
     if not manifest.model.deploy_form:
         return model
     return deploy(model, None if manifest.open_size else manifest.preprocessing.image_size)
-
-
-GOLDEN_IMAGES = 5
-_MOST_REAL = 3  # of the golden images; the others are noise, which reaches what few images may not
-_OTHER_IMAGES = 2  # where height and width are open
-_SEED = 20230604
-_MOST_KEPT = 1 << 18  # values of one output for one image; 21 MB for all golden images in float32 and float64
 
 
 def golden_pixels(preprocessing: Preprocessing, images: Sequence[Path]) -> NDArray[np.uint8]:
@@ -116,10 +116,10 @@ def make_golden(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: N
     )
 
 
-def at_another_size(model: DMFormerBackbone, preprocessing: Preprocessing) -> Golden:
+def golden_at_other_size(model: DMFormerBackbone, preprocessing: Preprocessing) -> Golden:
     """Noise images of another height and width, wider than high, and what PyTorch answers: for inputs of open size."""
     side = preprocessing.image_size + STRIDES[-1] * 2
-    noise = synthetic_pixels(_OTHER_IMAGES, side, len(preprocessing.channels), seed=_SEED + 2)
+    noise = synthetic_pixels(_OTHER_SIZE_IMAGES, side, len(preprocessing.channels), seed=_SEED + 2)
     return _answered(model, preprocessing, np.ascontiguousarray(noise[:, : side - STRIDES[-1]]))
 
 

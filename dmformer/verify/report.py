@@ -1,4 +1,4 @@
-"""One row of a parity report, and the report."""
+"""The parity report: its checks, and findings about where failures begin."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from dmformer.verify.compare import Comparison, Limit
 
 
+PYTORCH = "PyTorch"  # what most checks compare with
+
+
 class Island(Struct, frozen=True, kw_only=True):
     """Nodes that have to stay in float32.
 
     Attributes:
-        nodes: their names, beside those that do already; none where making the file anew was enough.
+        nodes: names of the nodes, beside those that stay there already; none where making the file anew was enough.
         passed: whether the file that was made anew with them in float32 is right in every tensor, executed literally.
-        max_abs: its outputs' largest difference from the truth; ``None`` where it is not finite.
-        limit: what is allowed.
-        file: the file, in the folder of the case.
+        max_abs: the largest difference of its outputs from the truth; ``None`` where it is not finite.
+        limit: the largest difference allowed.
+        file: name of the file, in the folder of the case.
     """
 
     nodes: tuple[str, ...]
@@ -39,25 +42,25 @@ class Finding(Struct, frozen=True, kw_only=True):
     """Where an artifact in its runtime parts from the truth: the network's graph executed in float64.
 
     Attributes:
-        runtime: its name.
+        runtime: name of the runtime.
         precision: of the artifact.
         batch: rows of each run.
         size: height and width in pixels, where they are not those of the golden images.
-        nodes: of the graph, between the last cut that agrees and the first that does not; mostly one.
-        module: of the network, to which the first of them belongs.
+        nodes: names of the nodes between the last cut that agrees and the first that does not; mostly one.
+        module: the network's module that the node of ``tensor`` belongs to.
         tensor: the first that differs.
-        max_abs: by how much at most; ``None`` where it is NaN or infinite.
-        limit: what was allowed in it.
+        max_abs: the largest difference in it; ``None`` where it is NaN or infinite.
+        limit: the largest difference allowed in it.
         runs: how often the runtime ran.
         most_shown: the most inner tensors that one run showed.
         at_fault: ``file`` where the ONNX file at the precision does the same, executed one operator at a time;
             ``engine`` where the file is right and the runtime computes this piece of it wrongly; ``artifact`` where it
             computes the piece right, so that the artifact's own files differ from the ONNX file; ``null`` where the
             bundle has no ONNX file at the precision.
-        explanation: the same in words.
+        explanation: what is at fault, in a sentence.
         differences: what is different about the nodes in the file.
         case: folder in which the failure was saved, to run alone.
-        island: for fp16, the nodes that have to stay in float32.
+        island: for a faulty file at fp16, the nodes that have to stay in float32.
     """
 
     runtime: str
@@ -78,14 +81,15 @@ class Finding(Struct, frozen=True, kw_only=True):
     size: str | None = None
 
 
-PYTORCH = "PyTorch"
-
-
 class Check(Struct, frozen=True, kw_only=True):
     """One row of the parity report; see :class:`dmformer.verify.compare.Comparison` for the figures.
 
     Attributes:
         stage: what was checked.
+        batch: rows that were asked at once, or images that were compared.
+        limit: the largest absolute difference allowed.
+        limit_source: where the limit comes from.
+        reason: what failed, or what is to be known of a check that held.
         against: what it was compared with: PyTorch, a stage before it, or itself.
         size: height and width in pixels, where they are not those of the golden images.
         decisions: where classes of images were compared.
@@ -111,15 +115,54 @@ class Check(Struct, frozen=True, kw_only=True):
 
     @property
     def where(self) -> str:
-        """The stage, with the size where it is another."""
+        """The stage, with the size of the images where it is not that of the golden ones."""
         return self.stage if self.size is None else f"{self.stage} at {self.size}"
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        runtime: str,
+        precision: str,
+        batch: int,
+        comparison: Comparison,
+        limit: Limit | None = None,
+        against: str = PYTORCH,
+        *,
+        size: str | None = None,
+        decisions: Decisions | None = None,
+        pixels: PixelAgreement | None = None,
+    ) -> Check:
+        """Make a check from a comparison and the limit that was kept to."""
+        return cls(
+            stage=stage,
+            runtime=runtime,
+            precision=precision,
+            batch=batch,
+            passed=comparison.passed,
+            max_abs=comparison.max_abs,
+            max_rel=comparison.max_rel,
+            cosine=comparison.cosine,
+            top1_agreement=comparison.top1_agreement,
+            limit=limit.max_abs if limit else None,
+            limit_source=limit.source if limit else None,
+            reason=comparison.reason,
+            against=against,
+            size=size,
+            decisions=decisions,
+            pixels=pixels,
+        )
 
 
 class ParityReport(Struct, frozen=True, kw_only=True):
     """What ``verify`` or an export found.
 
-    ``skipped`` has a sentence for whatever was not checked or was left out, ``findings`` the places where failures
-    begin, if they were looked for. ``processor`` is what computed the answers.
+    Attributes:
+        passed: whether there were checks, and all of them held.
+        checks: in the order in which they were made.
+        skipped: a sentence for whatever was not checked or was left out.
+        findings: the places where failures begin, if they were looked for.
+        processor: what computed the answers.
     """
 
     passed: bool
@@ -129,8 +172,8 @@ class ParityReport(Struct, frozen=True, kw_only=True):
     processor: Processor | None = None
 
 
-def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
-    """Sum up; no check at all is no pass."""
+def parity_report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
+    """Make the report of some checks; without any it does not pass."""
     return ParityReport(
         passed=bool(checks) and all(check.passed for check in checks),
         checks=tuple(checks),
@@ -139,18 +182,18 @@ def report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport
     )
 
 
-def failure(found: ParityReport) -> str:
-    """How many checks of a report failed, and the first of them: checks come in the order of the stages."""
-    failed = [check for check in found.checks if not check.passed]
+def failure(report: ParityReport) -> str:
+    """Say how many checks of a report failed, and which first: checks come in the order of the stages."""
+    failed = [check for check in report.checks if not check.passed]
     first = failed[0]
     return (
-        f"{len(failed)} of {len(found.checks)} checks failed; first: {first.where} in {first.runtime} "
+        f"{len(failed)} of {len(report.checks)} checks failed; first: {first.where} in {first.runtime} "
         f"{first.precision} at batch {first.batch}, against {first.against}: {first.reason}"
     )
 
 
-def explained(checks: Sequence[Check], cause: str | None) -> list[Check]:
-    """Checks of which each that found other answers names what may have caused it.
+def add_cause(checks: Sequence[Check], cause: str | None) -> list[Check]:
+    """Add what may have caused it to the reason of each check that found other answers than expected.
 
     A runtime that did not answer, or one that ran another precision, has its own reason.
     """
@@ -163,32 +206,3 @@ def explained(checks: Sequence[Check], cause: str | None) -> list[Check]:
         msgspec.structs.replace(check, reason=f"{check.reason}; {cause}") if cause and differs(check) else check
         for check in checks
     ]
-
-
-def as_check(
-    stage: str,
-    runtime: str,
-    precision: str,
-    batch: int,
-    comparison: Comparison,
-    limit: Limit | None = None,
-    against: str = PYTORCH,
-    size: str | None = None,
-) -> Check:
-    """A row of the report from a comparison."""
-    return Check(
-        stage=stage,
-        runtime=runtime,
-        precision=precision,
-        batch=batch,
-        passed=comparison.passed,
-        max_abs=comparison.max_abs,
-        max_rel=comparison.max_rel,
-        cosine=comparison.cosine,
-        top1_agreement=comparison.top1_agreement,
-        limit=limit.max_abs if limit else None,
-        limit_source=limit.source if limit else None,
-        reason=comparison.reason,
-        against=against,
-        size=size,
-    )

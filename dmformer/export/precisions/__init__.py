@@ -20,7 +20,7 @@ from dmformer.errors import CheckFailed, UsageError
 from dmformer.progress import Progress
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import INPUT_NAME
-from dmformer.verify.tasks.measures import Measure, measure_of
+from dmformer.verify.tasks import Measure, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable

@@ -21,10 +21,10 @@ from dmformer.errors import CheckFailed, UsageError, first_line
 from dmformer.files import hash_file, indented_json
 from dmformer.runtimes import registry
 from dmformer.verify.compare import Limit, compare
-from dmformer.verify.report import Check, as_check, explained
+from dmformer.verify.report import Check, ParityReport, add_cause, parity_report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -36,12 +36,12 @@ class Case(Struct, frozen=True, kw_only=True):
     """What ``case.json`` holds.
 
     Attributes:
-        runtime: that answers wrongly.
+        runtime: name of the runtime that answers wrongly.
         precision: of the model file.
-        files: the model's, the one to load first.
-        node: where the two sides part.
+        files: of the model, with the one to load first.
+        node: the first whose results differ from the expected ones.
         limits: the largest difference allowed in each expected tensor.
-        full_range: whether it has int8 weights of 8 bits.
+        full_range: whether the model has int8 weights of 8 bits.
     """
 
     runtime: str
@@ -54,7 +54,7 @@ class Case(Struct, frozen=True, kw_only=True):
 
 @contextmanager
 def staged_case(folder: Path) -> Iterator[Path]:
-    """An empty folder that becomes ``folder`` when all is written, in the place of an older case; or nothing does."""
+    """Give an empty folder that takes the place of ``folder``, and of an older case in it, unless writing fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     staging.chmod(0o755)  # it was made for this user alone
@@ -77,8 +77,8 @@ def save_case(
     (folder / CASE).write_bytes(indented_json(case))
 
 
-def run_case(folder: Path) -> list[Check]:
-    """Run a case on this machine: one check for each tensor.
+def run_case(folder: Path) -> ParityReport:
+    """Run a case on this machine and compare its tensors with what was expected, one check for each.
 
     Raises:
         CheckFailed: a model file is not the one that was saved.
@@ -103,19 +103,19 @@ def run_case(folder: Path) -> list[Check]:
         )
     if wrong := [name for name, array in arrays.items() if array.ndim == 0 or array.dtype.kind not in "fiu"]:
         raise UsageError(f"{folder}: array {wrong[0]!r} is {arrays[wrong[0]].dtype}; expected numbers, rows first")
-    shown = _run(case, folder, {name.removeprefix("inputs/"): array for name, array in arrays.items()}, tuple(expected))
+    answered = _answer(case, folder, {name.removeprefix("inputs/"): array for name, array in arrays.items()}, expected)
     checks = []
     for name, array in expected.items():
         limit = Limit(case.limits[name], "saved with the case")
-        comparison = compare(shown[name].astype(np.float64), array.astype(np.float64), limit)
-        checks.append(as_check(name, case.runtime, case.precision, len(array), comparison, limit, "expected"))
-    return explained(checks, saturation_risk(registry.entry(case.runtime), case.full_range))
+        comparison = compare(answered[name].astype(np.float64), array.astype(np.float64), limit)
+        checks.append(Check.of(name, case.runtime, case.precision, len(array), comparison, limit, "expected"))
+    return parity_report(add_cause(checks, saturation_risk(registry.entry(case.runtime), case.full_range)))
 
 
-def _run(
-    case: Case, folder: Path, given: Mapping[str, NDArray[Any]], names: tuple[str, ...]
+def _answer(
+    case: Case, folder: Path, given: Mapping[str, NDArray[Any]], names: Collection[str]
 ) -> dict[str, NDArray[Any]]:
-    """What the model gives for the tensors named; what is no output of it has to be shown, which may need ONNX."""
+    """Run the model for the tensors named; one that is no output of it has to be shown, which may need ONNX."""
     adapter = registry.available_adapter(registry.entry(case.runtime))
     path = folder / case.files[0].path
     with adapter(path, precision=case.precision) as runtime:

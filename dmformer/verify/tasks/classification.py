@@ -1,4 +1,7 @@
-"""Decisions: does a runtime choose the classes that PyTorch chooses, and by what margin where it does not?"""
+"""Classes of images: accuracy, and whether a runtime chooses the classes that PyTorch chooses.
+
+It uses NumPy only, for it runs on devices.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,87 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.bundle.manifest import Accuracy
+from dmformer.data.images import image_set
+from dmformer.task import OUTPUT_NAME
+from dmformer.verify.tasks import Measure, RunningScore
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from numpy.typing import NDArray
+
+    from dmformer.data.annotated import Part
+    from dmformer.data.images import ImageSet
+    from dmformer.data.preprocessing import Preprocessing
+    from dmformer.verify.tasks import Outputs
 
 
 _NORMAL_97_5 = 1.959964  # the quantile that leaves 5 % outside on both sides
+
+
+class Classification(Measure):
+    """Top-1 and top-5; logits (N, classes) are kept."""
+
+    batch = 8
+
+    def images(
+        self, folder: Path, preprocessing: Preprocessing, names: tuple[str, ...], part: Part = "validation"
+    ) -> ImageSet:
+        """Find images in subfolders named after their classes, or loose ones."""
+        del part
+        return image_set(folder, preprocessing, names, self.classes)
+
+    def keep(self, outputs: Outputs) -> NDArray[Any]:
+        """Keep the logits (n, classes)."""
+        return outputs[OUTPUT_NAME]
+
+    def new_score(self) -> RunningScore:
+        """Make a score that keeps the logits, for they are few."""
+        return _ClassScore()
+
+    def labels(self, images: ImageSet) -> Iterator[NDArray[Any] | None]:
+        """Give indices of classes (n,)."""
+        for start in range(0, len(images), self.batch):
+            yield None if images.labels is None else images.labels[start : start + self.batch]
+
+    def points_lost(self, accuracy: Accuracy, reference: Accuracy) -> float:
+        """Count the percentage points of top-1 accuracy lost against PyTorch's."""
+        return points_lost(accuracy, reference, self.classes)
+
+
+class _ClassScore(RunningScore):
+    """Top-1 and top-5 accuracy, and McNemar's exact test."""
+
+    def __init__(self) -> None:
+        self._batches: tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]] = ([], [], [])
+
+    def add(self, kept: NDArray[Any], labels: NDArray[Any] | None, torch: NDArray[Any] | None) -> None:
+        for batches, batch in zip(self._batches, (kept, labels, torch), strict=True):
+            if batch is not None:
+                batches.append(batch)
+
+    def _joined(self) -> list[Any]:
+        """Logits, labels and PyTorch's logits, the latter two where there are such."""
+        return [np.concatenate(batches) if batches else None for batches in self._batches]
+
+    def accuracy(self) -> Accuracy:
+        return score(*self._joined())
+
+    def paired(self) -> Paired | None:
+        logits, labels, torch = self._joined()
+        return None if labels is None or torch is None else paired(logits, torch, labels)
 
 
 def score(
     logits: NDArray[np.float32], labels: NDArray[np.int64] | None, torch_logits: NDArray[np.float32] | None
 ) -> Accuracy:
     """Compare logits (N, classes) with labels (N,), and with PyTorch's logits, where there are such."""
-    count = len(logits)
-    found = Accuracy(
-        images=count,
-        agreement_with_torch=(
-            None if torch_logits is None else float((logits.argmax(1) == torch_logits.argmax(1)).mean())
-        ),
-    )
+    count, agreement = len(logits), None
+    if torch_logits is not None:
+        agreement = float((logits.argmax(1) == torch_logits.argmax(1)).mean())
     if labels is None:
-        return found
+        return Accuracy(images=count, agreement_with_torch=agreement)
     # Ties go to the lower index, as in argmax.
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     hits = best == labels[:, None]
@@ -40,12 +103,12 @@ def score(
         top1_interval=wilson_interval(top1, count),
         top5=top5 / count,
         top5_interval=wilson_interval(top5, count),
-        agreement_with_torch=found.agreement_with_torch,
+        agreement_with_torch=agreement,
     )
 
 
 def points_lost(accuracy: Accuracy, reference: Accuracy, classes: int) -> float:
-    """Percentage points of top-1 lost against PyTorch's.
+    """Count the percentage points of top-1 accuracy lost against PyTorch's.
 
     Without labels, and where PyTorch itself may be guessing (the interval of its top-1 reaches down to one in
     ``classes``), points of agreement with PyTorch: of accuracy there is none to lose.
@@ -101,11 +164,11 @@ class Flip(Struct, frozen=True, kw_only=True):
     """An image for which a runtime chose another class than PyTorch.
 
     Attributes:
-        image: its row.
+        image: the row of the image.
         expected: the class that PyTorch chose.
         answered: the class that the runtime chose.
-        margin: by how much PyTorch preferred its own, in units of the output.
-        below_noise: the margin is so small that the two may part within the limit of parity.
+        margin: by how much PyTorch preferred its own class, in units of the output.
+        below_noise: whether the margin is so small that the two may part within the limit of parity.
     """
 
     image: int

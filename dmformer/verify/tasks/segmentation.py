@@ -1,21 +1,115 @@
-"""Accuracy and agreement of labelled pixels, with NumPy only: it runs on devices.
+"""Classes of pixels: accuracy, and agreement with PyTorch.
 
-The measures are those of PASCAL VOC and ADE20K: one confusion matrix over all pixels of all images, from which the
-intersection over union of each class follows, its mean over classes, and the share of pixels that are right.
+It uses NumPy only, for it runs on devices. The measures are those of PASCAL VOC and ADE20K: one confusion matrix over
+all pixels of all images, from which the intersection over union of each class follows, its mean over classes, and the
+share of pixels that are right.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dmformer.data.annotated import IGNORED
+from dmformer.bundle.manifest import Accuracy
+from dmformer.data.annotated import IGNORED, annotated_images, label_maps
 from dmformer.errors import UsageError
+from dmformer.task import OUTPUT_NAME
+from dmformer.verify.tasks import Measure, RunningScore
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from numpy.typing import NDArray
+
+    from dmformer.data.annotated import Part
+    from dmformer.data.images import ImageSet
+    from dmformer.data.preprocessing import Preprocessing
+    from dmformer.verify.tasks import Outputs
+
+
+class Segmentation(Measure):
+    """Mean intersection over union; the class of each pixel (N, H, W) is kept.
+
+    There is no test of pairs: neighbouring pixels are not independent.
+    """
+
+    batch = 1  # there are enough pixels in one image for every core
+
+    def images(
+        self, folder: Path, preprocessing: Preprocessing, names: tuple[str, ...], part: Part = "validation"
+    ) -> ImageSet:
+        """Find images in ADE20K's layout, or loose ones."""
+        return annotated_images(folder, preprocessing, names, self.classes, part)
+
+    def keep(self, outputs: Outputs) -> NDArray[Any]:
+        """Keep the class of each pixel (n, H, W); ties go to the lower one."""
+        classes: NDArray[Any] = outputs[OUTPUT_NAME].argmax(1).astype(np.min_scalar_type(self.classes))
+        return classes
+
+    def new_score(self) -> RunningScore:
+        """Make a score that keeps nothing but a confusion matrix."""
+        return _PixelScore(self.classes)
+
+    def labels(self, images: ImageSet) -> Iterator[NDArray[Any] | None]:
+        """Give labels of pixels (1, H, W), read one image after the other."""
+        if not images.annotations:
+            yield from [None] * len(images)
+            return
+        for label_map in label_maps(images, self.classes):
+            yield label_map[None]
+
+    def points_lost(self, accuracy: Accuracy, reference: Accuracy) -> float:
+        """Count the percentage points of mean intersection over union lost against PyTorch's.
+
+        Without labels, and where PyTorch itself may be guessing, points of agreement with PyTorch are counted.
+        """
+        if accuracy.miou is not None and reference.miou is not None and reference.miou > 1 / self.classes:
+            return 100 * (reference.miou - accuracy.miou)
+        assert accuracy.agreement_with_torch is not None
+        return 100 * (1 - accuracy.agreement_with_torch)
+
+
+class _PixelScore(RunningScore):
+    """Intersection over union, from a confusion matrix (classes, classes) with labels in its rows."""
+
+    def __init__(self, classes: int) -> None:
+        self._matrix = np.zeros((classes, classes), np.int64)
+        self._images = self._pixels = self._alike = 0
+        self._labelled = self._compared = False
+
+    def add(self, kept: NDArray[Any], labels: NDArray[Any] | None, torch: NDArray[Any] | None) -> None:
+        self._images += len(kept)
+        self._pixels += kept.size
+        if torch is not None:
+            self._compared = True
+            self._alike += int((kept == torch).sum())
+        if labels is not None:
+            self._labelled = True
+            self._matrix += confusion_matrix(kept, labels, len(self._matrix))
+
+    def accuracy(self) -> Accuracy:
+        agreement = self._alike / self._pixels if self._compared else None
+        found = Accuracy(images=self._images, agreement_with_torch=agreement)
+        if not self._labelled:
+            return found
+        pixels = pixel_accuracy(self._matrix)
+        return msgspec.structs.replace(found, miou=pixels.miou, pixel_accuracy=pixels.pixel_accuracy, iou=pixels.iou)
+
+    def label_doubt(self) -> str | None:
+        """Say where annotations are numbered from another start: they fit best beside the matrix's diagonal."""
+        total, right = int(self._matrix.sum()), int(np.trace(self._matrix))
+        for offset, start in ((1, "0"), (-1, "2")):
+            beside = int(np.trace(self._matrix, offset=offset))
+            if 2 * beside > total and beside > 2 * right:
+                return (
+                    f"the classes fit {beside / total:.0%} of the pixels if the annotations number them from {start} "
+                    f"on, and {right / total:.0%} as they are read; expected 0 for what is ignored and 1 for the first"
+                )
+        return None
 
 
 class PixelAccuracy(Struct, frozen=True, kw_only=True):
@@ -94,7 +188,7 @@ def confusion_matrix(
 
 
 def pixel_accuracy(matrix: NDArray[np.int64]) -> PixelAccuracy:
-    """What follows from a confusion matrix (classes, classes) with labels in its rows."""
+    """Score a confusion matrix (classes, classes) with labels in its rows."""
     right = np.diag(matrix)
     union = matrix.sum(0) + matrix.sum(1) - right
     iou = tuple(float(r) / float(u) if u else None for r, u in zip(right, union, strict=True))

@@ -1,0 +1,294 @@
+"""Inside an artifact: each layer of the network, and each tensor of a file at a reduced precision.
+
+Outputs alone hide a fault in a layer that matters little for the images at hand; the layer itself does not. Tensors
+keep the name that the exporter gave them (``/stages.2/blocks/blocks.4/ffn/act/Gelu_output_0``) through simplification
+and conversion, and that leads to the module (``stages.2.blocks.4.ffn.act``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmformer.bundle.golden import FIRST_AND_LAST, Golden
+from dmformer.errors import DMFormerError, StageFailed, UnavailableError
+from dmformer.runtimes.layers import module_path
+from dmformer.verify.answers import Answers
+from dmformer.verify.compare import (
+    TENSOR_FACTORS,
+    Comparison,
+    Limit,
+    Reference,
+    largest_difference,
+    largest_value,
+    limits_from_errors,
+)
+from dmformer.verify.executors import (
+    Emulation,
+    emulated,
+    exact,
+    graph_outputs,
+    input_name,
+    input_peaks,
+    literal,
+    round_layers_,
+)
+from dmformer.verify.parity import check_answers, references
+from dmformer.verify.reference import in_double, torch_outputs
+from dmformer.verify.report import PYTORCH, Check
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from numpy.typing import NDArray
+    from onnx import ModelProto
+    from torch import Tensor, nn
+
+    from dmformer.runtimes.base import Runtime
+
+_LEAST_SHOWN = 0.8  # of the layers; what has no tensor of its own (identities, what was folded) is not missed
+
+
+class ModuleTruth:
+    """What each layer of a network gives for a few images, in float64, and how far it may be from that in float32.
+
+    Args:
+        model: the network in the form that was traced.
+        rows: images, (N, C, H, W).
+    """
+
+    def __init__(self, model: nn.Module, rows: NDArray[np.float32]) -> None:
+        self.rows = rows
+        single = _layer_outputs(model, rows)
+        self.truth: dict[str, NDArray[np.float32]] = {}
+        peaks: dict[str, float] = {}
+        errors: dict[str, float] = {}
+
+        def measure(name: str, in_float64: NDArray[np.float64]) -> None:
+            """What is kept is rounded to float32: all layers in float64 take gigabytes at 512 pixels."""
+            if name in single:
+                peaks[name] = largest_value(in_float64)
+                errors[name] = largest_difference(single.pop(name), in_float64)
+                self.truth[name] = in_float64.astype(np.float32)
+
+        _watch_layers(in_double(model), rows.astype(np.float64), measure)
+        self.limits = limits_from_errors(peaks, errors, TENSOR_FACTORS["fp32"])
+        modules = dict(model.named_modules())
+        self._fused_after = {
+            name: following
+            for name, following in itertools.pairwise(self.truth)
+            if type(modules[following]).__name__ in ("BatchNorm2d", "LayerScale")
+        }
+
+    def check(self, runtime: Callable[[tuple[str, ...]], Runtime]) -> Check | str:
+        """Compare the layers of an artifact in float32 with the network's; or say why they cannot be compared.
+
+        Args:
+            runtime: makes the runtime, not yet open, that shows the inner tensors named.
+        """
+        plain = runtime(())
+        try:
+            with plain:
+                tensors = self._tensors(plain.inner_tensors())
+            if len(tensors) < _LEAST_SHOWN * len(self.truth):
+                return f"layers in {plain.name}: {len(tensors)} of {len(self.truth)} can be seen"
+            with runtime(tuple(tensors)) as opened:
+                (name,) = (spec.name for spec in opened.inputs)
+                answered = opened.run_rows({name: self.rows}, opened.batches[0])
+        except UnavailableError as error:
+            return f"layers in {plain.name}: {error}"
+        except DMFormerError as error:
+            return Check.of("layers", plain.name, "fp32", len(self.rows), Comparison(False, reason=str(error)))
+        shown = {module: answered[tensor] for tensor, module in tensors.items()}
+        distances = {
+            name: largest_difference(shown[name], truth) for name, truth in self.truth.items() if name in shown
+        }
+        return _check_each(
+            ("layers", plain.name, "fp32", len(self.rows), PYTORCH),
+            distances,
+            self.limits,
+            lambda module, beyond: f"{beyond} of {len(shown)} layers differ, the first is module {module}: by",
+            f"float32 noise of module {{}} in PyTorch, {len(self.rows)} images",
+        )
+
+    def _tensors(self, inner: frozenset[str]) -> dict[str, str]:
+        """The module that each tensor stands for.
+
+        The exporter and the simplifier fold a norm or a layer scale into the convolution before it, whose tensor then
+        stands for that.
+        """
+        found = {name: module for name in sorted(inner) if (module := module_path(name)) in self.truth}
+        shown = set(found.values())
+        fused = {module: after for module, after in self._fused_after.items() if after not in shown}
+        return {name: fused.get(module, module) for name, module in found.items()}
+
+
+def _layer_outputs(model: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What each module without children gives, in the order in which they run; those that run twice are left out."""
+    found: dict[str, NDArray[Any]] = {}
+    repeated: set[str] = set()
+
+    def keep(name: str, output: NDArray[Any]) -> None:
+        if name in found:
+            repeated.add(name)
+        found[name] = output.copy()
+
+    _watch_layers(model, rows, keep)
+    return {name: output for name, output in found.items() if name not in repeated}
+
+
+def _watch_layers(model: nn.Module, rows: NDArray[Any], watch: Callable[[str, NDArray[Any]], None]) -> None:
+    """Run a network, and call ``watch`` with the name and the output of each module without children."""
+    import torch
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, _given, output: watch(name, output.numpy())
+
+    hooks = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    ]
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(rows))
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def check_reduced(
+    reduced: ModelProto,
+    float32: ModelProto,
+    emulation: Emulation,
+    form: nn.Module,
+    golden: Golden,
+    calibration: Iterable[NDArray[np.float32]] = (),
+) -> tuple[Golden, list[Check]]:
+    """Judge an ONNX file at a reduced precision before any engine sees it, by its outputs and by each of its tensors.
+
+    Args:
+        reduced: the file.
+        float32: the file that it was made from.
+        emulation: of the file.
+        form: the network in the form that was traced; it is rounded in place.
+        golden: with the float32 file's answers.
+        calibration: for int8, batches of images on which PyTorch checks how far the inputs of layers reach: ranges that
+            fall short of that would hide in limits that are made with them.
+
+    Returns:
+        Golden outputs with those at the precision, and the checks: against PyTorch and against the float32 file.
+
+    Raises:
+        StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
+    """
+    precision = emulation.precision
+    if precision == "int8":
+        peaks = input_peaks(form, emulation.modules, calibration)
+        emulation = replace(
+            emulation, peaks={name: max(peak, emulation.peaks.get(name, 0.0)) for name, peak in peaks.items()}
+        )
+    outputs: dict[str, NDArray[Any]] = {}
+    shown: dict[str, NDArray[Any]] = {}
+    for name, array in literal(reduced, {input_name(reduced): golden.inputs}):
+        if name in golden.outputs:
+            outputs[name] = array
+        is_map = array.ndim == 4 and len(array) == len(golden.inputs)
+        shown[name] = array[list(FIRST_AND_LAST)] if is_map else array
+    tensors = check_tensors(float32, emulation, golden.first_and_last, shown)
+    round_layers_(form, emulation)
+    completed = _completed(golden, precision, outputs, form)
+    if golden.other_size is not None:
+        outputs = graph_outputs(reduced, literal(reduced, {input_name(reduced): golden.other_size.inputs}))
+        completed = replace(completed, other_size=_completed(golden.other_size, precision, outputs, form))
+    checks = []
+    for size, part in completed.sizes.items():
+        try:
+            pytorch = references(part, precision)[0]
+        except StageFailed as error:
+            raise StageFailed(f"{error}; it begins at {tensors.reason}" if tensors.reason else str(error)) from error
+        before = Reference("onnx fp32", part.files["fp32"], pytorch.limits)
+        answers = Answers("onnxruntime", precision, {len(part.inputs): dict(part.files[precision])})
+        checks += check_answers("reduced", answers, [pytorch, before], size)
+    return completed, [*checks, tensors]
+
+
+def _completed(golden: Golden, precision: str, outputs: Mapping[str, NDArray[Any]], rounded: nn.Module) -> Golden:
+    """Golden outputs with the literal ones of the file at a precision, and those of the network that was rounded."""
+    emulated_outputs = golden.thinned(torch_outputs(rounded, golden.inputs))
+    return replace(
+        golden,
+        files=golden.files | {precision: golden.thinned(outputs)},
+        emulated=golden.emulated | {precision: emulated_outputs},
+    )
+
+
+def check_tensors(
+    float32: ModelProto, emulation: Emulation, rows: NDArray[np.float32], shown: Mapping[str, NDArray[Any]]
+) -> Check:
+    """Compare every tensor of a file at a reduced precision with the float32 graph's, within the precision's error.
+
+    A fault in one layer that hardly shows in the outputs shows here.
+
+    Args:
+        float32: the graph that the file was made from.
+        emulation: of the file.
+        rows: the first and the last of the golden images, (2, C, H, W).
+        shown: every tensor that the file makes of the golden images, executed literally; of maps these rows alone.
+    """
+    inputs, precision = {input_name(float32): rows}, emulation.precision
+    peaks: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    distances: dict[str, float] = {}
+    # Side by side, so that no more is held than the next nodes read.
+    for (name, truth), (_, rounded) in zip(exact(float32, inputs), emulated(float32, inputs, emulation), strict=True):
+        peaks[name], errors[name] = largest_value(truth), largest_difference(rounded, truth)
+        array = shown.get(name)
+        if array is not None and array.dtype.kind == "f":  # of shapes and positions it has nothing to reduce
+            same_rows = array if array.shape == truth.shape else array[list(FIRST_AND_LAST)]
+            distances[name] = largest_difference(same_rows, truth)
+    nodes = {name: node.name for node in float32.graph.node for name in node.output}
+    return _check_each(
+        ("tensors", "onnxruntime", precision, len(rows), "onnx fp32"),
+        distances,
+        limits_from_errors(peaks, errors, TENSOR_FACTORS[precision]),
+        lambda name, _beyond: f"{nodes[name]}: tensor {name} differs by",
+        f"the error of tensor {{}} at {precision}, emulated in PyTorch",
+    )
+
+
+def _check_each(
+    row: tuple[str, str, str, int, str],
+    distances: Mapping[str, float],
+    limits: Mapping[str, float],
+    reason: Callable[[str, int], str],
+    limit_source: str,
+) -> Check:
+    """One check for many tensors, with the figures of the first beyond its limit, or of the nearest to it.
+
+    Args:
+        row: stage, runtime, precision, batch, and what they are compared with.
+        distances: the largest difference in each tensor, in the order in which they are computed.
+        limits: the largest allowed in each.
+        reason: what failed, up to the difference, for the first beyond its limit and how many are.
+        limit_source: what the limit is a multiple of, with ``{}`` for the tensor.
+    """
+    beyond = [name for name, distance in distances.items() if not distance <= limits[name]]
+    name = beyond[0] if beyond else nearest_to_limit(distances, limits)
+    distance = distances[name]
+    comparison = Comparison(
+        not beyond,
+        max_abs=distance if np.isfinite(distance) else None,
+        reason=f"{reason(name, len(beyond))} {distance:.3g}, limit {limits[name]:.3g}" if beyond else None,
+    )
+    stage, runtime, precision, batch, against = row
+    limit = Limit(limits[name], f"{TENSOR_FACTORS[precision]:g} x {limit_source.format(name)}")
+    return Check.of(stage, runtime, precision, batch, comparison, limit, against)
+
+
+def nearest_to_limit(distances: Mapping[str, float], limits: Mapping[str, float]) -> str:
+    """The tensor whose difference is nearest to its limit, or furthest beyond it."""
+    return max(distances, key=lambda name: distances[name] / limits[name] if np.isfinite(distances[name]) else np.inf)
