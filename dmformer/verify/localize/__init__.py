@@ -314,7 +314,7 @@ class _Bisection:
         except DMFormerError as error:
             return "engine", f"the ONNX file is right, and {name} cannot run this piece of it: {error}"
         if self._differs(answered, parting.outputs):
-            cause = f"; {self.choice.saturation_risk}" if self.choice.saturation else ""
+            cause = f"; {self.choice.saturation_risk}" if self.choice.saturation_risk else ""
             return "engine", f"the ONNX file is right, and {name} computes this piece of it wrongly{cause}"
         return "artifact", (
             f"the ONNX file is right, and {name} computes this piece of it right: the artifact's own files are not "
