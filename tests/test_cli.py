@@ -244,7 +244,7 @@ def test_doctor_weighs_memory_and_instructions(inline: Cli, made: Made, monkeypa
     assert not onnx["runs"]
     assert "of memory are available" in onnx["reason"]
     assert not onnx["buildable"]
-    assert openvino["reason"] == "openvino needs sse4_2, which this processor has not"
+    assert openvino["reason"] == "openvino needs sse4_2, which this processor lacks"
     assert not openvino["buildable"]
 
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
-from dmformer.runtimes.layers import is_compute, module_path
+from dmformer.runtimes.inspector import is_compute, module_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from dmformer.runtimes.base import Kernel, Runtime
+    from dmformer.runtimes.base import Runtime
+    from dmformer.runtimes.inspector import Kernel
 
 CALLS = 20
 _WARM_UP_CALLS = 5
@@ -68,7 +69,7 @@ def profile(runtime: Runtime, inputs: Sequence[NDArray[np.float32]]) -> Profile:
     with runtime:
         name = runtime.inputs[0].name
         feeds = [{name: inputs[number % len(inputs)]} for number in range(_WARM_UP_CALLS + CALLS)]
-        return summarise_kernels(runtime.kernels(feeds), CALLS)
+        return summarise_kernels(runtime.inspect().kernels(feeds), CALLS)
 
 
 def summarise_kernels(kernels: Sequence[Kernel], calls: int) -> Profile:

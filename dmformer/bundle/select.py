@@ -51,7 +51,7 @@ class Choice:
             UnavailableError: the runtime, or this artifact, cannot run on this machine.
         """
         adapter = registry.available_adapter(self.entry)
-        if reason := adapter.cannot_load(self.artifact.target):
+        if reason := adapter.support.cannot_load(self.artifact.target):
             raise UnavailableError(f"{self.artifact.format} {self.artifact.precision}: {reason}")
         path = self.bundle.load_path(self.artifact)
         artifact = self.artifact
@@ -74,9 +74,9 @@ def preferred(
 
 def cannot_run(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     """Why an artifact cannot run on this machine; ``None`` where it can, as far as is known without loading it."""
-    adapter = registry.adapter(row)
-    status = adapter.probe()
-    return adapter.cannot_load(artifact.target) if status.available else status.reason
+    support = registry.support(row)
+    status = support.probe()
+    return support.cannot_load(artifact.target) if status.available else status.reason
 
 
 def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
@@ -86,7 +86,7 @@ def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
         row: of the runtime.
         full_range: whether the int8 weights use 8 bits (:attr:`dmformer.bundle.manifest.Artifact.full_range`).
     """
-    reason = registry.adapter(row).saturates() if full_range else None
+    reason = registry.support(row).saturates() if full_range else None
     return reason and (
         f"its int8 weights use 8 bits, and their sums may saturate in {row.name}: {reason}; export it again with "
         "weights of 7 bits (the default), or run it at another precision"
@@ -95,7 +95,7 @@ def saturation(row: registry.RuntimeEntry, full_range: bool) -> str | None:
 
 def caveat(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     """What is to be known of an artifact that runs here: that its sums saturate, or that it is computed in float32."""
-    return saturation(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
+    return saturation(row, artifact.full_range) or registry.support(row).cannot_compute(artifact.precision)
 
 
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
-    from dmformer.runtimes.base import Availability
+    from dmformer.runtimes.support import Availability
 
 # Distributions that no runtime stands for, and the extra that installs each.
 _TOOLS = {
@@ -95,7 +95,7 @@ def diagnose(bundle: Bundle | None = None, cannot_build: CannotBuild | None = No
         bundle: to look at.
         cannot_build: why a format at a precision cannot be built here from the bundle.
     """
-    seen = {row.name: registry.adapter(row).look() for row in registry.ENTRIES}
+    seen = {row.name: registry.support(row).quick_probe() for row in registry.ENTRIES}
     runtimes = tuple(
         Finding(
             name=name,
@@ -155,7 +155,7 @@ def _artifacts(
     full_range = {artifact.precision: artifact.full_range for artifact in bundle.manifest.artifacts}
     for row in registry.ENTRIES:
         for precision, full in full_range.items():
-            able = (row.format, precision) not in held and precision in registry.adapter(row).precisions
+            able = (row.format, precision) not in held and precision in registry.support(row).precisions
             if able and not_built(row, precision) is None:
                 found.append(
                     ArtifactFinding(
@@ -177,7 +177,7 @@ def _unfit(artifact: Artifact, row: registry.RuntimeEntry | None, seen: Mapping[
         return "this version of dmformer has no runtime for it"
     if not seen[row.name].available:
         return seen[row.name].reason
-    return registry.adapter(row).cannot_load(artifact.target)
+    return registry.support(row).cannot_load(artifact.target)
 
 
 def _to_know(artifact: Artifact, row: registry.RuntimeEntry, seen: Mapping[str, Availability]) -> str | None:

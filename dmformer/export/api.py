@@ -228,7 +228,7 @@ def _formats(
             found.append(row.format)
             continue
         for row in registry.ENTRIES:
-            if not set(registry.adapter(row).precisions) & set(precisions):
+            if not set(registry.support(row).precisions) & set(precisions):
                 continue
             try:
                 check_size(row, open_size)

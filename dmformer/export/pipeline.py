@@ -185,13 +185,13 @@ class _Export:
         return [
             row
             for row in rows
-            if precision in registry.adapter(row).precisions
+            if precision in registry.support(row).precisions
             and (precision in self.request.precisions or self._runs_here(row))
         ]
 
     def _runs_here(self, row: registry.RuntimeEntry) -> bool:
         """Whether a format can be timed on this machine; one that is built for named targets is for other machines."""
-        return registry.adapter(row).probe().available and not (is_compiled(row) and self.request.engine.targets)
+        return registry.support(row).probe().available and not (is_compiled(row) and self.request.engine.targets)
 
     def _calibrate(self, model: DMFormerBackbone) -> Calibration | None:
         """PyTorch's answers to the calibration images, where a reduced precision is asked for."""

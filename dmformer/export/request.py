@@ -75,7 +75,7 @@ class ExportRequest:
         """
         found = []
         for row in map(registry.entry_of_format, self.formats):
-            taken = registry.adapter(row).precisions
+            taken = registry.support(row).precisions
             if not set(taken) & set(self.precisions):
                 raise UsageError(
                     f"format {row.format} at {', '.join(self.precisions)}; expected {', '.join(taken)}: "

@@ -98,7 +98,7 @@ def ask(
         with runtime:
             (name,) = (spec.name for spec in runtime.inputs)
             if layers:  # some engines load the model once more for it, and have room before the rest
-                shown = _tried(runtime.layers)
+                shown = _tried(runtime.inspect().layers)
                 found, unread = ({}, shown) if isinstance(shown, DMFormerError) else (shown, None)
             for batch in reversed(sizes):  # what engines set aside for the largest does for the others
                 by_batch[batch] = _tried(functools.partial(runtime.run_rows, {name: inputs}, batch, keep))

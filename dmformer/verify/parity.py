@@ -13,7 +13,7 @@ import numpy as np
 from dmformer.bundle.select import saturation
 from dmformer.errors import DMFormerError, StageFailed, UsageError
 from dmformer.runtimes import registry
-from dmformer.runtimes.layers import describe, shortfall
+from dmformer.runtimes.inspector import describe_layers, shortfall
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.answers import Answers
 from dmformer.verify.compare import (
@@ -283,7 +283,7 @@ def check_artifact(
         artifact: what it promises, and whether its sums saturate here, which what failed then says.
         pytorch: PyTorch's answers, where they were computed anew.
     """
-    excuse = registry.adapter(row).cannot_compute(answers.precision)
+    excuse = registry.support(row).cannot_compute(answers.precision)
     try:
         compared_with = references(golden, answers.precision, pytorch)
     except UsageError as error:
@@ -352,7 +352,7 @@ def check_layers(answers: Answers, promised: float, cannot_compute: str | None) 
     if answers.unread is not None:
         comparison = Comparison(False, reason=str(answers.unread))
     elif cannot_compute is not None and missing is not None:
-        comparison = Comparison(bool(answers.layers), reason=f"{cannot_compute} ({describe(answers.layers)})")
+        comparison = Comparison(bool(answers.layers), reason=f"{cannot_compute} ({describe_layers(answers.layers)})")
     else:
         comparison = Comparison(missing is None, reason=missing)
     return as_check("precision", answers.runtime, answers.precision, 1, comparison, against="promise")

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dmformer.errors import UsageError
 from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
-from dmformer.runtimes.flavours import AUTO
-from dmformer.runtimes.target import Target, compute_capability
+from dmformer.runtimes.target import AUTO, Target, compute_capability
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

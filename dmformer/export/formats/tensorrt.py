@@ -16,9 +16,8 @@ from dmformer.export.formats import Converted
 from dmformer.export.formats.tensorrt_build import KINDS, Answer, Order, known_targets
 from dmformer.files import hash_file
 from dmformer.process import Child
-from dmformer.runtimes import flavours
 from dmformer.runtimes.cuda import Gpu, find_gpu
-from dmformer.runtimes.target import Target, contradiction, this_platform
+from dmformer.runtimes.target import AUTO, Target, contradiction, load_flavour, this_platform
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,10 +42,10 @@ def check_buildable(options: EngineOptions) -> None:
 
 def _aim(options: EngineOptions) -> tuple[tuple[str, ...], Gpu | None]:
     """The compute capabilities to build for, and the GPU of this machine where it is the one that is built for."""
-    flavour, engine = flavours.load(_flavour(options))
+    flavour, engine = load_flavour(_flavour(options))
     if options.targets and flavour.name != "rtx":
         raise UnavailableError(
-            f"{flavour.said} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
+            f"{flavour.title} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
         )
     gpu = None
     if not options.targets:
@@ -56,7 +55,7 @@ def _aim(options: EngineOptions) -> tuple[tuple[str, ...], Gpu | None]:
             ahead = "name the GPU to build for, for instance --target sm89"
             if flavour.name != "rtx":
                 ahead = "build on the device itself (dmformer build), or use --flavour rtx with --target sm89"
-            raise UnavailableError(f"{flavour.said} builds for the GPU of its machine: {error}; {ahead}") from error
+            raise UnavailableError(f"{flavour.title} builds for the GPU of its machine: {error}; {ahead}") from error
     targets = (gpu.compute_capability,) if gpu else options.targets
     if flavour.name == "rtx":
         known_targets(engine, flavour, targets)
@@ -106,7 +105,7 @@ def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
 
 def _flavour(options: EngineOptions) -> str:
     """Only TensorRT-RTX builds for other machines' GPUs."""
-    return "rtx" if options.targets and options.flavour == flavours.AUTO else options.flavour
+    return "rtx" if options.targets and options.flavour == AUTO else options.flavour
 
 
 def _built(source: ConversionSource, targets: tuple[str, ...], plan: Path, cache: Path, answer: Path) -> Answer:

@@ -15,8 +15,7 @@ from typing import Any, Literal, TextIO
 import msgspec
 
 from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError, first_line
-from dmformer.runtimes import flavours
-from dmformer.runtimes.flavours import Flavour, Log
+from dmformer.runtimes.target import EngineLog, Flavour, load_flavour, rtx_targets
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,8 +54,8 @@ def build(order: Order, progress: TextIO) -> Answer:
         StageFailed: the parser or the builder refused.
         UnavailableError: the flavour, a target or a GPU is not there.
     """
-    flavour, engine = flavours.load(order.flavour)
-    log = Log(engine)
+    flavour, engine = load_flavour(order.flavour)
+    log = EngineLog(engine)
     builder = engine.Builder(log.logger)
     network = builder.create_network(strongly_typed(engine))
     parser = engine.OnnxParser(network, log.logger)
@@ -75,7 +74,7 @@ def build(order: Order, progress: TextIO) -> Answer:
     plan = builder.build_serialized_network(network, config)
     taken = time.perf_counter() - begun
     if plan is None:
-        raise StageFailed(f"{flavour.said} built nothing: {explained(log.last)}")
+        raise StageFailed(f"{flavour.title} built nothing: {explained(log.last)}")
     Path(order.plan).write_bytes(memoryview(plan))
     if cache is not None:
         Path(order.timing_cache).write_bytes(memoryview(cache.serialize()))
@@ -140,12 +139,12 @@ def known_targets(engine: Any, flavour: Flavour, wanted: tuple[str, ...]) -> dic
     Raises:
         UnavailableError: one that is wanted is not among them.
     """
-    known = flavours.rtx_targets(engine)
+    known = rtx_targets(engine)
     for target in wanted:
         if target not in known:
             able = ", ".join(known)
             raise UnavailableError(
-                f"{flavour.said} {engine.__version__} builds nothing for compute capability {target}; it can for "
+                f"{flavour.title} {engine.__version__} builds nothing for compute capability {target}; it can for "
                 f"{able}; for others build on the device itself with TensorRT: dmformer build"
             )
     return known

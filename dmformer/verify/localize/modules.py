@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmformer.errors import DMFormerError, UnavailableError
-from dmformer.runtimes.layers import module_path
+from dmformer.runtimes.inspector import module_path
 from dmformer.verify.compare import TENSOR_FACTORS, Comparison, Limit, largest_difference, largest_value
 from dmformer.verify.localize.search import error_limits, nearest_to_limit
 from dmformer.verify.reference import in_double
@@ -70,7 +70,7 @@ class ModuleTruth:
         plain = runtime(())
         try:
             with plain:
-                tensors = self._tensors(plain.inner_tensors())
+                tensors = self._tensors(plain.inspect().inner_tensors())
             if len(tensors) < _LEAST_SHOWN * len(self.truth):
                 return f"layers in {plain.name}: {len(tensors)} of {len(self.truth)} can be seen"
             with runtime(tuple(tensors)) as opened:
