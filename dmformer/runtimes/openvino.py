@@ -256,8 +256,7 @@ class OpenVinoRuntime(Runtime):
     def _name(self, port: Any) -> str:
         """Name an output; a tensor may have several names, and a tap is known by its own."""
         names = port.get_names()
-        found: str = next((tap for tap in self.taps if tap in names), port.get_any_name())
-        return found
+        return str(next((tap for tap in self.taps if tap in names), port.get_any_name()))
 
 
 class _Request:
@@ -279,7 +278,7 @@ class _Request:
             self._taken = self._answers()
 
     def run(self, inputs: Arrays) -> None:
-        """One inference."""
+        """Run one inference."""
         for name, array in inputs.items():
             buffer = self._given[name] if self._given else self._buffer(name, array.shape)
             if buffer.shape != array.shape:  # NumPy would repeat a single row
@@ -289,7 +288,7 @@ class _Request:
         self._request.wait()
 
     def outputs(self) -> dict[str, NDArray[Any]]:
-        """Copies of the last answers."""
+        """Return copies of the last answers."""
         return {name: buffer.copy() for name, buffer in (self._taken or self._answers()).items()}
 
     @property
@@ -298,12 +297,12 @@ class _Request:
         return self._request.profiling_info
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Of an input, in a shape that is open in the model."""
+        """Return the buffer of an input, in a shape that is open in the model."""
         tensor = self._request.get_input_tensor(self._inputs[name])
         if tensor.data.shape != shape:  # OpenVINO's Shape takes 40 microseconds to compare
             tensor.shape = shape
-        found: NDArray[Any] = tensor.data
-        return found
+        data: NDArray[Any] = tensor.data
+        return data
 
     def _answers(self) -> dict[str, NDArray[Any]]:
         return {name: self._request.get_output_tensor(at).data for name, at in self._outputs.items()}

@@ -138,7 +138,7 @@ class TensorRtRuntime(Runtime):
     _device_ns: int | None = None
 
     def load(self) -> None:
-        """Check what the plan is tied to, deserialise it, and allocate for its largest batch."""
+        """Check what the plan is tied to, deserialise it, and allocate memory for its largest batch."""
         if (reason := self.support.cannot_load(self.target)) is not None:
             raise UnavailableError(f"{self.path.name}: {reason}")
         assert self.target is not None

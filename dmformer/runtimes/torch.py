@@ -131,13 +131,8 @@ class TorchRuntime(Runtime):
     @property
     def details(self) -> Details:
         """Device of the weights, and the threads of the process."""
-        torch = _import()
-        weight = next(self.model.parameters())
-        return Details(
-            device=str(weight.device),
-            threads=torch.get_num_threads(),
-            version=str(torch.__version__),
-        )
+        torch, device = _import(), next(self.model.parameters()).device
+        return Details(device=str(device), threads=torch.get_num_threads(), version=str(torch.__version__))
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the network without autograd."""
