@@ -1,11 +1,11 @@
-"""The machine and the versions that a figure was measured with."""
+"""The machine, its load and the versions that a figure was measured with, and what its processor cannot do."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Instruction sets that decide how fast an engine is, or whether it runs, in Linux's names.
-_TELLING = frozenset(
+_DECISIVE = frozenset(
     ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
      "amx_int8", "amx_bf16", "amx_fp16", "neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
 )  # fmt: skip
@@ -40,7 +40,7 @@ _ISA_VNNI: dict[str, frozenset[str]] = {
 _VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 _X86 = frozenset(("x86_64", "amd64", "i686", "x86"))
 _FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 class Processor(Struct, frozen=True, kw_only=True):
@@ -61,22 +61,22 @@ class Processor(Struct, frozen=True, kw_only=True):
 
 
 def describe_processor() -> Processor:
-    """The processor of this machine."""
-    telling = tuple(sorted(instructions() & _TELLING))
-    return Processor(cpu=cpu_model(), architecture=platform.machine(), instructions=telling, max_isa=max_isa())
+    """Return the processor of this machine."""
+    decisive = tuple(sorted(instructions() & _DECISIVE))
+    return Processor(cpu=cpu_model(), architecture=platform.machine(), instructions=decisive, max_isa=max_isa())
 
 
 def max_isa() -> str | None:
-    """The newest instruction set that oneDNN may use, in its own words; ``None`` where nothing holds it back.
+    """Return the newest instruction set that oneDNN may use, in its own words; ``None`` where nothing holds it back.
 
-    What oneDNN does not know holds nothing back.
+    A name that oneDNN does not know holds nothing back.
     """
-    found = _held()
-    return None if found is None else found[1]
+    limit = _isa_limit()
+    return None if limit is None else limit[1]
 
 
-def _held() -> tuple[str, str] | None:
-    """The variable and the instruction set; the first variable with a value counts."""
+def _isa_limit() -> tuple[str, str] | None:
+    """Return the variable and the instruction set that it names; the first variable with a value counts."""
     for variable in _ISA_VARIABLES:
         named = os.environ.get(variable, "").upper()
         if named:
@@ -85,23 +85,23 @@ def _held() -> tuple[str, str] | None:
 
 
 def without_vnni() -> str | None:
-    """Why oneDNN adds products of 8-bit numbers in 16 bits that saturate; ``None`` where it need not.
+    """Return why oneDNN adds products of 8-bit numbers in 16 bits that saturate; ``None`` where it need not.
 
     x86 processors without VNNI have no other instruction for it; Arm has.
     """
     if platform.machine().lower() not in _X86:
         return None
-    known = instructions()
-    if known and not known & _VNNI:
+    sets = instructions()
+    if sets and not sets & _VNNI:
         return "this processor has no VNNI"
-    held = _held()
-    if held is not None and not _ISA_VNNI[held[1]] & (known or _VNNI):
-        return f"{held[0]} holds oneDNN to {held[1]}, without this processor's VNNI"
-    return None if known else "this system does not tell whether its processor has VNNI"
+    limit = _isa_limit()
+    if limit is not None and not _ISA_VNNI[limit[1]] & (sets or _VNNI):
+        return f"{limit[0]} holds oneDNN to {limit[1]}, without this processor's VNNI"
+    return None if sets else "this system does not tell whether its processor has VNNI"
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
@@ -120,7 +120,7 @@ def check_threads(threads: int | None) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, load and versions, as JSON types."""
+    """Return processor, cores, memory, system, load and versions, as JSON types."""
     memory = available_memory()
     versions = {"dmformer": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
@@ -131,7 +131,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         **msgspec.structs.asdict(describe_processor()),
         "cores": usable_cores(),
-        "cpu_quota_cores": cpu_quota(),
+        "cpu_quota_cores": _cpu_quota(),
         "governor": _read(_FREQUENCY / "scaling_governor"),
         "frequency_mhz": _frequencies(),
         "available_memory_mb": None if memory is None else memory // 1_000_000,
@@ -141,60 +141,65 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def cpu_quota() -> float | None:
-    """Cores' worth of time that the control group allows; ``None`` where it sets no bound.
+def _cpu_quota() -> float | None:
+    """Return how many cores' worth of time the control group allows; ``None`` where it sets no bound.
 
     A process that has used it up is put to sleep for the rest of the period, which shows as latencies of tens of
     milliseconds now and then.
     """
-    quota, _, period = (_read(_QUOTA) or "max").partition(" ")
+    quota, _, period = (_read(_CONTROL_GROUP / "cpu.max") or "max").partition(" ")
     return None if quota == "max" else int(quota) / int(period)
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-
-
 def _frequencies() -> dict[str, float] | None:
-    """Of the first core, in MHz: at this moment, and at most. Virtual machines tell at best the first."""
+    """Return the first core's frequency in MHz, now and at most. Virtual machines tell at best the first."""
     told = {"now": _read(_FREQUENCY / "scaling_cur_freq"), "most": _read(_FREQUENCY / "cpuinfo_max_freq")}
     found = {name: int(khz) / 1000 for name, khz in told.items() if khz}
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        if line.startswith("cpu MHz"):
-            found.setdefault("now", float(line.partition(":")[2]))
+    if mhz := _cpuinfo("cpu MHz"):
+        found.setdefault("now", float(mhz))
     return found or None
 
 
 def instructions() -> frozenset[str]:
-    """Instruction sets of the processor, in Linux's names; empty where the system does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("flags", "Features")):  # x86; Arm
-                return frozenset(line.partition(":")[2].split())
-    except OSError:
-        return frozenset()
-    return frozenset()
+    """Return the instruction sets of the processor, in Linux's names; empty where the system does not tell."""
+    return frozenset(_cpuinfo("flags", "Features").split())  # x86; Arm
+
+
+def cpu_model() -> str:
+    """Return the processor's name, as the system has it."""
+    return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()  # x86, or a board of Arm
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process may take without swapping, within a container's limit; ``None`` where nobody tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
+    """Return the bytes that a new process may take without swapping, within a container's limit.
+
+    ``None`` where the system does not tell.
+    """
+    told = re.search(r"^MemAvailable: *(\d+)", _read(Path("/proc/meminfo")) or "", re.MULTILINE)
+    if told is None:
         return None
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no container, no limit ("max"), or the older hierarchy
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        found = min(found, max(0, limit - used))
-    return found
+    available = int(told[1]) * 1024
+    limit, used = (_read(_CONTROL_GROUP / name) or "" for name in ("memory.max", "memory.current"))
+    if limit.isdecimal() and used.isdecimal():  # else no container, no limit ("max"), or the older hierarchy
+        return min(available, max(0, int(limit) - int(used)))
+    return available
+
+
+def _cpuinfo(*keys: str) -> str:
+    """Return the first value in Linux's description of the processor whose name begins with a key; else nothing."""
+    lines = (_read(Path("/proc/cpuinfo")) or "").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def give_memory_back() -> None:
-    """Let glibc return to the system what was freed: loading a model leaves much behind."""
+    """Make glibc return freed memory to the system: loading a model leaves much behind."""
     import ctypes
 
     if sys.platform.startswith("linux"):
@@ -204,7 +209,7 @@ def give_memory_back() -> None:
 
 
 def gpu_state() -> dict[str, Any] | None:
-    """The state of the first NVIDIA GPU, as JSON types: clocks, temperature, power, and what holds the clocks back.
+    """Return the state of the first NVIDIA GPU, as JSON types: clocks, temperature, power, and what holds them back.
 
     With the memory in use, of all processes, in MiB. ``None`` where there is no GPU, or no ``nvidia-ml-py`` to ask it,
     and for each figure that the GPU does not give.
@@ -233,27 +238,16 @@ def gpu_state() -> dict[str, Any] | None:
         "power_w": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
         "throttle": held_back,
     }
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     try:
         gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
         for name, ask in questions.items():
             try:
-                found[name] = ask(gpu)
+                state[name] = ask(gpu)
             except pynvml.NVMLError:  # boards and laptops answer some of these only
-                found[name] = None
+                state[name] = None
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
-    return found
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system has it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model")):  # x86; Arm boards
-                return line.partition(":")[2].strip()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
+    return state

@@ -16,7 +16,7 @@ from dmformer.bench.profile import summarise_kernels
 from dmformer.bundle.manifest import Accuracy
 from dmformer.bundle.reader import open_bundle
 from dmformer.machine import describe_machine
-from dmformer.runtimes.base import Kernel
+from dmformer.runtimes.inspector import Kernel
 from tests.test_bench_compare import report_of
 from tests.test_bench_figures import row
 

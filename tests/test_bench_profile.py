@@ -11,7 +11,7 @@ import dmformer
 from dmformer.bench.profile import OUTSIDE, kernel_module, profile_runtime, summarise_kernels
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import select
-from dmformer.runtimes.base import Kernel
+from dmformer.runtimes.inspector import Kernel
 
 if TYPE_CHECKING:
     from dmformer.export.cached import ExportResult

@@ -244,14 +244,14 @@ def test_doctor_says_what_each_artifact_can_do_here(inline: Cli, spoilt: Path) -
 
 def test_doctor_weighs_memory_and_instructions(inline: Cli, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmformer.device.doctor.available_memory", lambda: 1_000_000)
-    monkeypatch.setattr("dmformer.runtimes.base.instructions", lambda: frozenset(("sse2",)))
-    monkeypatch.setattr("dmformer.runtimes.base.platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("dmformer.runtimes.support.instructions", lambda: frozenset(("sse2",)))
+    monkeypatch.setattr("dmformer.runtimes.support.platform.machine", lambda: "x86_64")
     found = valid(inline("doctor", made.bundle, "--json").out, "doctor")
     _, onnx, openvino = found["artifacts"]
     assert not onnx["runs"]
     assert "of memory are available" in onnx["reason"]
     assert not onnx["buildable"]
-    assert openvino["reason"] == "openvino needs sse4_2, which this processor has not"
+    assert openvino["reason"] == "openvino needs sse4_2, which this processor lacks"
     assert not openvino["buildable"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx
@@ -13,17 +13,18 @@ from dmformer.errors import StageFailed
 from dmformer.export.networks import random_checkpoint
 from dmformer.graph.trace import trace
 from dmformer.models.deploy import deploy
-from dmformer.runtimes.layers import module_path
+from dmformer.runtimes.inspector import module_path
 from dmformer.verify.executors import Emulation, emulated, exact, input_peaks, quantized, round_layers_
 from dmformer.verify.inner import ModuleTruth
 from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
 from dmformer.verify.report import Check
-from tests.fakes import FakeRuntime
+from tests.fakes import FakeInspector, FakeRuntime
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dmformer.models.checkpoint import Checkpoint
+    from dmformer.runtimes.inspector import Inspector
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -119,15 +120,23 @@ def test_tensors_lead_to_modules(tensor: str, module: str) -> None:
     assert module_path(tensor) == module
 
 
+class Shown(FakeInspector):
+    """Shows the inner tensors that its runtime was given."""
+
+    runtime: Layers
+
+    def inner_tensors(self) -> frozenset[str]:
+        return frozenset(self.runtime.values)
+
+
 class Layers(FakeRuntime):
-    """Shows inner tensors that it was given, some of them spoilt."""
+    """Has inner tensors that it was given, some of them spoilt."""
+
+    inspector: ClassVar[type[Inspector]] = Shown
 
     def __init__(self, values: dict[str, np.ndarray], taps: tuple[str, ...]) -> None:
         super().__init__()
         self.values, self.taps = values, taps
-
-    def inner_tensors(self) -> frozenset[str]:
-        return frozenset(self.values)
 
     def infer(self, inputs: Any) -> Any:
         assert inputs
@@ -147,9 +156,12 @@ def test_an_engine_that_cannot_show_its_layers_fails(checkpoint: Checkpoint) -> 
     row = checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))[:2]
     truth = ModuleTruth(deploy(checkpoint.model(), 32), row)
 
-    class Broken(Layers):
+    class Hidden(FakeInspector):
         def inner_tensors(self) -> frozenset[str]:
             raise StageFailed("the engine hides")
+
+    class Broken(Layers):
+        inspector = Hidden
 
     check = truth.check(lambda taps: Broken({}, taps))
     assert isinstance(check, Check)

@@ -38,7 +38,7 @@ def gpu() -> cuda.Gpu:
 @pytest.fixture
 def engine(gpu: cuda.Gpu) -> EngineOptions:
     """TensorRT proper where it is installed, otherwise TensorRT-RTX."""
-    status = TensorRtRuntime.probe()
+    status = TensorRtRuntime.support.probe()
     if not status.available:
         pytest.skip(f"{gpu.name}: {status.reason}")
     return EngineOptions(max_batch=5)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dmformer.runtimes import cuda, flavours, registry
-from dmformer.runtimes.installed import whole
+from dmformer.runtimes import cuda, registry, target
+from dmformer.runtimes.support import intact_version
 from dmformer.runtimes.tensorrt import TensorRtRuntime
 from tests.conftest import ROOT
 from tests.test_rooms import python
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import Made, Run
 
-LOOK = ("hollow", "hollow/_native", "hollow/libs/*plugin*")
+PACKAGE = ("hollow", "hollow/_native", "hollow/libs/*plugin*")
 LIBRARIES = (f"hollow/_native{EXTENSION_SUFFIXES[0]}", "hollow/libs/libplugin.so.2")
 
 
@@ -85,10 +85,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="some damages are to ELF files")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_half_installed_is_not_whole(site: Path, damage: str) -> None:
-    assert whole(*LOOK) == "2.5"
+    assert intact_version(*PACKAGE) == "2.5"
     DAMAGES[damage](site)
     importlib.invalidate_caches()
-    assert whole(*LOOK) is None
+    assert intact_version(*PACKAGE) is None
 
 
 def test_another_package_of_the_name_is_not_the_one_that_was_installed(
@@ -97,13 +97,13 @@ def test_another_package_of_the_name_is_not_the_one_that_was_installed(
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(site / "hollow", other / "hollow")
     monkeypatch.syspath_prepend(other)
-    assert whole(*LOOK) is None
+    assert intact_version(*PACKAGE) is None
 
 
 @pytest.mark.usefixtures("site")
 def test_what_is_imported_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hollow", ModuleType("hollow"))
-    assert whole(*LOOK) is None
+    assert intact_version(*PACKAGE) is None
 
 
 @pytest.mark.parametrize("row", [row for row in registry.ENTRIES if row.name != "tensorrt"], ids=lambda row: row.name)
@@ -111,14 +111,14 @@ def test_a_look_agrees_with_the_import(row: registry.RuntimeEntry) -> None:
     code = """
 import sys
 from dmformer.runtimes import registry
-kind = registry.adapter(registry.entry(sys.argv[1]))
-looked = kind.look()
-assert kind.package[0] not in sys.modules, "imported"
+support = registry.support(registry.entry(sys.argv[1]))
+looked = support.quick_probe()
+assert support.package[0] not in sys.modules, "imported"
 assert looked.untried
-probed = kind.probe()
+probed = support.probe()
 assert (looked.available, looked.version) == (probed.available, probed.version), (looked, probed)
 """
-    if not registry.adapter(row).probe().available:
+    if not registry.support(row).probe().available:
         pytest.skip(f"{row.name} is not installed")
     python(code, row.name)
 
@@ -128,11 +128,11 @@ def test_openvino_knows_of_float16_before_it_is_loaded() -> None:
     code = """
 import sys
 from dmformer.runtimes.openvino import OpenVinoRuntime
-before = OpenVinoRuntime.cannot_compute("fp16")
+before = OpenVinoRuntime.support.cannot_compute("fp16")
 from dmformer.machine import instructions, max_isa
 assert "openvino" not in sys.modules or "avx_vnni" in instructions() or not instructions() or max_isa()
 import openvino
-assert OpenVinoRuntime.cannot_compute("fp16") == before
+assert OpenVinoRuntime.support.cannot_compute("fp16") == before
 """
     python(code)
 
@@ -147,14 +147,14 @@ def test_float16_by_instruction_sets(sets: set[str], expected: bool, monkeypatch
     monkeypatch.setattr(openvino, "instructions", lambda: frozenset(sets))
     monkeypatch.setattr(openvino, "max_isa", lambda: None)
     monkeypatch.setattr(openvino, "_import", lambda: pytest.fail("it was imported"))
-    assert (openvino.OpenVinoRuntime.cannot_compute("fp16") is None) is expected
+    assert (openvino.OpenVinoRuntime.support.cannot_compute("fp16") is None) is expected
 
 
 def test_without_a_driver_no_engine_for_gpus_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavours, "installed_version", lambda: "10.9")
+    monkeypatch.setattr("dmformer.runtimes.tensorrt.installed_flavour_version", lambda: "10.9")
     monkeypatch.setattr("dmformer.runtimes.tensorrt.driver_missing", lambda: "no driver")
-    monkeypatch.setattr(TensorRtRuntime, "probe", lambda: pytest.fail("it was imported"))
-    found = TensorRtRuntime.look()
+    monkeypatch.setattr(TensorRtRuntime.support, "probe", lambda: pytest.fail("it was imported"))
+    found = TensorRtRuntime.support.quick_probe()
     assert (found.available, found.version, found.reason) == (False, "10.9", "no driver")
 
 
@@ -162,11 +162,11 @@ def test_without_a_driver_no_engine_for_gpus_is_imported(monkeypatch: pytest.Mon
 def test_with_a_driver_or_nothing_installed_the_engine_is_asked(
     version: str | None, missing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flavours, "installed_version", lambda: version)
+    monkeypatch.setattr("dmformer.runtimes.tensorrt.installed_flavour_version", lambda: version)
     monkeypatch.setattr("dmformer.runtimes.tensorrt.driver_missing", lambda: missing)
     asked = object()
-    monkeypatch.setattr(TensorRtRuntime, "probe", lambda: asked)
-    assert TensorRtRuntime.look() is asked
+    monkeypatch.setattr(TensorRtRuntime.support, "probe", lambda: asked)
+    assert TensorRtRuntime.support.quick_probe() is asked
 
 
 def test_a_driver_is_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,15 +184,17 @@ def test_a_driver_is_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_installed_flavour_is_known_by_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavours, "find_spec", lambda name: name == "tensorrt_rtx" or None)
-    monkeypatch.setattr(flavours.metadata, "version", {"tensorrt_rtx": "1.7"}.__getitem__)
-    assert flavours.installed_version() == "1.7"
-    monkeypatch.setattr(flavours, "find_spec", lambda _: None)
-    assert flavours.installed_version() is None
+    monkeypatch.setattr(target, "find_spec", lambda name: name == "tensorrt_rtx" or None)
+    monkeypatch.setattr(target.metadata, "version", {"tensorrt_rtx": "1.7"}.__getitem__)
+    assert target.installed_flavour_version() == "1.7"
+    monkeypatch.setattr(target, "find_spec", lambda _: None)
+    assert target.installed_flavour_version() is None
 
 
 def test_doctor_says_what_it_has_not_tried(inline: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.runtimes.base.whole", lambda package, *_: "9.9" if package == "torch" else None)
+    monkeypatch.setattr(
+        "dmformer.runtimes.support.intact_version", lambda package, *_: "9.9" if package == "torch" else None
+    )
     run = inline("doctor", "--json")
     found = {runtime["name"]: runtime for runtime in json.loads(run.out)["runtimes"]}
     assert (found["torch"]["version"], found["torch"]["available"]) == ("9.9", True)

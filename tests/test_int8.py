@@ -115,7 +115,7 @@ def test_int8_leaves_gates_depth_wise_layers_and_the_classifier(quantized: onnx.
 def test_int8_runs_in_as_many_layers_as_were_promised(reduced: ExportResult, quantized: onnx.ModelProto) -> None:
     (made,) = [m for m in reduced.manifest.artifacts if (m.format, m.precision) == ("openvino", "int8")]
     with OpenVinoRuntime(reduced.output / made.files[0].path, precision="int8") as runtime:
-        layers = runtime.layers()
+        layers = runtime.inspect().layers()
     assert layers == made.layers
     assert layers["int8"] / sum(layers.values()) == made.promised_share == typed_share(quantized, "int8") == 31 / 57
 

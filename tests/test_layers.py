@@ -11,7 +11,7 @@ import pytest
 
 from dmformer.export.formats import is_compiled
 from dmformer.runtimes import registry
-from dmformer.runtimes.layers import describe, is_compute, precision_of, shortfall
+from dmformer.runtimes.inspector import describe_layers, is_compute, precision_of, shortfall
 from tests.precisions import calibration_of, source_of
 from tests.test_runtimes import every_runtime, usable
 
@@ -28,7 +28,7 @@ PAIRS = [
     pytest.param(row, precision, id=f"{row.name}-{precision}")
     for row in registry.ENTRIES
     if not is_compiled(row)  # an engine for a GPU has tests of its own
-    for precision in registry.adapter(row).precisions
+    for precision in registry.support(row).precisions
 ]
 every_precision = pytest.mark.parametrize(("row", "precision"), PAIRS)
 
@@ -94,13 +94,13 @@ def answer(runtime: Runtime, inputs: NDArray[np.float32]) -> NDArray[Any]:
 @every_runtime
 def test_a_float32_artifact_has_all_its_layers_in_float32(row: registry.RuntimeEntry, artifacts: Artifacts) -> None:
     with artifacts.runtime(row, "fp32") as runtime:
-        assert runtime.layers() == {"fp32": artifacts.count(row)}
+        assert runtime.inspect().layers() == {"fp32": artifacts.count(row)}
 
 
 @every_precision
 def test_layers_are_those_of_the_network(row: registry.RuntimeEntry, precision: str, artifacts: Artifacts) -> None:
     with artifacts.runtime(row, precision) as runtime:
-        assert sum(runtime.layers().values()) == artifacts.count(row)
+        assert sum(runtime.inspect().layers().values()) == artifacts.count(row)
 
 
 @every_precision
@@ -110,7 +110,7 @@ def test_a_promise_is_kept_or_there_is_a_reason(
     promised = artifacts.made(precision).promised_share
     assert 0.5 < promised <= 1
     with artifacts.runtime(row, precision) as runtime:
-        layers, reason = runtime.layers(), runtime.cannot_compute(precision)
+        layers, reason = runtime.inspect().layers(), runtime.support.cannot_compute(precision)
     short = shortfall(layers, precision, promised)
     assert (short is None) == (reason is None), (short, reason)
     if reason is None:
@@ -124,7 +124,7 @@ def test_a_promise_is_kept_or_there_is_a_reason(
 
 @every_runtime
 def test_float32_is_always_there(row: registry.RuntimeEntry) -> None:
-    assert usable(row).cannot_compute("fp32") is None
+    assert usable(row).support.cannot_compute("fp32") is None
 
 
 @every_precision
@@ -132,7 +132,7 @@ def test_layers_show_what_is_in_the_file_whatever_it_is_called(
     row: registry.RuntimeEntry, precision: str, artifacts: Artifacts
 ) -> None:
     with usable(row)(artifacts.path(row, "fp32"), threads=1, precision=precision) as runtime:
-        found = runtime.layers()
+        found = runtime.inspect().layers()
     # Floating point of a file may be computed in float16 where that was asked for and the processor has it.
     assert set(found) <= ({"fp32", "fp16"} if precision == "fp16" else {"fp32"})
 
@@ -147,8 +147,8 @@ def test_asking_for_layers_changes_nothing(
     monkeypatch.chdir(folder)
     inputs = artifacts.source.inputs
     with artifacts.runtime(row, precision) as runtime:
-        before, layers, details = answer(runtime, inputs), runtime.layers(), runtime.details
-        assert runtime.layers() == layers
+        before, layers, details = answer(runtime, inputs), runtime.inspect().layers(), runtime.details
+        assert runtime.inspect().layers() == layers
         assert runtime.details == details
         np.testing.assert_array_equal(answer(runtime, inputs), before)
     assert list(folder.iterdir()) == []
@@ -176,9 +176,9 @@ def test_openvino_has_as_many_kernels_of_8_bits_as_it_has_int8_layers(artifacts:
     counts = {}
     for precision in ("fp32", "int8"):
         with artifacts.runtime(registry.entry("openvino"), precision) as runtime:
-            told = [node.get_rt_info() for node in runtime._model.get_runtime_model().get_ops()]  # type: ignore[attr-defined]
+            told = [node.get_rt_info() for node in runtime.model.get_runtime_model().get_ops()]  # type: ignore[attr-defined]
             types = [one["runtimePrecision"].astype(str) for one in told if one["layerType"].astype(str) == "Const"]
-            counts[precision] = (types.count("i8"), runtime.layers().get("int8", 0))
+            counts[precision] = (types.count("i8"), runtime.inspect().layers().get("int8", 0))
     assert counts["fp32"] == (0, 0)
     assert counts["int8"][0] == counts["int8"][1] > 0
 
@@ -188,11 +188,11 @@ def test_openvino_that_is_wrong_about_float16_fails_to_load(
 ) -> None:
     row = registry.entry("openvino")
     kind = usable(row)
-    if kind.cannot_compute("fp16") is None:
+    if kind.support.cannot_compute("fp16") is None:
         pytest.skip("this processor has float16 arithmetic")
     from dmformer.errors import StageFailed
 
-    monkeypatch.setattr(kind, "cannot_compute", classmethod(lambda *_: None))
+    monkeypatch.setattr(kind.support, "cannot_compute", lambda _: None)
     runtime = artifacts.runtime(row, "fp16")
     with pytest.raises(StageFailed, match="compiled for CPU at f32; expected CPU at f16"), runtime:
         pass
@@ -202,8 +202,8 @@ def test_openvino_that_is_wrong_about_float16_fails_to_load(
 def test_onnxruntime_has_float16_on_arm_only(machine: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: machine)
     kind = usable(registry.entry("onnxruntime"))
-    assert (kind.cannot_compute("fp16") is None) is has
-    assert kind.cannot_compute("int8") is not None
+    assert (kind.support.cannot_compute("fp16") is None) is has
+    assert kind.support.cannot_compute("int8") is not None
 
 
 @pytest.mark.parametrize(("capabilities", "has"), [(["FP32", "FP16"], True), (["FP32", "INT8", "BF16"], False)])
@@ -212,8 +212,8 @@ def test_openvino_has_float16_where_its_plugin_says_so(
 ) -> None:
     kind = usable(registry.entry("openvino"))
     monkeypatch.setattr("openvino.Core.get_property", lambda *_: capabilities)
-    assert (kind.cannot_compute("fp16") is None) is has
-    assert kind.cannot_compute("int8") is None
+    assert (kind.support.cannot_compute("fp16") is None) is has
+    assert kind.support.cannot_compute("int8") is None
 
 
 # --- Names and shares -------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_nothing_else_computes(operator: str) -> None:
     ],
 )
 def test_describe(layers: dict[str, int], expected: str) -> None:
-    assert describe(layers) == expected
+    assert describe_layers(layers) == expected
 
 
 @pytest.mark.parametrize("total", [*range(1, 60), 197, 1000])

@@ -14,7 +14,7 @@ from dmformer.bench.measure import Extent, Measurement, network_alone, settled
 from dmformer.bench.plan import BRIEF_WARM_UP, WARM_UP
 from dmformer.errors import StageFailed
 from dmformer.runtimes.base import Details, TensorSpec
-from tests.fakes import FakeRuntime
+from tests.fakes import FakeInspector, FakeRuntime, FakeSupport
 
 
 def noisy(spread: float, count: int) -> list[int]:
@@ -75,10 +75,20 @@ def test_a_brief_warm_up_takes_fewer_calls() -> None:
 # --- timing one runtime -----------------------------------------------------------------------------------------------
 
 
+class Shown(FakeInspector):
+    """Shows the layers that its runtime was given, and counts how often it was asked."""
+
+    runtime: Fake
+
+    def read_layers(self) -> dict[str, int]:
+        self.runtime.proofs += 1
+        return self.runtime.shown
+
+
 class Fake(FakeRuntime):
     """Notes what it is called with."""
 
-    precisions = ("fp32", "fp16")
+    inspector = Shown
     input_spec = TensorSpec("x", "float32", ("batch", 2))
     output_spec = TensorSpec("y", "float32", ("batch", 2))
 
@@ -92,10 +102,6 @@ class Fake(FakeRuntime):
     @property
     def details(self) -> Details:
         return Details(device="CPU", threads=self.threads_used, version="1")
-
-    def read_layers(self) -> dict[str, int]:
-        self.proofs += 1
-        return self.shown
 
     def infer(self, inputs: Any) -> Any:
         self.seen.append(inputs["x"])
@@ -193,16 +199,17 @@ def test_as_many_layers_as_promised_are_timed() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_runtime_that_says_why_it_cannot_compute_a_precision_is_timed() -> None:
-    class Frank(Fake):
-        @classmethod
-        def cannot_compute(cls, precision: str) -> str | None:
+def test_a_runtime_that_says_why_it_cannot_compute_a_precision_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Frank(FakeSupport):
+        def cannot_compute(self, precision: str) -> str | None:
             return "no such arithmetic" if precision == "fp16" else None
 
-    found = timed(Frank(precision="fp16", layers={"fp32": 10}), promised=1.0)
+    monkeypatch.setattr(Fake, "support", Frank())
+
+    found = timed(Fake(precision="fp16", layers={"fp32": 10}), promised=1.0)
     assert found.layers == {"fp32": 10}
     with pytest.raises(StageFailed, match="fp32 in 0%"):  # the reason is one of that precision only
-        timed(Frank(precision="fp32", layers={"fp16": 10}), promised=1.0)
+        timed(Fake(precision="fp32", layers={"fp16": 10}), promised=1.0)
 
 
 def test_nothing_is_timed_after_the_deadline() -> None:

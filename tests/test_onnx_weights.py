@@ -15,7 +15,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from dmformer.bundle.reader import open_bundle
 from dmformer.machine import give_memory_back
-from dmformer.runtimes.onnx_weights import LEAST_BYTES, fields, of_bytes, of_number, without_weights
+from dmformer.runtimes.onnx_weights import LEAST_BYTES, bytes_field, fields, number_field, refer_to_weights
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def plain(path: Path, rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def test_the_graph_with_its_weights_is_the_file(path: Path) -> None:
-    expected, data = onnx.load(path), without_weights(path)
+    expected, data = onnx.load(path), refer_to_weights(path)
     assert data is not None
     large = [tensor for tensor in expected.graph.initializer if len(tensor.raw_data) >= LEAST_BYTES]
     assert large
@@ -76,7 +76,7 @@ def test_answers_are_those_of_the_file_to_the_bit(reduced: ExportResult) -> None
     rows = bundle.golden().inputs[:2]
     for artifact in artifacts:
         path = bundle.load_path(artifact)
-        assert without_weights(path) is not None
+        assert refer_to_weights(path) is not None
         np.testing.assert_array_equal(answer(path, rows), plain(path, rows), err_msg=artifact.precision)
 
 
@@ -90,8 +90,8 @@ def test_the_engine_is_given_the_graph_alone(path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     with OnnxRuntime(path) as runtime:
-        assert runtime.layers()
-    assert given == [without_weights(path)] * 2  # to run, and to be profiled
+        assert runtime.inspect().layers()
+    assert given == [refer_to_weights(path)] * 2  # to run, and to be profiled
 
 
 def test_a_file_of_small_tensors_is_taken_as_it_is(
@@ -99,7 +99,7 @@ def test_a_file_of_small_tensors_is_taken_as_it_is(
 ) -> None:
     expected = answer(path, rows)
     monkeypatch.setattr("dmformer.runtimes.onnx_weights.LEAST_BYTES", path.stat().st_size)
-    assert without_weights(path) is None
+    assert refer_to_weights(path) is None
     np.testing.assert_array_equal(answer(path, rows), expected)
 
 
@@ -114,7 +114,7 @@ def test_weights_that_were_in_another_file_stay_there(path: Path, rows: NDArray[
     apart = tmp_path / "apart/model.onnx"
     apart.parent.mkdir()
     onnx.save_model(onnx.load(path), apart, save_as_external_data=True, location="weights.bin", size_threshold=1 << 17)
-    data = without_weights(apart)
+    data = refer_to_weights(apart)
     assert data is not None, "some are between the two thresholds"
     locations = {
         entry.value
@@ -138,13 +138,13 @@ def test_a_file_that_is_replaced_while_it_runs_changes_nothing(path: Path, rows:
 
 @pytest.mark.parametrize("number", [0, 1, 127, 128, 300, 1 << 20, 1 << 40])
 def test_numbers(number: int) -> None:
-    tensor = onnx.TensorProto.FromString(of_bytes(8, b"name") + of_number(1, number))
+    tensor = onnx.TensorProto.FromString(bytes_field(8, b"name") + number_field(1, number))
     assert (tensor.name, list(tensor.dims)) == ("name", [number])
 
 
 @pytest.mark.parametrize("size", [0, 127, 128, 70_000])
 def test_bytes(size: int) -> None:
-    before, data = of_number(1, 300), of_bytes(9, bytes(size))
+    before, data = number_field(1, 300), bytes_field(9, bytes(size))
     (field,) = fields(before + data, 0, len(before + data))
     assert (field.number, field.tag, field.last - field.first) == (9, len(before), size)
 

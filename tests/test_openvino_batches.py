@@ -75,7 +75,7 @@ def test_a_large_network_has_one_model_with_an_open_batch(
         for batch in (1, 2, 5, 1):
             runtime.run({runtime.inputs[0].name: rows[:batch]})
         assert compiled == [None]
-        assert runtime.layers() == {"fp32": sum(runtime.layers().values())}
+        assert runtime.inspect().layers() == {"fp32": sum(runtime.inspect().layers().values())}
 
 
 @pytest.mark.parametrize(("batches", "expected"), [((1, 1), 1), ((2, 2, 2), 2), ((1, 2), None)])
@@ -84,7 +84,7 @@ def test_what_is_profiled_is_what_runs(
 ) -> None:
     with OpenVinoRuntime(path) as runtime:
         name = runtime.inputs[0].name
-        kernels = runtime.kernels([{name: rows[:batch]} for batch in batches])
+        kernels = runtime.inspect().kernels([{name: rows[:batch]} for batch in batches])
         assert compiled == [1, expected]
         assert all(len(kernel.ns) == len(batches) for kernel in kernels)
 
@@ -103,16 +103,16 @@ def test_a_kernel_that_is_too_quick_to_be_counted_took_no_time(
     counted = iter([[told("slow", 5), told("quick", 0)], [told("slow", 4), told("quick", 1)]])
     monkeypatch.setattr("dmformer.runtimes.openvino._Request.profiling_info", property(lambda _: next(counted)))
     with OpenVinoRuntime(path) as runtime:
-        kernels = runtime.kernels([{runtime.inputs[0].name: rows[:1]}] * 2)
+        kernels = runtime.inspect().kernels([{runtime.inputs[0].name: rows[:1]}] * 2)
     assert {kernel.name: kernel.ns for kernel in kernels} == {"slow": (5000, 4000), "quick": (0, 1000)}
 
 
 def test_layers_are_the_same_for_every_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with OpenVinoRuntime(path) as runtime:
-        fixed = runtime.layers()
+        fixed = runtime.inspect().layers()
     monkeypatch.setattr("dmformer.runtimes.openvino.FIXED_MOST_BYTES", 0)
     with OpenVinoRuntime(path) as runtime:
-        assert runtime.layers() == fixed
+        assert runtime.inspect().layers() == fixed
 
 
 def test_each_model_is_checked(path: Path, rows: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_each_model_is_checked(path: Path, rows: NDArray[np.float32], monkeypatc
 
 def test_taps_are_shown_at_every_batch(path: Path, rows: NDArray[np.float32]) -> None:
     with OpenVinoRuntime(path) as runtime:
-        tap = min(runtime.inner_tensors() - {runtime.inputs[0].name, runtime.outputs[0].name})
+        tap = min(runtime.inspect().inner_tensors() - {runtime.inputs[0].name, runtime.outputs[0].name})
     with OpenVinoRuntime(path, taps=[tap]) as runtime:
         for batch in (1, 3):
             assert tap in runtime.run({runtime.inputs[0].name: rows[:batch]})

@@ -17,7 +17,7 @@ from dmformer.bundle.golden import Golden, load_golden
 from dmformer.errors import StageFailed, UsageError
 from dmformer.export.networks import random_checkpoint
 from dmformer.export.precisions.int8 import to_int8
-from dmformer.runtimes.openvino import OpenVinoRuntime
+from dmformer.runtimes.openvino import OpenVinoInspector
 from dmformer.verify.answers import Answers
 from dmformer.verify.parity import check_layers, references
 from tests.bundles import adopt, one_line, rewrite
@@ -65,10 +65,10 @@ def test_a_runtime_without_the_arithmetic_passes_and_says_so(reduced: ExportResu
 
 
 def test_layers_that_cannot_be_read_are_no_proof(reduced: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: OpenVinoRuntime) -> dict[str, int]:
+    def broken(_: OpenVinoInspector) -> dict[str, int]:
         raise KeyError("runtimePrecision")
 
-    monkeypatch.setattr(OpenVinoRuntime, "read_layers", broken)
+    monkeypatch.setattr(OpenVinoInspector, "read_layers", broken)
     found = dmformer.verify(reduced.output, runtimes=["openvino"])
     assert {(check.stage, check.reason) for check in found.checks if not check.passed} == {
         ("precision", "openvino failed while showing the layers of model.xml: 'runtimePrecision'")

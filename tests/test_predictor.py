@@ -19,7 +19,7 @@ from dmformer.bundle.select import choose, select
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError, UsageError
 from dmformer.export.formats import is_compiled
 from dmformer.runtimes import registry
-from dmformer.runtimes.base import Availability
+from dmformer.runtimes.support import Availability
 from dmformer.serve.predictor import Predictor
 from tests.bundles import lengthen, one_line, rewrite
 
@@ -34,8 +34,8 @@ DIGITS = sorted(SAMPLE_IMAGES.glob("*.png"))
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Make runtimes unavailable."""
     for name in names:
-        kind = registry.adapter(registry.entry(name))
-        monkeypatch.setattr(kind, "probe", classmethod(lambda cls: Availability(False, reason=f"no {cls.name} here")))
+        support, hidden = registry.support(registry.entry(name)), Availability(False, reason=f"no {name} here")
+        monkeypatch.setattr(support, "probe", lambda hidden=hidden: hidden)
 
 
 def names(bundle: Bundle, *runtimes: str) -> list[str]:

@@ -260,7 +260,7 @@ def test_which_processors_saturate(
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
     named = f"ONEDNN_MAX_CPU_ISA {expected}" if expected and expected.startswith("holds") else expected
     assert without_vnni() == named
-    assert OpenVinoRuntime.saturates() == named
+    assert OpenVinoRuntime.support.saturates() == named
 
 
 def test_the_newer_name_of_the_variable_counts(monkeypatch: pytest.MonkeyPatch) -> None:

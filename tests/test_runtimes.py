@@ -15,6 +15,7 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError
 from dmformer.runtimes import registry
 from dmformer.runtimes.base import TensorSpec, symbolic
+from dmformer.runtimes.target import FLAVOURS
 from tests import gpu_double
 
 if TYPE_CHECKING:
@@ -30,19 +31,17 @@ if TYPE_CHECKING:
     Make = Callable[..., Runtime]
 
 every_runtime = pytest.mark.parametrize("row", registry.ENTRIES, ids=lambda row: row.name)
-# Where the engine does not go by the name of its row.
-ENGINES = {
-    "torch": ("torch",),
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt", "tensorrt_rtx"),
-}
+
+
+def engines_of(row: registry.RuntimeEntry) -> tuple[str, ...]:
+    """The packages that a row's adapter imports, each of which does."""
+    return registry.support(row).package[:1] or tuple(flavour.module for flavour in FLAVOURS)
 
 
 def usable(row: registry.RuntimeEntry) -> type[Runtime]:
     """The adapter of a row, or a skip with the reason why it cannot run here."""
     kind = registry.adapter(row)
-    status = kind.probe()
+    status = kind.support.probe()
     if not status.available:
         pytest.skip(status.reason or f"{row.name} cannot run here")
     return kind
@@ -299,7 +298,7 @@ def test_details_are_read_back(make: Make) -> None:
         assert ("NVIDIA Double (SM 8.9)" if runtime.name == "tensorrt" else "cpu") in (
             details.device if runtime.name == "tensorrt" else details.device.lower()
         )
-        assert details.version == type(runtime).probe().version
+        assert details.version == runtime.support.probe().version
 
 
 def refused_precisions() -> list[Any]:
@@ -308,13 +307,13 @@ def refused_precisions() -> list[Any]:
         pytest.param(row, precision, id=f"{row.name}-{precision}")
         for row in registry.ENTRIES
         for precision in ("fp32", "fp16", "int8", "bf16", "FP32", "")
-        if precision not in registry.adapter(row).precisions
+        if precision not in registry.support(row).precisions
     ]
 
 
 @pytest.mark.parametrize(("row", "precision"), refused_precisions())
 def test_a_precision_that_it_cannot_honour_is_refused(make: Make, row: registry.RuntimeEntry, precision: str) -> None:
-    expected = ", ".join(registry.adapter(row).precisions)
+    expected = ", ".join(registry.support(row).precisions)
     with (
         pytest.raises(StageFailed, match=f"{row.name} cannot honour precision {precision!r}; expected {expected}$"),
         make(precision=precision),
@@ -324,7 +323,7 @@ def test_a_precision_that_it_cannot_honour_is_refused(make: Make, row: registry.
 
 @every_runtime
 def test_precisions_begin_with_float32_and_repeat_none(row: registry.RuntimeEntry) -> None:
-    precisions = registry.adapter(row).precisions
+    precisions = registry.support(row).precisions
     assert precisions[0] == "fp32"
     assert len(set(precisions)) == len(precisions)
     assert set(precisions) <= {"fp32", "fp16", "int8"}
@@ -334,9 +333,9 @@ def test_precisions_begin_with_float32_and_repeat_none(row: registry.RuntimeEntr
 def test_a_missing_engine_is_a_reason_with_the_command(
     row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for engine in ENGINES[row.name]:
+    for engine in engines_of(row):
         monkeypatch.setitem(sys.modules, engine, None)
-    status = registry.adapter(row).probe()
+    status = registry.support(row).probe()
     assert not status.available
     assert status.reason is not None
     assert f"pip install 'dmformer[{row.extra}]'" in status.reason
@@ -346,9 +345,9 @@ def test_a_missing_engine_is_a_reason_with_the_command(
 @every_runtime
 def test_a_missing_engine_says_what_can_run(row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     others = [
-        other.name for other in registry.ENTRIES if other is not row and registry.adapter(other).probe().available
+        other.name for other in registry.ENTRIES if other is not row and registry.support(other).probe().available
     ]
-    for engine in ENGINES[row.name]:
+    for engine in engines_of(row):
         monkeypatch.setitem(sys.modules, engine, None)
     with pytest.raises(UnavailableError, match=f"runtime {row.name} cannot run") as caught:
         registry.available_adapter(row)
@@ -359,7 +358,7 @@ def test_a_missing_engine_says_what_can_run(row: registry.RuntimeEntry, monkeypa
 
 @every_runtime
 def test_no_engine_at_all(row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch) -> None:
-    for engine in (engine for engines in ENGINES.values() for engine in engines):
+    for engine in (engine for each in registry.ENTRIES for engine in engines_of(each)):
         monkeypatch.setitem(sys.modules, engine, None)
     with pytest.raises(UnavailableError) as caught:
         registry.available_adapter(row)
@@ -375,9 +374,9 @@ class Hollow:
 
 @every_runtime
 def test_a_half_installed_engine_is_a_reason(row: registry.RuntimeEntry, monkeypatch: pytest.MonkeyPatch) -> None:
-    for engine in ENGINES[row.name]:
+    for engine in engines_of(row):
         monkeypatch.setitem(sys.modules, engine, Hollow())
-    status = registry.adapter(row).probe()
+    status = registry.support(row).probe()
     assert not status.available
     assert status.reason
 
@@ -402,8 +401,7 @@ def test_rows_are_unambiguous_and_whole() -> None:
     names = [name for row in registry.ENTRIES for name in {row.name, row.format, *row.aliases}]
     assert len(names) == len(set(names))
     for row in registry.ENTRIES:
-        assert registry.adapter(row).name == row.name
-        assert row.name in ENGINES
+        assert registry.support(row).name == row.name
 
 
 def test_another_provider_in_onnxruntime_is_a_failure(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +454,7 @@ def test_an_engine_without_its_processor_backend(name: str, monkeypatch: pytest.
     else:
         bare = type("Core", (), {"available_devices": ["GPU"]})
         monkeypatch.setattr("dmformer.runtimes.openvino.core", bare)
-    status = kind.probe()
+    status = kind.support.probe()
     assert not status.available
     assert status.version
     assert status.reason is not None

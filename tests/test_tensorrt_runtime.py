@@ -18,10 +18,11 @@ from dmformer.bundle.select import choose, select
 from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.export.formats.tensorrt import complaints, strongly_typed, with_advice
 from dmformer.files import hash_file
-from dmformer.runtimes import cuda, flavours
+from dmformer.runtimes import cuda
 from dmformer.runtimes.base import TensorSpec
 from dmformer.runtimes.cuda import Gpu
-from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_told, layers_with_nodes
+from dmformer.runtimes.target import FLAVOURS, cannot_use_gpu, load_flavour
+from dmformer.runtimes.tensorrt import TensorRtRuntime, layers_by_precision, layers_with_nodes
 from dmformer.serve.predictor import load
 from dmformer.verify.api import verify
 from tests import gpu_double
@@ -123,7 +124,7 @@ def test_kernels_are_named_after_the_nodes_they_came_from(
         for _ in range(3):
             answer(runtime, rows[:1])  # a graph is recorded, which the profiler must not replay
         launched = device.calls.count("cudaGraphLaunch")
-        found = runtime.kernels([{"image": rows[:1]}] * 3)
+        found = runtime.inspect().kernels([{"image": rows[:1]}] * 3)
         assert device.calls.count("cudaGraphLaunch") == launched
         expected = answer(runtime, rows[:1])
         np.testing.assert_array_equal(answer(runtime, rows[:1]), expected)
@@ -290,7 +291,7 @@ def test_a_plan_that_the_engine_refuses(device: Device, onnx_file: Path, tmp_pat
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_double.install(monkeypatch, count=0)
-    status = TensorRtRuntime.probe()
+    status = TensorRtRuntime.support.probe()
     assert not status.available
     assert status.version == gpu_double.VERSION
     assert "no NVIDIA GPU" in (status.reason or "")
@@ -427,15 +428,15 @@ def test_layers_are_read_from_the_inspector_of_every_flavour() -> None:
         {"Inputs": [], "Metadata": "[ONNX Layer: z/Conv]"},
         "a layer without details",
     ]
-    assert layers_told(layers_with_nodes(json.dumps({"Layers": layers}))) == {"fp16": 3, "int8": 1}
-    assert layers_told(layers_with_nodes("{}")) == {}
+    assert layers_by_precision(layers_with_nodes(json.dumps({"Layers": layers}))) == {"fp16": 3, "int8": 1}
+    assert layers_by_precision(layers_with_nodes("{}")) == {}
 
 
 def test_a_gpu_that_does_not_answer_is_none(device: Device) -> None:
     device.failing["cudaGetDeviceProperties"] = Code.cudaErrorNoDevice
     with pytest.raises(UnavailableError, match="cudaGetDeviceProperties failed with cudaErrorNoDevice"):
         cuda.find_gpu()
-    assert "does not answer" in (TensorRtRuntime.probe().reason or "")
+    assert "does not answer" in (TensorRtRuntime.support.probe().reason or "")
 
 
 def test_bindings_that_are_newer_than_the_driver_say_so(device: Device) -> None:
@@ -448,7 +449,7 @@ def test_bindings_that_are_newer_than_the_driver_say_so(device: Device) -> None:
 
 def test_raw_control_characters_of_the_inspector() -> None:
     told = '{"Layers": [{"Inputs": [{"Datatype": "Half"}], "Metadata": "[ONNX Layer: x/Conv]\x1e[ONNX Layer: y/Add]"}]}'
-    assert layers_told(layers_with_nodes(told)) == {"fp16": 1}
+    assert layers_by_precision(layers_with_nodes(told)) == {"fp16": 1}
 
 
 def test_what_failed_first_is_told(runtime: TensorRtRuntime, device: Device, rows: NDArray[np.float32]) -> None:
@@ -500,9 +501,9 @@ def test_a_shape_that_has_not_run_is_not_recorded(
     ],
 )
 def test_gpus_that_a_flavour_is_not_for(name: str, capability: str, refused: bool) -> None:
-    flavour, engine = flavours.load("rtx")
-    flavour = next(each for each in flavours.FLAVOURS if each.name == name)
-    reason = flavours.not_for(flavour, engine, Gpu("a GPU", capability))
+    flavour, engine = load_flavour("rtx")
+    flavour = next(each for each in FLAVOURS if each.name == name)
+    reason = cannot_use_gpu(flavour, engine, Gpu("a GPU", capability))
     assert (reason is not None) == refused
     if reason is not None:
         assert f"does not run on a GPU, which is SM {capability}; it does on SM 7.5, 8.0, 8.6, 8.9, 12.0" in reason

@@ -81,7 +81,7 @@ def measure_limits(order: LimitsOrder) -> Limits:
     flops = 2 * _MATRIX**3 / _best(lambda: np.matmul(left, right, out=product))
     peaks = []
     for runtime, precision in order.peaks:
-        gops = registry.available_adapter(registry.entry(runtime)).peak_gops(precision, threads)
+        gops = registry.available_adapter(registry.entry(runtime)).support.peak_gops(precision, threads)
         if gops is not None:
             peaks.append(Peak(runtime=runtime, precision=precision, gops=gops))
     return Limits(threads=threads, gflops=flops / 1e9, gbytes_per_s=bytes_per_s / 1e9, peaks=tuple(peaks))

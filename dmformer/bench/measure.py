@@ -24,7 +24,7 @@ from msgspec import Struct
 from dmformer.bench.plan import WARM_UP, TimingOrder, WarmUp
 from dmformer.errors import StageFailed
 from dmformer.machine import gpu_state
-from dmformer.runtimes.layers import shortfall
+from dmformer.runtimes.inspector import shortfall
 from dmformer.serve.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -262,9 +262,9 @@ def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
 
 
 def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:
-    layers = runtime.layers()
+    layers = runtime.inspect().layers()
     missing = shortfall(layers, runtime.precision, promised)
-    if missing is not None and runtime.cannot_compute(runtime.precision) is None:
+    if missing is not None and runtime.support.cannot_compute(runtime.precision) is None:
         raise StageFailed(f"{runtime.name} runs {missing}")
     return layers
 

@@ -10,14 +10,15 @@ from msgspec import Struct
 
 from dmformer.bench.measure import batches
 from dmformer.bench.plan import TimingOrder  # noqa: TC001 - the process reads its order by it
-from dmformer.runtimes.layers import is_compute, module_path
+from dmformer.runtimes.inspector import is_compute, module_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from dmformer.runtimes.base import Kernel, Runtime
+    from dmformer.runtimes.base import Runtime
+    from dmformer.runtimes.inspector import Kernel
 
 CALLS = 20
 _WARM_UP_CALLS = 5
@@ -81,7 +82,7 @@ def profile_runtime(runtime: Runtime, inputs: Sequence[NDArray[np.float32]]) -> 
     with runtime:
         name = runtime.inputs[0].name
         feeds = [{name: inputs[number % len(inputs)]} for number in range(_WARM_UP_CALLS + CALLS)]
-        return summarise_kernels(runtime.kernels(feeds), CALLS)
+        return summarise_kernels(runtime.inspect().kernels(feeds), CALLS)
 
 
 def summarise_kernels(kernels: Sequence[Kernel], calls: int) -> Profile:

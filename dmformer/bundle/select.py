@@ -54,7 +54,7 @@ class Choice:
             UnavailableError: the runtime, or this artifact, cannot run on this machine.
         """
         adapter = registry.available_adapter(self.entry)
-        if reason := adapter.cannot_load(self.artifact.target):
+        if reason := adapter.support.cannot_load(self.artifact.target):
             raise UnavailableError(f"{self.artifact.format} {self.artifact.precision}: {reason}")
         path = self.bundle.load_path(self.artifact)
         artifact = self.artifact
@@ -100,9 +100,9 @@ def first_runnable(
 
 def cannot_run(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     """Say why an artifact cannot run on this machine; ``None`` where it can, as far as one sees without loading it."""
-    adapter = registry.adapter(row)
-    status = adapter.probe()
-    return adapter.cannot_load(artifact.target) if status.available else status.reason
+    support = registry.support(row)
+    status = support.probe()
+    return support.cannot_load(artifact.target) if status.available else status.reason
 
 
 def saturation_risk(row: registry.RuntimeEntry, full_range: bool) -> str | None:
@@ -112,7 +112,7 @@ def saturation_risk(row: registry.RuntimeEntry, full_range: bool) -> str | None:
         row: of the runtime.
         full_range: whether the int8 weights use 8 bits (:attr:`dmformer.bundle.manifest.Artifact.full_range`).
     """
-    reason = registry.adapter(row).saturates() if full_range else None
+    reason = registry.support(row).saturates() if full_range else None
     return reason and (
         f"its int8 weights use 8 bits, and their sums may saturate in {row.name}: {reason}; export it again with "
         "weights of 7 bits (the default), or run it at another precision"
@@ -121,7 +121,7 @@ def saturation_risk(row: registry.RuntimeEntry, full_range: bool) -> str | None:
 
 def caveat(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     """Say that an artifact's sums saturate here, or that it is computed in float32; ``None`` where neither is so."""
-    return saturation_risk(row, artifact.full_range) or registry.adapter(row).cannot_compute(artifact.precision)
+    return saturation_risk(row, artifact.full_range) or registry.support(row).cannot_compute(artifact.precision)
 
 
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:

@@ -197,7 +197,7 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
     from rich.text import Text
 
     from dmformer.bench.sentences import digits
-    from dmformer.runtimes.layers import describe
+    from dmformer.runtimes.inspector import describe_layers
 
     columns = ["artifact", "size", "computes", "points lost", "p50 ms", "against fp32"]
     listing = table("Artifacts, as measured where they were made", columns, numeric=["size", "points lost", "p50 ms"])
@@ -213,7 +213,7 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
         cells = [
             f"{artifact.format} {artifact.precision}",
             megabytes(artifact.bytes),
-            describe(artifact.layers) or "-",
+            describe_layers(artifact.layers) or "-",
             "-" if artifact.points_lost is None else f"{round(artifact.points_lost, 2) + 0.0:.2f}",
             "-" if speed is None else digits(speed.p50_ms),
             verdict,

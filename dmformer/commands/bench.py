@@ -160,7 +160,7 @@ def _place(row: Result) -> tuple[object, ...]:
 
 def _table(report: BenchReport) -> Table:
     from dmformer.bench.sentences import digits
-    from dmformer.runtimes.layers import describe
+    from dmformer.runtimes.inspector import describe_layers
 
     several = any(row.mode != "compute" for row in report.results)
     columns = ["runtime", *(["mode"] if several else []), "batch"]
@@ -185,7 +185,7 @@ def _table(report: BenchReport) -> Table:
             digits(row.throughput_ips),
             "-" if row.share_of_limit is None else f"{row.share_of_limit:.0%}",
             *(digits(figure) for figure in figures),
-            describe(row.layers),
+            describe_layers(row.layers),
             present.mark(row.status == "ok", row.status),
         ]
         present.add_row(listing, cells)

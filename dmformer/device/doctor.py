@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
-    from dmformer.runtimes.base import Availability
+    from dmformer.runtimes.support import Availability
 
 # Distributions that no runtime stands for, and the extra that installs each.
 _TOOLS = {
@@ -96,7 +96,7 @@ def examine_machine(bundle: Bundle | None = None, cannot_build: CannotBuild | No
         bundle: whose artifacts are examined.
         cannot_build: says why a format at a precision cannot be built here from the bundle.
     """
-    statuses = {row.name: registry.adapter(row).look() for row in registry.ENTRIES}
+    statuses = {row.name: registry.support(row).quick_probe() for row in registry.ENTRIES}
     runtimes = tuple(Component(name=name, **asdict(status)) for name, status in statuses.items())
     artifacts = _artifacts(bundle, statuses, cannot_build or (lambda *_: "not looked at")) if bundle is not None else ()
     tools = tuple(_tool(name, extra) for name, extra in _TOOLS.items())
@@ -147,7 +147,7 @@ def _artifacts(
     full_range = {artifact.precision: artifact.full_range for artifact in bundle.manifest.artifacts}
     for row in registry.ENTRIES:
         for precision, full in full_range.items():
-            able = (row.format, precision) not in held and precision in registry.adapter(row).precisions
+            able = (row.format, precision) not in held and precision in registry.support(row).precisions
             if able and not_built(row, precision) is None:
                 examined.append(
                     ArtifactStatus(
@@ -169,7 +169,7 @@ def _unfit(artifact: Artifact, row: registry.RuntimeEntry | None, statuses: Mapp
         return "this version of dmformer has no runtime for it"
     if not statuses[row.name].available:
         return statuses[row.name].reason
-    return registry.adapter(row).cannot_load(artifact.target)
+    return registry.support(row).cannot_load(artifact.target)
 
 
 def _caveats(artifact: Artifact, row: registry.RuntimeEntry, statuses: Mapping[str, Availability]) -> str | None:

@@ -152,7 +152,7 @@ def cannot_build(bundle: Bundle, row: registry.RuntimeEntry, precision: str) -> 
 
 
 def _sources(bundle: Bundle, row: registry.RuntimeEntry, precisions: Sequence[str]) -> list[Artifact]:
-    able = registry.adapter(row).precisions
+    able = registry.support(row).precisions
     wanted = precisions or able
     found = [item for item in bundle.artifacts(_SOURCE) if item.precision in wanted and item.precision in able]
     missing = [precision for precision in precisions if precision not in [item.precision for item in found]]

@@ -15,8 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get
 from dmformer.bundle.manifest import DEFAULT_BUNDLE, SAFE_WEIGHT_BITS, WEIGHT_BITS
 from dmformer.errors import UsageError
 from dmformer.progress import Progress, silent
-from dmformer.runtimes.flavours import AUTO
-from dmformer.runtimes.target import compute_capability
+from dmformer.runtimes.target import AUTO, compute_capability
 from dmformer.task import Task
 
 P = ParamSpec("P")

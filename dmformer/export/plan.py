@@ -65,7 +65,7 @@ class ExportPlan:
             (row, precision)
             for row in map(registry.entry_of_format, self.formats)
             for precision in self.precisions
-            if precision in registry.adapter(row).precisions
+            if precision in registry.support(row).precisions
         ]
 
     @property
@@ -172,7 +172,7 @@ def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[s
             formats.append(row.format)
             continue
         for row in registry.ENTRIES:
-            if not set(registry.adapter(row).precisions) & set(precisions):
+            if not set(registry.support(row).precisions) & set(precisions):
                 continue
             try:
                 check_size(row, options.open_size)
@@ -188,7 +188,7 @@ def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[s
 
 
 def _check_taken(row: registry.RuntimeEntry, precisions: Sequence[str]) -> None:
-    taken = registry.adapter(row).precisions
+    taken = registry.support(row).precisions
     if not set(taken) & set(precisions):
         raise UsageError(
             f"format {row.format} at {', '.join(precisions)}; expected {', '.join(taken)}: "

@@ -240,9 +240,9 @@ class _Export(Loop):
         found = []
         for row in map(registry.entry_of_format, self.plan.formats):
             ahead = is_compiled(row) and self.options.engine.targets  # built for other machines
-            adapter = registry.adapter(row)
-            if precision in adapter.precisions and (
-                precision in self.plan.precisions or (adapter.probe().available and not ahead)
+            support = registry.support(row)
+            if precision in support.precisions and (
+                precision in self.plan.precisions or (support.probe().available and not ahead)
             ):
                 found.append(row)
         return found

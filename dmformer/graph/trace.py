@@ -19,7 +19,7 @@ from dmformer import __version__
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.graph import onnx_file
-from dmformer.runtimes.layers import module_path
+from dmformer.runtimes.inspector import module_path
 from dmformer.task import INPUT_NAME
 
 if TYPE_CHECKING:

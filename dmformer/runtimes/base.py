@@ -3,11 +3,13 @@
 A runtime is a context manager. Entering loads the artifact, leaving frees it; :meth:`Runtime.run` is legal only in
 between, any number of times, with any batch size. A runtime never falls back to another device, provider or precision:
 where it cannot have what was asked, entering raises.
+
+An adapter has three classes: a :class:`Runtime`, the :class:`~dmformer.runtimes.inspector.Inspector` that looks inside
+one that is open, and the :class:`~dmformer.runtimes.support.Support` that answers for the machine without an artifact.
 """
 
 from __future__ import annotations
 
-import platform
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,8 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
-from dmformer.machine import check_threads, instructions, usable_cores
-from dmformer.runtimes.installed import whole
+from dmformer.machine import check_threads, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from dmformer.runtimes.inspector import Inspector
+    from dmformer.runtimes.support import Support
     from dmformer.runtimes.target import Target
 
     Arrays = Mapping[str, NDArray[Any]]
@@ -40,19 +43,6 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Availability:
-    """Whether a runtime can work on this machine: its version, or why not and what to do.
-
-    ``untried`` says what was taken on trust, where something was.
-    """
-
-    available: bool
-    version: str | None = None
-    reason: str | None = None
-    untried: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,40 +60,26 @@ class Details:
     version: str
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One step of an inference, as the engine runs it: after fusion, with the layout changes that it put in.
-
-    Attributes:
-        name: in the engine's words; that of the ONNX node it came from where the engine keeps it.
-        operator: in the engine's words.
-        ns: nanoseconds that it took, one for each inference.
-    """
-
-    name: str
-    operator: str
-    ns: tuple[int, ...]
-
-
 class Runtime(ABC):
     """Loads one artifact and runs it.
+
+    Attributes:
+        support: what the runtime can do on this machine.
+        inspector: the class that looks inside an open runtime.
 
     Args:
         path: the artifact's main file.
         threads: threads for one inference; ``None`` means all the cores that this process may use.
         precision: what the artifact was made for; the runtime refuses to run it in another, and entering refuses one
-            that is not among its ``precisions``.
+            that its ``support`` does not have.
         target: what a compiled artifact is tied to.
-        taps: names of inner tensors that :meth:`run` gives beside the outputs, out of :meth:`inner_tensors`; for
-            finding faults, because they may keep the engine from fusing what is around them.
+        taps: names of inner tensors that :meth:`run` gives beside the outputs, out of
+            :meth:`Inspector.inner_tensors`; for finding faults, because they may keep the engine from fusing what is
+            around them.
     """
 
-    name: ClassVar[str]
-    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
-    # Arguments of :func:`dmformer.runtimes.installed.whole`; without them :meth:`look` imports the engine.
-    package: ClassVar[tuple[str, ...]] = ()
-    # By processor, instruction sets without which the engine cannot start, in Linux's names.
-    instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    support: ClassVar[Support]
+    inspector: ClassVar[type[Inspector]]
 
     def __init__(
         self,
@@ -121,23 +97,12 @@ class Runtime(ABC):
         self.target = target
         self.taps = tuple(taps)
         self._open = False
-        self._like: dict[str, tuple[Any, Any]] = {}  # shapes and types that were checked last
+        self._checked: dict[str, tuple[Any, Any]] = {}  # shapes and types that were checked last
 
-    @classmethod
-    @abstractmethod
-    def probe(cls) -> Availability:
-        """Whether the engine is installed and loads here. Does not raise."""
-
-    @classmethod
-    def look(cls) -> Availability:
-        """As :meth:`probe`, but an engine whose files are whole is not imported. Does not raise."""
-        missing = sorted(set(cls.instructions.get(platform.machine().lower(), ())) - instructions())
-        if missing and instructions():  # importing it could end this process
-            return Availability(False, reason=f"{cls.name} needs {', '.join(missing)}, which this processor has not")
-        version = whole(*cls.package) if cls.package else None
-        if version is not None:
-            return Availability(True, version, untried="its libraries are whole; it was not loaded")
-        return cls.probe()
+    @property
+    def name(self) -> str:
+        """The canonical name of the runtime."""
+        return self.support.name
 
     @abstractmethod
     def load(self) -> None:
@@ -150,57 +115,21 @@ class Runtime(ABC):
     @property
     @abstractmethod
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What :meth:`run` takes. Legal while open."""
+        """The arrays that :meth:`run` takes. Legal while open."""
 
     @property
     @abstractmethod
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What :meth:`run` gives. Legal while open."""
+        """The arrays that :meth:`run` returns. Legal while open."""
 
     @property
     @abstractmethod
     def details(self) -> Details:
         """What executes, read back from the engine. Legal while open."""
 
-    @classmethod
-    def cannot_compute(cls, precision: str) -> str | None:
-        """Why this runtime has no arithmetic of a precision on this machine, in which it still runs artifacts of it.
-
-        ``None`` where it has. Such an artifact is computed in float32: slower, not wrong, and to be said aloud.
-        """
-        del precision
-        return None
-
-    @classmethod
-    def saturates(cls) -> str | None:
-        """Why sums of products with int8 weights of 8 bits may saturate in this engine on this machine.
-
-        ``None`` where they do not. Such answers are wrong, not slow; weights of 7 bits are right everywhere.
-        """
-        return None
-
-    @classmethod
-    def peak_gops(cls, precision: str, threads: int) -> float | None:
-        """What the engine attains at a precision on a large, regular product, in 10^9 operations a second.
-
-        ``None`` where NumPy's matrix product serves as the limit (float32), and where nothing is known. A multiply and
-        an add are two operations.
-        """
-        del precision, threads
-        return None
-
-    @classmethod
-    def cannot_load(cls, target: Target | None) -> str | None:
-        """Why an artifact with this target cannot run on this machine; ``None`` where it can, as far as is known.
-
-        Takes less than a second and loads nothing.
-        """
-        del target
-        return None
-
-    def inner_tensors(self) -> frozenset[str]:
-        """Names that ``taps`` may hold; empty where the engine shows nothing of its inside. Legal while open."""
-        return frozenset()
+    @abstractmethod
+    def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run on checked inputs; the arrays returned are the caller's to keep. Called by :meth:`run`."""
 
     @property
     def batches(self) -> tuple[int, int | None]:
@@ -212,47 +141,12 @@ class Runtime(ABC):
         """Nanoseconds that the last inference took on the device alone, without transfers; ``None`` on a CPU."""
         return None
 
-    def layers(self) -> dict[str, int]:
-        """In which precision each compute layer of the loaded model runs, counted, as the engine shows it.
-
-        Legal while open; may take as long as loading. :mod:`dmformer.runtimes.layers` says what it is good for.
-
-        Raises:
-            StageFailed: the engine failed.
-        """
-        with self._engine_errors("showing the layers of"):
-            return self.read_layers()
-
-    @abstractmethod
-    def read_layers(self) -> dict[str, int]:
-        """Called by :meth:`layers`."""
-
-    def kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
-        """Where the time of an inference goes, by the engine's own profiler, in the order in which kernels ran.
-
-        Legal while open; may load the model once more, because profilers slow down what they watch.
-
-        Args:
-            feeds: what :meth:`run` takes, one for each inference.
-
-        Raises:
-            StageFailed: the engine failed.
-        """
-        for feed in feeds:
-            self._check(feed)
-        with self._engine_errors("profiling"):
-            return self.read_kernels(feeds)
-
-    @abstractmethod
-    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
-        """Called by :meth:`kernels` with checked feeds."""
-
-    @abstractmethod
-    def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run on checked inputs; the arrays returned are the caller's to keep. Called by :meth:`run`."""
+    def inspect(self) -> Inspector:
+        """Return what looks inside the loaded model. Legal while open."""
+        return self.inspector(self)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """One inference.
+        """Run one inference.
 
         Args:
             inputs: an array for each of :attr:`inputs`, of its type and shape; not modified, not kept.
@@ -266,10 +160,10 @@ class Runtime(ABC):
         """
         if not self._open:
             raise StageFailed(f"runtime {self.name} is not open; expected run() inside its 'with' block")
-        if not self._like_before(inputs):
-            self._check(inputs)
-            self._like = {name: (array.shape, array.dtype) for name, array in inputs.items()}
-        try:
+        if not self._same_as_checked(inputs):
+            self.check_inputs(inputs)
+            self._checked = {name: (array.shape, array.dtype) for name, array in inputs.items()}
+        try:  # as engine_errors, which would cost a microsecond more
             return self.infer(inputs)
         except DMFormerError:
             raise
@@ -282,12 +176,19 @@ class Runtime(ABC):
         batch: int | None = None,
         keep: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """:meth:`run` for any number of rows, in batches of one size, the last filled up from the start.
+        """Run any number of rows in batches of one size, the last filled up with rows from the start.
 
         Args:
             inputs: rows for each of :attr:`inputs`.
             batch: the size; otherwise the largest that the rows fill and the artifact takes.
-            keep: what of each batch's outputs is given, row by row; otherwise all.
+            keep: chooses what of each batch's outputs is returned, row by row; otherwise all is.
+
+        Returns:
+            An array for each output that was kept, with as many rows as ``inputs``.
+
+        Raises:
+            UsageError: as :meth:`run`.
+            StageFailed: as :meth:`run`.
         """
         least, most = self.batches
         count = len(next(iter(inputs.values())))
@@ -305,12 +206,10 @@ class Runtime(ABC):
         }
 
     def __enter__(self) -> Self:
-        if self.precision not in self.precisions:
-            raise StageFailed(
-                f"{self.name} cannot honour precision {self.precision!r}; expected {', '.join(self.precisions)}"
-            )
+        if self.precision not in (taken := self.support.precisions):
+            raise StageFailed(f"{self.name} cannot honour precision {self.precision!r}; expected {', '.join(taken)}")
         try:
-            with self._engine_errors("loading"):
+            with self.engine_errors("loading"):
                 self.load()
                 self._check_taps()
         except BaseException:
@@ -319,7 +218,7 @@ class Runtime(ABC):
             raise
         # Asking an engine for its inputs may take as long as a small network.
         self._expected = {spec.name: (spec, np.dtype(spec.dtype)) for spec in self.inputs}
-        self._like = {}
+        self._checked = {}
         self._open = True
         return self
 
@@ -334,21 +233,26 @@ class Runtime(ABC):
             self.close()
 
     def _check_taps(self) -> None:
-        given = {spec.name for spec in self.outputs} if self.taps else set()
-        if missing := [name for name in self.taps if name not in given]:
-            raise StageFailed(f"{self.name} does not show tensor {missing[0]!r}; expected one of its inner tensors")
+        shown = {spec.name for spec in self.outputs} if self.taps else set()
+        if hidden := [name for name in self.taps if name not in shown]:
+            raise StageFailed(f"{self.name} does not show tensor {hidden[0]!r}; expected one of its inner tensors")
 
-    def _like_before(self, inputs: Arrays) -> bool:
-        """Whether inputs have the names, shapes and types of those that were checked last: a check in a microsecond."""
-        like = self._like
-        if not like or len(inputs) != len(like):
+    def _same_as_checked(self, inputs: Arrays) -> bool:
+        """Compare names, shapes and types with those that were checked last: a check in a microsecond."""
+        checked = self._checked
+        if not checked or len(inputs) != len(checked):
             return False
         for name, array in inputs.items():
-            if type(array) is not np.ndarray or like.get(name) != (array.shape, array.dtype):
+            if type(array) is not np.ndarray or checked.get(name) != (array.shape, array.dtype):
                 return False
         return True
 
-    def _check(self, inputs: Arrays) -> None:
+    def check_inputs(self, inputs: Arrays) -> None:
+        """Refuse inputs that are not what :attr:`inputs` says. Legal while open.
+
+        Raises:
+            UsageError: an input is missing, unknown, or of another type or shape.
+        """
         if inputs.keys() != self._expected.keys():
             raise UsageError(f"{self.name}: received inputs {sorted(inputs)}; expected {sorted(self._expected)}")
         for name, array in inputs.items():
@@ -364,7 +268,8 @@ class Runtime(ABC):
                 )
 
     @contextmanager
-    def _engine_errors(self, doing: str) -> Iterator[None]:
+    def engine_errors(self, doing: str) -> Iterator[None]:
+        """Turn whatever the engine raises in the block into :class:`StageFailed`; ``doing`` is what failed."""
         try:
             yield
         except DMFormerError:
@@ -373,12 +278,12 @@ class Runtime(ABC):
             raise self._failed(doing, error) from error
 
     def _failed(self, doing: str, error: Exception) -> StageFailed:
-        """Whatever an engine raises, as one line of ours."""
+        """Put whatever an engine raised into one line of ours."""
         return StageFailed(f"{self.name} failed while {doing} {self.path.name}: {first_line(error)}")
 
 
 def symbolic(shape: list[Any] | tuple[Any, ...]) -> tuple[int | str, ...]:
-    """A shape with its variable dimensions named: the first is ``batch``, the others by their index."""
+    """Name the variable dimensions of an engine's shape: the first is ``batch``, the others ``dim`` and their index."""
     return tuple(
         size if isinstance(size, int) and size > 0 else ("batch" if axis == 0 else f"dim{axis}")
         for axis, size in enumerate(shape)

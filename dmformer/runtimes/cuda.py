@@ -33,7 +33,7 @@ class Gpu:
 
 
 def bindings() -> Any:
-    """The runtime API of ``cuda-bindings``.
+    """Import the runtime API of ``cuda-bindings``.
 
     Raises:
         UnavailableError: it is not installed.
@@ -47,9 +47,9 @@ def bindings() -> Any:
 
 
 def driver_missing() -> str | None:
-    """Why there is no NVIDIA driver on this machine; ``None`` where there is one, or this system is not known.
+    """Return why there is no NVIDIA driver here; ``None`` where there is one, or this system is not known.
 
-    In a millisecond; the bindings take longer to import.
+    Takes a millisecond; the bindings take longer to import.
     """
     import ctypes
 
@@ -63,7 +63,7 @@ def driver_missing() -> str | None:
 
 
 def find_gpu() -> Gpu:
-    """The first GPU.
+    """Find the first GPU.
 
     Raises:
         UnavailableError: there is none, or no driver for it.
@@ -86,7 +86,7 @@ def find_gpu() -> Gpu:
 
 
 def _why_no_gpu(cuda: Any, code: str) -> str:
-    """No driver, or one that is older than the bindings."""
+    """Say that there is no driver, or one that is older than the bindings."""
     _, driver = cuda.cudaDriverGetVersion()  # like 12060; 0 where there is none
     _, bound = cuda.cudaRuntimeGetVersion()
     if driver and driver // 1000 < bound // 1000:
@@ -98,7 +98,7 @@ def _why_no_gpu(cuda: Any, code: str) -> str:
 
 
 def checked(cuda: Any, call: str, result: Any) -> Any:
-    """What a call of the CUDA runtime gave, without its error code.
+    """Return the result of a call of the CUDA runtime, without its error code.
 
     Raises:
         StageFailed: the code is not success.
@@ -118,15 +118,14 @@ class Buffer:
         self.host = int(session.allocate("cudaMallocHost", "cudaFreeHost", size))
 
     def view(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """The pinned memory as an array; valid as long as the session is open."""
+        """Return the pinned memory as an array, which is valid as long as the session is open."""
         import ctypes
 
-        wanted = np.dtype(dtype)
         count = int(np.prod(shape))
-        if count * wanted.itemsize > self.size:
-            raise StageFailed(f"an array of {shape} {wanted} does not fit into a buffer of {self.size} bytes")
-        memory = (ctypes.c_byte * (count * wanted.itemsize)).from_address(self.host)
-        return np.frombuffer(memory, wanted, count).reshape(shape)
+        size = count * np.dtype(dtype).itemsize
+        if size > self.size:
+            raise StageFailed(f"an array of {shape} {np.dtype(dtype)} does not fit into a buffer of {self.size} bytes")
+        return np.frombuffer((ctypes.c_byte * size).from_address(self.host), dtype, count).reshape(shape)
 
 
 class Session:
@@ -161,24 +160,24 @@ class Session:
         return checked(self.cuda, name, getattr(self.cuda, name)(*arguments))
 
     def allocate(self, take: str, give_back: str, size: int) -> Any:
-        """Memory that is freed with the session."""
+        """Allocate memory that is freed with the session; ``size`` in bytes."""
         pointer = self.call(take, size)
         self._frees.callback(self.call, give_back, pointer)
         return pointer
 
     def event(self) -> Any:
-        """An event, for times on the device."""
-        made = self.call("cudaEventCreate")
-        self._frees.callback(self.call, "cudaEventDestroy", made)
-        return made
+        """Create an event, for times on the device."""
+        event = self.call("cudaEventCreate")
+        self._frees.callback(self.call, "cudaEventDestroy", event)
+        return event
 
     def copy_in(self, buffer: Buffer, size: int) -> None:
-        """Host to device, on the stream; ``size`` in bytes."""
+        """Copy from host to device, on the stream; ``size`` in bytes."""
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", buffer.device, buffer.host, size, kind, self.stream)
 
     def copy_out(self, buffer: Buffer, size: int) -> None:
-        """Device to host, on the stream; ``size`` in bytes."""
+        """Copy from device to host, on the stream; ``size`` in bytes."""
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", buffer.host, buffer.device, size, kind, self.stream)
 
@@ -187,9 +186,9 @@ class Session:
         self.call("cudaEventRecord", event, self.stream)
 
     def wait(self) -> None:
-        """Until the stream has done all that was asked."""
+        """Wait until the stream has done all that was asked."""
         self.call("cudaStreamSynchronize", self.stream)
 
     def between(self, first: Any, second: Any) -> int:
-        """Nanoseconds between two recorded events."""
+        """Return the nanoseconds between two recorded events."""
         return round(float(self.call("cudaEventElapsedTime", first, second)) * 1e6)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed, first_line
+from dmformer.errors import StageFailed
 from dmformer.machine import give_memory_back
-from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
-from dmformer.runtimes.layers import is_compute, precision_of
-from dmformer.runtimes.onnx_weights import without_weights
+from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
+from dmformer.runtimes.onnx_weights import refer_to_weights
+from dmformer.runtimes.support import Availability, Support
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
@@ -38,47 +39,102 @@ def _import() -> Any:
     return require("onnxruntime", extra="onnxruntime", purpose="it")
 
 
-class OnnxRuntime(Runtime):
-    """Runs ``.onnx`` files with the CPU execution provider."""
+class OnnxSupport(Support):
+    """onnxruntime and its CPU execution provider on this machine."""
 
     name = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     package: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxruntime/capi/onnxruntime_pybind11_state")
-    _session: Any = None
 
-    @classmethod
-    def probe(cls) -> Availability:
-        """Whether onnxruntime is installed and has its CPU provider."""
-        try:
-            ort = _import()
-            version, providers = ort.__version__, ort.get_available_providers()
-        except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
-            return Availability(False, reason=first_line(error))
-        if _PROVIDER not in providers:
-            return Availability(False, version, f"this build of onnxruntime has no {_PROVIDER}")
-        return Availability(True, version)
+    def import_engine(self) -> Availability:
+        """Refuse builds for other devices, which may lack the CPU provider."""
+        ort = _import()
+        if _PROVIDER not in ort.get_available_providers():
+            return Availability(False, ort.__version__, f"this build of onnxruntime has no {_PROVIDER}")
+        return Availability(True, ort.__version__)
+
+    def cannot_compute(self, precision: str) -> str | None:
+        """Say that float16 convolutions exist on Arm only, and those in int8 need quantised outputs as well."""
+        if precision == "fp16" and platform.machine().lower() not in ("aarch64", "arm64"):
+            return "onnxruntime's CPU provider has no float16 convolutions on this processor, and computes in float32"
+        if precision == "int8":
+            return (
+                "onnxruntime computes a convolution in int8 only where its output is quantised too, which this graph "
+                "leaves in floating point, and computes in float32"
+            )
+        return None
+
+
+class OnnxInspector(Inspector):
+    """Reads the file's nodes, and the profiles of sessions made to be profiled."""
+
+    runtime: OnnxRuntime
+
+    def inner_tensors(self) -> frozenset[str]:
+        """Return the outputs of the file's nodes."""
+        onnx = require("onnx", extra="export", purpose="showing inner tensors")
+        return frozenset(name for node in onnx.load(self.runtime.path).graph.node for name in node.output if name)
+
+    def read_layers(self) -> dict[str, int]:
+        """Read the profile of one inference, in which each executed kernel has its types."""
+        found: Counter[str] = Counter()
+        for event in self._profiled([{spec.name: np.zeros(_least(spec), spec.dtype) for spec in self.runtime.inputs}]):
+            details = event["args"]
+            if is_compute(details["op_name"]):
+                (type_name,) = details["input_type_shape"][0]
+                found[precision_of(type_name)] += 1
+        return dict(found)
+
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """Read the profile of a session made for it; it counts in whole microseconds."""
+        times: dict[tuple[str, str], list[int]] = {}
+        for event in self._profiled(feeds):
+            key = event["name"].removesuffix(_KERNEL), event["args"]["op_name"]
+            times.setdefault(key, []).append(1000 * event["dur"])
+        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
+
+    def _profiled(self, feeds: Sequence[Arrays]) -> list[dict[str, Any]]:
+        """Return what the profile of a new session has of each kernel of each inference."""
+        with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
+            options = self.runtime.options()
+            options.enable_profiling = True
+            options.profile_file_prefix = f"{folder}/profile"
+            session = self.runtime.new_session(options)
+            for feed in feeds:
+                session.run(None, dict(feed))
+            events = json.loads(Path(session.end_profiling()).read_bytes())
+        return [event for event in events if event.get("name", "").endswith(_KERNEL)]
+
+
+class OnnxRuntime(Runtime):
+    """Runs ``.onnx`` files with the CPU execution provider."""
+
+    support = OnnxSupport()
+    inspector = OnnxInspector
+    _session: Any = None
 
     def load(self) -> None:
         """Create the session and make sure that it uses the provider that was asked for."""
-        self._session = self._new_session(self.options(), self._tapped() if self.taps else None)
+        self._session = self.new_session(self.options(), self._tapped() if self.taps else None)
         if self._session.get_providers() != [_PROVIDER]:
             raise StageFailed(f"onnxruntime took {self._session.get_providers()}; expected only {_PROVIDER}")
         self._names = [node.name for node in self._session.get_outputs()]
 
-    def _new_session(self, options: Any, model: bytes | None = None) -> Any:
-        """A session of the file, or of a model in memory.
+    def new_session(self, options: Any, model: bytes | None = None) -> Any:
+        """Make a session of the file, or of a model in memory.
 
         Without onnxruntime's fallback, which prints to standard output and tries again.
         """
         path = self.path.resolve()
         with suppress(OSError, ValueError, IndexError):  # onnxruntime has the words for what is wrong with a file
-            model = model or without_weights(path)
+            model = model or refer_to_weights(path)
         options.add_session_config_entry(_FOLDER, str(path.parent))
         session = _import().InferenceSession(model or str(path), options, providers=[_PROVIDER], enable_fallback=0)
         give_memory_back()
         return session
 
     def _tapped(self) -> bytes:
+        """Return the model with the taps among its outputs."""
         onnx = require("onnx", extra="export", purpose="showing inner tensors")
         model = onnx.load(self.path)
         known = {value.name for value in model.graph.output}
@@ -86,13 +142,8 @@ class OnnxRuntime(Runtime):
         data: bytes = model.SerializeToString()
         return data
 
-    def inner_tensors(self) -> frozenset[str]:
-        """What the file's nodes give."""
-        onnx = require("onnx", extra="export", purpose="showing inner tensors")
-        return frozenset(name for node in onnx.load(self.path).graph.node for name in node.output if name)
-
     def options(self) -> Any:
-        """Settings of the session."""
+        """Return the settings of a new session."""
         options = _import().SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -122,55 +173,13 @@ class OnnxRuntime(Runtime):
             version=_import().__version__,
         )
 
-    @classmethod
-    def cannot_compute(cls, precision: str) -> str | None:
-        """The CPU provider's convolutions in float16 exist on Arm; in int8 they need quantised outputs as well."""
-        if precision == "fp16" and platform.machine().lower() not in ("aarch64", "arm64"):
-            return "onnxruntime's CPU provider has no float16 convolutions on this processor, and computes in float32"
-        if precision == "int8":
-            return (
-                "onnxruntime computes a convolution in int8 only where its output is quantised too, which this graph "
-                "leaves in floating point, and computes in float32"
-            )
-        return None
-
-    def read_layers(self) -> dict[str, int]:
-        """From the profile of one inference, in which each executed kernel has its types."""
-        found: Counter[str] = Counter()
-        for event in self._profiled([{spec.name: np.zeros(_least(spec), spec.dtype) for spec in self.inputs}]):
-            details = event["args"]
-            if is_compute(details["op_name"]):
-                (type_name,) = details["input_type_shape"][0]
-                found[precision_of(type_name)] += 1
-        return dict(found)
-
-    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
-        """From a session that profiles; it counts in whole microseconds."""
-        times: dict[tuple[str, str], list[int]] = {}
-        for event in self._profiled(feeds):
-            key = event["name"].removesuffix(_KERNEL), event["args"]["op_name"]
-            times.setdefault(key, []).append(1000 * event["dur"])
-        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
-
-    def _profiled(self, feeds: Sequence[Arrays]) -> list[dict[str, Any]]:
-        """What a session that profiles tells of each kernel of each inference."""
-        with tempfile.TemporaryDirectory(prefix="dmformer-") as folder:
-            options = self.options()
-            options.enable_profiling = True
-            options.profile_file_prefix = f"{folder}/profile"
-            session = self._new_session(options)
-            for feed in feeds:
-                session.run(None, dict(feed))
-            events = json.loads(Path(session.end_profiling()).read_bytes())
-        return [event for event in events if event.get("name", "").endswith(_KERNEL)]
-
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the session; onnxruntime allocates the outputs anew for each call."""
         return dict(zip(self._names, self._session.run(self._names, dict(inputs)), strict=True))
 
 
 def _least(spec: TensorSpec) -> tuple[int, ...]:
-    """A small shape: one row; where height and width are open, maps of two by two at the last stage."""
+    """Return a small shape: one row; where height and width are open, maps of two by two at the last stage."""
     return tuple(
         size if isinstance(size, int) else (1 if axis == 0 else 2 * STRIDES[-1]) for axis, size in enumerate(spec.shape)
     )

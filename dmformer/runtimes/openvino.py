@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed, first_line
+from dmformer.errors import StageFailed
 from dmformer.machine import instructions, max_isa, without_vnni
-from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec, symbolic
-from dmformer.runtimes.layers import is_compute, precision_of
+from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
+from dmformer.runtimes.support import Availability, Support
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,41 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dmformer.runtimes.base import Arrays
-
-
-_CHANNELS = 1024
-_SIZE = 32
-_CALLS = 8
-
-
-def int8_gops(threads: int) -> float:
-    """10^9 operations a second, a multiply and an add being two; the best of a few calls.
-
-    uint8 activations and int8 weights, as a quantised network has them. The two casts of the activations are in the
-    time; they are a thousandth of the arithmetic.
-    """
-    ov: Any = require("openvino", extra="openvino", purpose="the limit at int8")
-    ops: Any = require("openvino.opset13", extra="openvino", purpose="the limit at int8")
-    rng = np.random.default_rng(0)
-    entry = ops.parameter([1, _CHANNELS, _SIZE, _SIZE], np.float32)
-    least, most = np.float32(0), np.float32(255 / 256)
-    quantised = ops.fake_quantize(entry, least, most, least, most, 256)
-    weights = ops.constant(rng.integers(-127, 128, (_CHANNELS, _CHANNELS, 1, 1)).astype(np.int8))
-    scale = ops.constant(np.full((_CHANNELS, 1, 1, 1), 1 / 127, np.float32))
-    scaled = ops.multiply(ops.convert(weights, "f32"), scale)
-    product = ops.convolution(quantised, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    request = ov.Core().compile_model(ov.Model([product], [entry]), "CPU", settings).create_infer_request()
-    image = rng.random((1, _CHANNELS, _SIZE, _SIZE), dtype=np.float32)
-    request.infer({0: image})
-    best = min(_seconds(lambda: request.infer({0: image}, share_inputs=True)) for _ in range(_CALLS))
-    return 2 * _CHANNELS**2 * _SIZE**2 / best / 1e9
-
-
-def _seconds(call: Any) -> float:
-    before = time.perf_counter()
-    call()
-    return time.perf_counter() - before
 
 
 _DEVICE = "CPU"
@@ -83,6 +49,115 @@ def core() -> Any:
     return _import().Core()
 
 
+class OpenVinoSupport(Support):
+    """OpenVINO's CPU plugin on this machine."""
+
+    name = "openvino"
+    precisions: ClassVar[tuple[str, ...]] = tuple(_PRECISION_HINT)
+    package: ClassVar[tuple[str, ...]] = ("openvino", "openvino/_pyopenvino", "openvino/libs/*_cpu_plugin.*")
+    # docs.openvino.ai, system requirements
+    instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {"x86_64": ("sse4_2",), "aarch64": ("asimd",)}
+
+    def import_engine(self) -> Availability:
+        """Load the CPU plugin as well, which is a library of its own."""
+        version, devices = _import().__version__.split("-")[0], core().available_devices
+        if _DEVICE not in devices:
+            return Availability(False, version, f"this installation of openvino has no {_DEVICE} plugin")
+        return Availability(True, version)
+
+    def cannot_compute(self, precision: str) -> str | None:
+        """Say where the CPU plugin has no float16 arithmetic."""
+        if precision != "fp16" or _has_float16():
+            return None
+        return "openvino has no float16 arithmetic on this processor, and computes in float32"
+
+    def saturates(self) -> str | None:
+        """Say so on x86 without VNNI, where oneDNN adds pairs of products in 16 bits."""
+        return without_vnni()
+
+    def peak_gops(self, precision: str, threads: int) -> float | None:
+        """Measure a pointwise convolution at int8, for which NumPy has no matrix product; the best of a few calls.
+
+        uint8 activations and int8 weights, as a quantised network has them. The two casts of the activations are in the
+        time; they are a thousandth of the arithmetic.
+        """
+        if precision != "int8":
+            return None
+        ov: Any = require("openvino", extra="openvino", purpose="the limit at int8")
+        ops: Any = require("openvino.opset13", extra="openvino", purpose="the limit at int8")
+        rng, calls, channels, size = np.random.default_rng(0), 8, 1024, 32
+        entry = ops.parameter([1, channels, size, size], np.float32)
+        least, most = np.float32(0), np.float32(255 / 256)
+        quantised = ops.fake_quantize(entry, least, most, least, most, 256)
+        weights = ops.constant(rng.integers(-127, 128, (channels, channels, 1, 1)).astype(np.int8))
+        scale = ops.constant(np.full((channels, 1, 1, 1), 1 / 127, np.float32))
+        scaled = ops.multiply(ops.convert(weights, "f32"), scale)
+        product = ops.convolution(quantised, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        request = ov.Core().compile_model(ov.Model([product], [entry]), _DEVICE, settings).create_infer_request()
+        image = rng.random((1, channels, size, size), dtype=np.float32)
+        request.infer({0: image})
+        taken_s = []
+        for _ in range(calls):
+            before = time.perf_counter()
+            request.infer({0: image}, share_inputs=True)
+            taken_s.append(time.perf_counter() - before)
+        return 2 * channels**2 * size**2 / min(taken_s) / 1e9
+
+
+def _has_float16() -> bool:
+    """Decide as the CPU plugin does (``precision_support.cpp``), which is asked where it is loaded already.
+
+    Before that the instruction sets tell, but for processors with AVX-VNNI, of which Linux does not name the newest,
+    and where oneDNN is held to fewer.
+    """
+    sets = instructions()
+    if "openvino" not in sys.modules and sets and max_isa() is None:
+        if sets & {"avx512_fp16", "asimdhp"}:
+            return True
+        if "avx_vnni" not in sets:
+            return False
+    return "FP16" in core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+
+
+class OpenVinoInspector(Inspector):
+    """Reads the compiled model, and the counters of one compiled to be profiled."""
+
+    runtime: OpenVinoRuntime
+
+    def inner_tensors(self) -> frozenset[str]:
+        """Return the names that conversion kept from the ONNX file."""
+        nodes = (node for node in self.runtime.source.get_ops() if node.get_type_name() != "Constant")
+        ports = (port for node in nodes for port in node.outputs())
+        return frozenset(name for port in ports for name in port.get_names())
+
+    def read_layers(self) -> dict[str, int]:
+        """Read the runtime model, in which each node after fusion has its type."""
+        found: Counter[str] = Counter()
+        for node in self.runtime.model.get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            if is_compute(info["layerType"].astype(str)):
+                found[precision_of(info["runtimePrecision"].astype(str))] += 1
+        return dict(found)
+
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """Read the counters of a second compilation, which count in whole microseconds.
+
+        What took less than one in an inference counts as not executed there, and has 0.
+        """
+        sizes = {_batch(feed) for feed in feeds}
+        fixed = self.runtime.fixed_for(sizes.pop()) if len(sizes) == 1 else None
+        request = self.runtime.request(self.runtime.compile(fixed, PERF_COUNT=True))
+        times: dict[tuple[str, str], list[int]] = {}
+        for index, feed in enumerate(feeds):
+            request.run(feed)
+            for step in request.profiling_info:
+                if step.status == step.Status.EXECUTED:  # else fused into another, or folded away
+                    taken = times.setdefault((step.node_name, step.node_type), [0] * len(feeds))
+                    taken[index] += round(step.real_time.total_seconds() * 1e9)
+        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
+
+
 class OpenVinoRuntime(Runtime):
     """Runs OpenVINO IR (``.xml`` with its ``.bin``), or ONNX, on the CPU plugin.
 
@@ -90,65 +165,50 @@ class OpenVinoRuntime(Runtime):
     asked for; those that come later share a model with an open batch, as all do in a large network.
     """
 
-    name = "openvino"
-    precisions: ClassVar[tuple[str, ...]] = tuple(_PRECISION_HINT)
-    package: ClassVar[tuple[str, ...]] = ("openvino", "openvino/_pyopenvino", "openvino/libs/*_cpu_plugin.*")
-    # docs.openvino.ai, system requirements
-    instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {"x86_64": ("sse4_2",), "aarch64": ("asimd",)}
-    _model: Any = None  # the first that was compiled
-    _source: Any = None  # has the names; compiling may fold a cast away and leave its tensor with two
-
-    @classmethod
-    def probe(cls) -> Availability:
-        """Whether openvino is installed and its CPU plugin loads."""
-        try:
-            ov = _import()
-            version, devices = ov.__version__.split("-")[0], core().available_devices
-        except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
-            return Availability(False, reason=first_line(error))
-        if _DEVICE not in devices:
-            return Availability(False, version, f"this installation of openvino has no {_DEVICE} plugin")
-        return Availability(True, version)
+    support = OpenVinoSupport()
+    inspector = OpenVinoInspector
+    model: Any = None  # the first that was compiled
+    source: Any = None  # has the names; compiling may fold a cast away and leave its tensor with two
 
     def load(self) -> None:
         """Read the model and compile it, for batch 1 where it is small."""
-        computed = "fp32" if self.cannot_compute(self.precision) else self.precision
+        computed = "fp32" if self.support.cannot_compute(self.precision) else self.precision
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _PRECISION_HINT[computed],
             "INFERENCE_NUM_THREADS": self.threads,
         }
-        self._source = core().read_model(str(self.path))
-        known = {name for port in self._source.outputs for name in port.get_names()}
-        self._source.add_outputs([name for name in self.taps if name not in known])
+        self.source = core().read_model(str(self.path))
+        known = {name for port in self.source.outputs for name in port.get_names()}
+        self.source.add_outputs([name for name in self.taps if name not in known])
         weights = self.path.with_suffix(".bin")
         if not weights.is_file():  # an ONNX file, as bisection saves its cuts
             weights = self.path
-        light = weights.stat().st_size <= FIXED_MOST_BYTES
-        self._most_fixed = _FIXED_SIZES if light else 0
+        self._most_fixed = _FIXED_SIZES if weights.stat().st_size <= FIXED_MOST_BYTES else 0
         self._requests: dict[int | None, _Request] = {}  # by batch size; None is an open batch
         self._request_for(1)
 
     def _request_for(self, batch: int) -> _Request:
-        """What runs a batch size; compiles it where nothing does yet."""
-        fixed = self._fixed_for(batch)
+        """Return what runs a batch size; compile it where nothing does yet."""
+        fixed = self.fixed_for(batch)
         if fixed not in self._requests:
-            model = self._compile(fixed)
-            self._model = self._model or model
-            self._requests[fixed] = self._request(model)
+            model = self.compile(fixed)
+            self.model = self.model or model
+            self._requests[fixed] = self.request(model)
         return self._requests[fixed]
 
-    def _fixed_for(self, batch: int) -> int | None:
-        """The batch size itself where it has, or may get, a model of its own."""
+    def fixed_for(self, batch: int) -> int | None:
+        """Return the batch size itself where it has, or may get, a model of its own; otherwise ``None``."""
         return batch if batch in self._requests or len(self._requests) < self._most_fixed else None
 
-    def _request(self, model: Any) -> _Request:
-        inputs = [port.get_any_name() for port in self._source.inputs]
-        return _Request(model, inputs, [self._name(port) for port in self._source.outputs])
+    def request(self, model: Any) -> _Request:
+        """Return what runs a compiled model."""
+        inputs = [port.get_any_name() for port in self.source.inputs]
+        return _Request(model, inputs, [self._name(port) for port in self.source.outputs])
 
-    def _compile(self, batch: int | None, **settings: Any) -> Any:
-        """The model for a batch size, or with the batch of the file, for the device and precision asked for."""
-        model = self._source
+    def compile(self, batch: int | None, **settings: Any) -> Any:
+        """Compile for a batch size, or for the batch of the file, on the device and at the precision asked for."""
+        model = self.source
         if batch is not None:
             shapes = {port: port.get_partial_shape() for port in model.inputs}
             for shape in shapes.values():
@@ -165,76 +225,27 @@ class OpenVinoRuntime(Runtime):
     def close(self) -> None:
         """Drop requests and models; OpenVINO frees them with their last reference."""
         self._requests = {}
-        self._model = None
-        self._source = None
+        self.model = None
+        self.source = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The model's inputs."""
-        return tuple(_spec(port, port.get_any_name()) for port in self._source.inputs)
+        return tuple(_spec(port, port.get_any_name()) for port in self.source.inputs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The model's outputs."""
-        return tuple(_spec(port, self._name(port)) for port in self._source.outputs)
-
-    def inner_tensors(self) -> frozenset[str]:
-        """Names that conversion kept from the ONNX file."""
-        nodes = (node for node in self._source.get_ops() if node.get_type_name() != "Constant")
-        ports = (port for node in nodes for port in node.outputs())
-        return frozenset(name for port in ports for name in port.get_names())
+        return tuple(_spec(port, self._name(port)) for port in self.source.outputs)
 
     @property
     def details(self) -> Details:
         """Device and threads that the compiled model reports."""
         return Details(
-            device=_device(self._model),
-            threads=int(self._model.get_property("INFERENCE_NUM_THREADS")),
+            device=_device(self.model),
+            threads=int(self.model.get_property("INFERENCE_NUM_THREADS")),
             version=_import().__version__.split("-")[0],
         )
-
-    @classmethod
-    def cannot_compute(cls, precision: str) -> str | None:
-        """Float16 arithmetic is there only where the CPU plugin says so."""
-        if precision != "fp16" or _has_float16():
-            return None
-        return "openvino has no float16 arithmetic on this processor, and computes in float32"
-
-    @classmethod
-    def saturates(cls) -> str | None:
-        """On x86 without VNNI, where oneDNN adds pairs of products in 16 bits."""
-        return without_vnni()
-
-    def read_layers(self) -> dict[str, int]:
-        """From the runtime model, in which each node after fusion has its type."""
-        found: Counter[str] = Counter()
-        for node in self._model.get_runtime_model().get_ops():
-            told = node.get_rt_info()
-            if is_compute(told["layerType"].astype(str)):
-                found[precision_of(told["runtimePrecision"].astype(str))] += 1
-        return dict(found)
-
-    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
-        """From the counters of a second compilation, which count in whole microseconds.
-
-        What took less than one in an inference counts as not executed there, and has 0.
-        """
-        sizes = {_batch(feed) for feed in feeds}
-        fixed = self._fixed_for(sizes.pop()) if len(sizes) == 1 else None
-        request = self._request(self._compile(fixed, PERF_COUNT=True))
-        times: dict[tuple[str, str], list[int]] = {}
-        for index, feed in enumerate(feeds):
-            request.run(feed)
-            for told in request.profiling_info:
-                if told.status == told.Status.EXECUTED:  # else fused into another, or folded away
-                    taken = times.setdefault((told.node_name, told.node_type), [0] * len(feeds))
-                    taken[index] += round(told.real_time.total_seconds() * 1e9)
-        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
-
-    @classmethod
-    def peak_gops(cls, precision: str, threads: int) -> float | None:
-        """Of a pointwise convolution of 1024 channels: at int8, for which NumPy has no matrix product."""
-        return int8_gops(threads) if precision == "int8" else None
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the request of the batch size; the outputs are copied out of its buffers."""
@@ -243,10 +254,9 @@ class OpenVinoRuntime(Runtime):
         return request.outputs()
 
     def _name(self, port: Any) -> str:
-        """A tensor may have several names."""
+        """Name an output; a tensor may have several names, and a tap is known by its own."""
         names = port.get_names()
-        found: str = next((tap for tap in self.taps if tap in names), port.get_any_name())
-        return found
+        return str(next((tap for tap in self.taps if tap in names), port.get_any_name()))
 
 
 class _Request:
@@ -268,7 +278,7 @@ class _Request:
             self._taken = self._answers()
 
     def run(self, inputs: Arrays) -> None:
-        """One inference."""
+        """Run one inference."""
         for name, array in inputs.items():
             buffer = self._given[name] if self._given else self._buffer(name, array.shape)
             if buffer.shape != array.shape:  # NumPy would repeat a single row
@@ -278,7 +288,7 @@ class _Request:
         self._request.wait()
 
     def outputs(self) -> dict[str, NDArray[Any]]:
-        """Copies of the last answers."""
+        """Return copies of the last answers."""
         return {name: buffer.copy() for name, buffer in (self._taken or self._answers()).items()}
 
     @property
@@ -287,12 +297,12 @@ class _Request:
         return self._request.profiling_info
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Of an input, in a shape that is open in the model."""
+        """Return the buffer of an input, in a shape that is open in the model."""
         tensor = self._request.get_input_tensor(self._inputs[name])
         if tensor.data.shape != shape:  # OpenVINO's Shape takes 40 microseconds to compare
             tensor.shape = shape
-        found: NDArray[Any] = tensor.data
-        return found
+        data: NDArray[Any] = tensor.data
+        return data
 
     def _answers(self) -> dict[str, NDArray[Any]]:
         return {name: self._request.get_output_tensor(at).data for name, at in self._outputs.items()}
@@ -304,21 +314,6 @@ def _device(compiled: Any) -> str:
 
 def _batch(inputs: Arrays) -> int:
     return len(next(iter(inputs.values())))
-
-
-def _has_float16() -> bool:
-    """As the CPU plugin decides it (``precision_support.cpp``); it is asked where it is loaded already.
-
-    Before that the instruction sets tell, but for processors with AVX-VNNI, of which Linux does not name the newest,
-    and where oneDNN is held to fewer.
-    """
-    sets = instructions()
-    if "openvino" not in sys.modules and sets and max_isa() is None:
-        if sets & {"avx512_fp16", "asimdhp"}:
-            return True
-        if "avx_vnni" not in sets:
-            return False
-    return "FP16" in core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
 
 
 def _spec(port: Any, name: str) -> TensorSpec:

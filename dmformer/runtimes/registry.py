@@ -1,4 +1,4 @@
-"""The table of runtimes. A new runtime is a new row; see CONTRIBUTING.md."""
+"""The one table of runtimes. A new runtime is a new row; see CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dmformer.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from dmformer.runtimes.base import Runtime
+    from dmformer.runtimes.support import Support
 
 
 @dataclass(frozen=True)
@@ -32,39 +33,15 @@ class RuntimeEntry:
 
 
 ENTRIES = (
-    RuntimeEntry(
-        name="torch",
-        aliases=("pytorch",),
-        adapter="dmformer.runtimes.torch:TorchRuntime",
-        format="torch",
-        extra="export",
-    ),
-    RuntimeEntry(
-        name="onnxruntime",
-        aliases=("ort",),
-        adapter="dmformer.runtimes.onnxruntime:OnnxRuntime",
-        format="onnx",
-        extra="onnxruntime",
-    ),
-    RuntimeEntry(
-        name="openvino",
-        aliases=("ov",),
-        adapter="dmformer.runtimes.openvino:OpenVinoRuntime",
-        format="openvino",
-        extra="openvino",
-    ),
-    RuntimeEntry(
-        name="tensorrt",
-        aliases=("trt",),
-        adapter="dmformer.runtimes.tensorrt:TensorRtRuntime",
-        format="tensorrt",
-        extra="tensorrt",
-    ),
+    RuntimeEntry("torch", ("pytorch",), "dmformer.runtimes.torch:TorchRuntime", "torch", extra="export"),
+    RuntimeEntry("onnxruntime", ("ort",), "dmformer.runtimes.onnxruntime:OnnxRuntime", "onnx", extra="onnxruntime"),
+    RuntimeEntry("openvino", ("ov",), "dmformer.runtimes.openvino:OpenVinoRuntime", "openvino", extra="openvino"),
+    RuntimeEntry("tensorrt", ("trt",), "dmformer.runtimes.tensorrt:TensorRtRuntime", "tensorrt", extra="tensorrt"),
 )
 
 
 def entry(name: str) -> RuntimeEntry:
-    """The row of a runtime, by its name or an alias.
+    """Return the row of a runtime, by its name or an alias.
 
     Raises:
         UsageError: no such runtime.
@@ -76,7 +53,7 @@ def entry(name: str) -> RuntimeEntry:
 
 
 def entry_of_format(name: str) -> RuntimeEntry:
-    """The row of a format, by its name or an alias.
+    """Return the row of a format, by its name or an alias.
 
     Raises:
         UsageError: no such format.
@@ -88,30 +65,34 @@ def entry_of_format(name: str) -> RuntimeEntry:
 
 
 def reader_of(format_name: str) -> RuntimeEntry | None:
-    """The row that reads a manifest's format; ``None`` for a format that this version does not know."""
+    """Return the row that reads a manifest's format; ``None`` for a format that this version does not know."""
     return next((row for row in ENTRIES if row.format == format_name), None)
 
 
 def adapter(row: RuntimeEntry) -> type[Runtime]:
-    """The adapter's class; imports its module, not the engine."""
+    """Return the adapter's class; imports its module, not the engine."""
     module, _, name = row.adapter.partition(":")
     found: type[Runtime] = getattr(importlib.import_module(module), name)
     return found
 
 
+def support(row: RuntimeEntry) -> Support:
+    """Return what tells what the runtime can do on this machine."""
+    return adapter(row).support
+
+
 def available_adapter(row: RuntimeEntry) -> type[Runtime]:
-    """The adapter's class, once its engine has been seen to load.
+    """Return the adapter's class, once its engine has been seen to load.
 
     Raises:
         UnavailableError: it cannot run on this machine; the message says why and what can.
     """
-    kind = adapter(row)
-    status = kind.probe()
+    status = support(row).probe()
     if not status.available:
-        others = [other.name for other in ENTRIES if other is not row and adapter(other).probe().available]
+        others = [other.name for other in ENTRIES if other is not row and support(other).probe().available]
         can = f"; what can run here: {', '.join(others)}" if others else ""
         raise UnavailableError(f"runtime {row.name} cannot run on this machine: {status.reason}{can}")
-    return kind
+    return adapter(row)
 
 
 def _choices(attribute: str) -> str:

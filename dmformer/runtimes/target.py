@@ -1,27 +1,33 @@
-"""What a compiled engine is tied to: the part of a manifest that decides whether it may be loaded here.
+"""What a TensorRT engine is tied to: the flavour and version that built it, the GPUs that it runs on, the platform.
 
-The header of a TensorRT-RTX plan, read without the engine.
-
-As observed in plans of TensorRT-RTX 1.7, not documented: ``vtrt`` at byte 0, the size of the file as little-endian u64
-at 16, four bytes of the version at 24, and at 32 a u32 in which each bit stands for a compute capability. A plan that
-does not start so (TensorRT 10 and 11) tells nothing. The manifest is the authority; the header is a second opinion.
+The manifest has it as a :class:`Target`, which decides whether an engine may be loaded here. A plan of TensorRT-RTX has
+a header that says some of it again, read here without the engine. As observed in plans of TensorRT-RTX 1.7, not
+documented: ``vtrt`` at byte 0, the size of the file as little-endian u64 at 16, four bytes of the version at 24, and at
+32 a u32 in which each bit stands for a compute capability. A plan that does not start so (TensorRT 10 and 11) tells
+nothing. The manifest is the authority; the header is a second opinion.
 """
 
 from __future__ import annotations
 
+import importlib
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from importlib import metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from dmformer.errors import UsageError
+from dmformer.errors import UnavailableError, UsageError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dmformer.runtimes.cuda import Gpu
 
+AUTO = "auto"
 ComputeCapability = Annotated[str, Meta(pattern=r"^[0-9]{1,2}\.[0-9]$")]
 
 
@@ -62,15 +68,15 @@ class Target(Struct, frozen=True, kw_only=True):
 
 
 def this_platform() -> str:
-    """Operating system and processor of this machine, as a target has them."""
+    """Return operating system and processor of this machine, as a target has them."""
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
 def compute_capability(name: str) -> str:
-    """``sm89``, ``SM_89``, ``8.9`` or ``89`` -> ``8.9``.
+    """Read ``sm89``, ``SM_89``, ``8.9`` or ``89`` as ``8.9``.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the name is no compute capability.
     """
     found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", name.strip().lower())
     if found is None:
@@ -85,7 +91,7 @@ _CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # by bit
 
 @dataclass(frozen=True)
 class Header:
-    """What a plan says of itself."""
+    """What a plan of TensorRT-RTX says of itself."""
 
     bytes: int
     version: str
@@ -93,7 +99,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header | None:
-    """The header; ``None`` where the file has none of this kind."""
+    """Return the header of a plan; ``None`` where the file has none of this kind."""
     with path.open("rb") as file:
         data = file.read(_LENGTH)
     if len(data) < _LENGTH or not data.startswith(_MAGIC):
@@ -107,7 +113,7 @@ def read_header(path: Path) -> Header | None:
 
 
 def contradiction(path: Path, target: Target) -> str | None:
-    """In what a plan's header contradicts the manifest; ``None`` where it does not, or says nothing."""
+    """Return in what a plan's header contradicts the manifest; ``None`` where it does not, or says nothing."""
     header = read_header(path)
     if header is None:
         return "the plan does not start as one of TensorRT-RTX does" if target.flavour == "rtx" else None
@@ -125,3 +131,115 @@ def contradiction(path: Path, target: Target) -> str | None:
             f"the manifest says {', '.join(target.compute_capabilities)}"
         )
     return None
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two products of NVIDIA that build and run plans, with nearly the same API.
+
+    Attributes:
+        name: as users and manifests have it.
+        module: the Python module to import.
+        title: its name in messages.
+        install: what to do where it is missing.
+    """
+
+    name: str
+    module: str
+    title: str
+    install: str
+
+
+# In the order of preference of a machine that has a GPU: TensorRT proper measures the kernels that it chooses.
+FLAVOURS = (
+    Flavour(
+        "tensorrt",
+        "tensorrt",
+        "TensorRT",
+        "install NVIDIA's package (on a Jetson, JetPack has it), or use --flavour rtx",
+    ),
+    Flavour("rtx", "tensorrt_rtx", "TensorRT-RTX", "run: pip install 'dmformer[tensorrt]'"),
+)
+
+
+def load_flavour(name: str) -> tuple[Flavour, Any]:
+    """Import a flavour's module; ``auto`` is the first flavour that loads.
+
+    Raises:
+        UnavailableError: it, or for ``auto`` every one, does not load here.
+        UsageError: no such flavour.
+    """
+    wanted = [flavour for flavour in FLAVOURS if name in (flavour.name, AUTO)]
+    if not wanted:
+        raise UsageError(f"flavour {name!r}; expected {AUTO}, {' or '.join(flavour.name for flavour in FLAVOURS)}")
+    reasons = []
+    for flavour in wanted:
+        try:
+            module = importlib.import_module(flavour.module)
+            if module.__version__ and module.Runtime:  # NVIDIA's stub on PyPI has neither
+                return flavour, module
+        except Exception as error:  # noqa: BLE001 - a stub or half an installation fails in ways of its own
+            missing = isinstance(error, ModuleNotFoundError)
+            why = "is not installed" if missing else f"does not load here ({first_line(error)})"
+            reasons.append(f"{flavour.title} {why}: {flavour.install}")
+    raise UnavailableError("; ".join(reasons))
+
+
+def installed_flavour_version() -> str | None:
+    """Return the version of the first flavour that is installed, by its metadata; it may not load."""
+    for flavour in FLAVOURS:
+        with suppress(ImportError, ValueError, metadata.PackageNotFoundError):
+            if find_spec(flavour.module) is not None:
+                return metadata.version(flavour.module)
+    return None
+
+
+def rtx_targets(engine: Any) -> dict[str, Any]:
+    """Return what TensorRT-RTX builds for: its value for each compute capability, like ``8.9``, oldest first."""
+    names = [name for name in dir(engine.ComputeCapability) if name.startswith("SM")]
+    names.sort(key=lambda name: int(name[2:]))
+    return {f"{name[2:-1]}.{name[-1]}": getattr(engine.ComputeCapability, name) for name in names}
+
+
+def cannot_use_gpu(flavour: Flavour, engine: Any, gpu: Gpu) -> str | None:
+    """Return why a flavour cannot work on a GPU; ``None`` where it can, as far as is known.
+
+    TensorRT-RTX refuses the GPUs of data centres between those that it is for (seen on an H100), and takes whatever is
+    newer than the newest that it knows.
+    """
+    if flavour.name != "rtx":
+        return None
+    listed = list(rtx_targets(engine))
+    if gpu.compute_capability in listed or float(gpu.compute_capability) > max(map(float, listed)):
+        return None
+    return (
+        f"{flavour.title} {engine.__version__} does not run on {gpu.name}, which is SM {gpu.compute_capability}; "
+        f"it does on SM {', '.join(listed)} and newer: use TensorRT there"
+    )
+
+
+class EngineLog:
+    """Keeps the errors that an engine logs, to be told when something fails.
+
+    Args:
+        engine: the flavour's module, whose ``ILogger`` has to be the base of a logger.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.errors: list[str] = []
+        errors, severe = self.errors, (engine.ILogger.ERROR, engine.ILogger.INTERNAL_ERROR)
+
+        class Logger(engine.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                engine.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in severe:
+                    errors.append(" ".join(message.split()))
+
+        self.logger = Logger()
+
+    @property
+    def last(self) -> str:
+        """The last error, or that there was none."""
+        return self.errors[-1] if self.errors else "it gave no reason"

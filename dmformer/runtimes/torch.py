@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import first_line
-from dmformer.runtimes.base import Availability, Details, Kernel, Runtime, TensorSpec
-from dmformer.runtimes.layers import precision_of
+from dmformer.runtimes.base import Details, Runtime, TensorSpec
+from dmformer.runtimes.inspector import Inspector, Kernel, precision_of
+from dmformer.runtimes.support import Availability, Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,32 +29,78 @@ def _import() -> Any:
     return require("torch", extra="export", purpose="it")
 
 
-class TorchRuntime(Runtime):
-    """Runs a ``.safetensors`` checkpoint in eager mode."""
+class TorchSupport(Support):
+    """PyTorch on this machine."""
 
     name = "torch"
     package: ClassVar[tuple[str, ...]] = ("torch", "torch/_C", "torch/lib/*torch_cpu.*")
-    _checkpoint: Any = None
-    _model: Any = None
-    _threads_before: int | None = None
 
-    @classmethod
-    def probe(cls) -> Availability:
-        """Whether torch is installed and loads."""
-        try:
-            return Availability(True, str(_import().__version__))
-        except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
-            return Availability(False, reason=first_line(error))
+    def import_engine(self) -> Availability:
+        """Take any PyTorch: each has its CPU."""
+        return Availability(True, str(_import().__version__))
+
+
+class TorchInspector(Inspector):
+    """Looks at the modules of the network."""
+
+    runtime: TorchRuntime
+
+    def read_layers(self) -> dict[str, int]:
+        """Read the type of each layer's weights; eager mode converts nothing."""
+        found: Counter[str] = Counter()
+        nn = require("torch.nn", extra="export", purpose="it")
+        for module in self.runtime.model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                found[precision_of(str(module.weight.dtype).removeprefix("torch."))] += 1
+        return dict(found)
+
+    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
+        """Time each module without children by hooks, and the rest: sums and products between the modules."""
+        times: dict[tuple[str, str], list[int]] = {}
+        begun: list[int] = []
+        whole: list[int] = []
+
+        def ends(key: tuple[str, str]) -> Any:
+            def add(*_: object) -> None:
+                taken = times.setdefault(key, [0] * len(feeds))
+                taken[len(whole)] += time.perf_counter_ns() - begun.pop()
+
+            return add
+
+        with ExitStack() as hooks:
+            for name, module in self.runtime.model.named_modules():
+                if next(module.children(), None) is None:
+                    key = f"{name}/{type(module).__name__}", type(module).__name__
+                    before = module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter_ns()))
+                    hooks.callback(before.remove)
+                    hooks.callback(module.register_forward_hook(ends(key)).remove)
+            for feed in feeds:
+                start = time.perf_counter_ns()
+                self.runtime.infer(feed)
+                whole.append(time.perf_counter_ns() - start)
+        rest = np.array(whole) - np.sum(list(times.values()), axis=0)
+        times["", "Add, Mul and the like"] = [int(ns) for ns in rest]
+        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
+
+
+class TorchRuntime(Runtime):
+    """Runs a ``.safetensors`` checkpoint in eager mode."""
+
+    support = TorchSupport()
+    inspector = TorchInspector
+    model: Any = None  # the network, while open
+    _checkpoint: Any = None
+    _threads_before: int | None = None
 
     def load(self) -> None:
         """Read the checkpoint and build the network. Threads are a setting of the whole process in PyTorch."""
         torch = _import()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-        self._checkpoint, self._model = self.read()
+        self._checkpoint, self.model = self.read()
 
     def read(self) -> tuple[Checkpoint, nn.Module]:
-        """The checkpoint, and the network to run."""
+        """Return the checkpoint, and the network to run."""
         from dmformer.models.checkpoint import load_checkpoint
 
         checkpoint = load_checkpoint(self.path)
@@ -66,7 +112,7 @@ class TorchRuntime(Runtime):
             _import().set_num_threads(self._threads_before)
             self._threads_before = None
         self._checkpoint = None
-        self._model = None
+        self.model = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -85,50 +131,8 @@ class TorchRuntime(Runtime):
     @property
     def details(self) -> Details:
         """Device of the weights, and the threads of the process."""
-        torch = _import()
-        weight = next(self._model.parameters())
-        return Details(
-            device=str(weight.device),
-            threads=torch.get_num_threads(),
-            version=str(torch.__version__),
-        )
-
-    def read_layers(self) -> dict[str, int]:
-        """From the type of each layer's weights; eager mode converts nothing."""
-        found: Counter[str] = Counter()
-        nn = require("torch.nn", extra="export", purpose="it")
-        for module in self._model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                found[precision_of(str(module.weight.dtype).removeprefix("torch."))] += 1
-        return dict(found)
-
-    def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
-        """Each module without children, timed by hooks, and the rest: sums and products between the modules."""
-        times: dict[tuple[str, str], list[int]] = {}
-        begun: list[int] = []
-        whole: list[int] = []
-
-        def ends(key: tuple[str, str]) -> Any:
-            def add(*_: object) -> None:
-                taken = times.setdefault(key, [0] * len(feeds))
-                taken[len(whole)] += time.perf_counter_ns() - begun.pop()
-
-            return add
-
-        with ExitStack() as hooks:
-            for name, module in self._model.named_modules():
-                if next(module.children(), None) is None:
-                    key = f"{name}/{type(module).__name__}", type(module).__name__
-                    before = module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter_ns()))
-                    hooks.callback(before.remove)
-                    hooks.callback(module.register_forward_hook(ends(key)).remove)
-            for feed in feeds:
-                start = time.perf_counter_ns()
-                self.infer(feed)
-                whole.append(time.perf_counter_ns() - start)
-        rest = np.array(whole) - np.sum(list(times.values()), axis=0)
-        times["", "Add, Mul and the like"] = [int(ns) for ns in rest]
-        return [Kernel(name, operator, tuple(taken)) for (name, operator), taken in times.items()]
+        torch, device = _import(), next(self.model.parameters()).device
+        return Details(device=str(device), threads=torch.get_num_threads(), version=str(torch.__version__))
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the network without autograd."""
@@ -138,7 +142,7 @@ class TorchRuntime(Runtime):
         (array,) = inputs.values()
         with torch.inference_mode():
             # from_numpy shares memory, wants it writable and knows no negative strides
-            result = self._model(torch.from_numpy(np.require(array, requirements=["C", "W"])))
+            result = self.model(torch.from_numpy(np.require(array, requirements=["C", "W"])))
         return {name: output.numpy() for name, output in outputs_by_name(result).items()}
 
 
@@ -150,5 +154,5 @@ class ModuleRuntime(TorchRuntime):
         self._given = checkpoint, model
 
     def read(self) -> tuple[Checkpoint, nn.Module]:
-        """What was given."""
+        """Return what was given."""
         return self._given

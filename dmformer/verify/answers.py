@@ -98,7 +98,7 @@ def ask(
         with runtime:
             (name,) = (spec.name for spec in runtime.inputs)
             if layers:  # some engines load the model once more for it, and have room before the rest
-                shown = _result_or_error(runtime.layers)
+                shown = _result_or_error(runtime.inspect().layers)
                 counts, layers_error = ({}, shown) if isinstance(shown, DMFormerError) else (shown, None)
             for batch in reversed(sizes):  # what engines set aside for the largest does for the others
                 by_batch[batch] = _result_or_error(functools.partial(runtime.run_rows, {name: inputs}, batch, keep))

@@ -15,7 +15,7 @@ import numpy as np
 
 from dmformer.bundle.golden import FIRST_AND_LAST, Golden
 from dmformer.errors import DMFormerError, StageFailed, UnavailableError
-from dmformer.runtimes.layers import module_path
+from dmformer.runtimes.inspector import module_path
 from dmformer.verify.answers import Answers
 from dmformer.verify.compare import (
     TENSOR_FACTORS,
@@ -92,7 +92,7 @@ class ModuleTruth:
         plain = runtime(())
         try:
             with plain:
-                tensors = self._tensors(plain.inner_tensors())
+                tensors = self._tensors(plain.inspect().inner_tensors())
             if len(tensors) < _LEAST_SHOWN * len(self.truth):
                 return f"layers in {plain.name}: {len(tensors)} of {len(self.truth)} can be seen"
             with runtime(tuple(tensors)) as opened:

@@ -12,7 +12,7 @@ import numpy as np
 from dmformer.bundle.select import saturation_risk
 from dmformer.errors import DMFormerError, StageFailed, UsageError
 from dmformer.runtimes import registry
-from dmformer.runtimes.layers import describe, shortfall
+from dmformer.runtimes.inspector import describe_layers, shortfall
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.answers import Answers
 from dmformer.verify.compare import (
@@ -181,7 +181,7 @@ def check_artifact(
         *check_consistency(answers, compared_with),
         *check_other_size("runtime", answers, golden),
         *check_decisions(answers, answers.at_largest_batch, compared_with[0]),
-        check_layers(answers, artifact.promised_share, registry.adapter(row).cannot_compute(answers.precision)),
+        check_layers(answers, artifact.promised_share, registry.support(row).cannot_compute(answers.precision)),
     ]
     return add_cause(checks, saturation_risk(row, artifact.full_range))
 
@@ -234,7 +234,7 @@ def check_layers(answers: Answers, promised: float, cannot_compute: str | None) 
     if answers.layers_error is not None:
         comparison = Comparison(False, reason=str(answers.layers_error))
     elif cannot_compute is not None and missing is not None:
-        comparison = Comparison(bool(answers.layers), reason=f"{cannot_compute} ({describe(answers.layers)})")
+        comparison = Comparison(bool(answers.layers), reason=f"{cannot_compute} ({describe_layers(answers.layers)})")
     else:
         comparison = Comparison(missing is None, reason=missing)
     return Check.of("precision", answers.runtime, answers.precision, 1, comparison, against="promise")

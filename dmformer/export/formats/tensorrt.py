@@ -20,10 +20,17 @@ from dmformer.errors import StageFailed, UnavailableError
 from dmformer.export.formats import Converted
 from dmformer.files import hash_file
 from dmformer.process import Child
-from dmformer.runtimes import flavours
 from dmformer.runtimes.cuda import Gpu, find_gpu
-from dmformer.runtimes.flavours import Flavour, Log
-from dmformer.runtimes.target import Target, contradiction, this_platform
+from dmformer.runtimes.target import (
+    AUTO,
+    EngineLog,
+    Flavour,
+    Target,
+    contradiction,
+    load_flavour,
+    rtx_targets,
+    this_platform,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,10 +79,10 @@ def check_buildable(options: EngineOptions) -> None:
 
 def _aim(options: EngineOptions) -> tuple[tuple[str, ...], Gpu | None]:
     """The compute capabilities to build for, and the GPU of this machine where it is the one that is built for."""
-    flavour, engine = flavours.load(_flavour(options))
+    flavour, engine = load_flavour(_flavour(options))
     if options.targets and flavour.name != "rtx":
         raise UnavailableError(
-            f"{flavour.said} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
+            f"{flavour.title} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
         )
     gpu = None
     if not options.targets:
@@ -85,7 +92,7 @@ def _aim(options: EngineOptions) -> tuple[tuple[str, ...], Gpu | None]:
             ahead = "name the GPU to build for, for instance --target sm89"
             if flavour.name != "rtx":
                 ahead = "build on the device itself (dmformer build), or use --flavour rtx with --target sm89"
-            raise UnavailableError(f"{flavour.said} builds for the GPU of its machine: {error}; {ahead}") from error
+            raise UnavailableError(f"{flavour.title} builds for the GPU of its machine: {error}; {ahead}") from error
     targets = (gpu.compute_capability,) if gpu else tuple(options.targets)
     if flavour.name == "rtx":
         _capabilities(engine, flavour, targets)
@@ -130,7 +137,7 @@ def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
 
 def _flavour(options: EngineOptions) -> str:
     """Only TensorRT-RTX builds for other machines' GPUs."""
-    return "rtx" if options.targets and options.flavour == flavours.AUTO else options.flavour
+    return "rtx" if options.targets and options.flavour == AUTO else options.flavour
 
 
 def _build(source: ConversionSource, targets: tuple[str, ...], plan: Path, cache: Path) -> EngineResult:
@@ -192,8 +199,8 @@ def build_engine(order: EngineOrder) -> EngineResult:
         StageFailed: the parser or the builder refused.
         UnavailableError: the flavour, a target or a GPU is not there.
     """
-    flavour, engine = flavours.load(order.flavour)
-    log = Log(engine)
+    flavour, engine = load_flavour(order.flavour)
+    log = EngineLog(engine)
     builder = engine.Builder(log.logger)
     network = builder.create_network(strongly_typed(engine))
     parser = engine.OnnxParser(network, log.logger)
@@ -216,7 +223,7 @@ def build_engine(order: EngineOrder) -> EngineResult:
         plan = builder.build_serialized_network(network, config)
         taken = time.perf_counter() - begun
     if plan is None:
-        raise StageFailed(f"{flavour.said} built nothing: {with_advice(log.last)}")
+        raise StageFailed(f"{flavour.title} built nothing: {with_advice(log.last)}")
     Path(order.plan).write_bytes(memoryview(plan))
     if cache is not None:
         Path(order.timing_cache).write_bytes(memoryview(cache.serialize()))
@@ -270,12 +277,12 @@ def _capabilities(engine: Any, flavour: Flavour, targets: tuple[str, ...]) -> di
     Raises:
         UnavailableError: a target is not among them.
     """
-    capabilities = flavours.rtx_targets(engine)
+    capabilities = rtx_targets(engine)
     for target in targets:
         if target not in capabilities:
             able = ", ".join(capabilities)
             raise UnavailableError(
-                f"{flavour.said} {engine.__version__} builds nothing for compute capability {target}; it can for "
+                f"{flavour.title} {engine.__version__} builds nothing for compute capability {target}; it can for "
                 f"{able}; for others build on the device itself with TensorRT: dmformer build"
             )
     return capabilities

@@ -287,7 +287,7 @@ class _Bisection:
 
     def _parting(self) -> Parting | None:
         with self.choice.runtime() as runtime:
-            inner = runtime.inner_tensors()
+            inner = runtime.inspect().inner_tensors()
         if not inner:
             raise StageFailed(f"an engine of {self.choice.entry.name} shows no inner tensors; bisect its ONNX file")
         nodes = graph_nodes(self.trusted.model)
