@@ -19,22 +19,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
+    "bench": "dmformer.bench.api",
     "create_model": "dmformer.models.dmformer",
+    "export": "dmformer.export.run",
     "list_models": "dmformer.models.dmformer",
     "load": "dmformer.serve.predictor",
     "load_checkpoint": "dmformer.models.checkpoint",
+    "verify": "dmformer.verify.api",
 }
-_CALLABLE_PACKAGES = ("bench", "export", "verify")
 __all__ = [
     "__version__", "bench", "create_model", "export", "list_models", "load", "load_checkpoint", "verify",
 ]  # fmt: skip
+
+# Three functions are called as the packages in which they are. Python binds a package to its name when it is first
+# imported; that is done with here, so that it cannot take the function's place later.
+for _package in ("bench", "export", "verify"):
+    importlib.import_module(f"{__name__}.{_package}")
+    globals().pop(_package, None)
 
 
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    if name in _CALLABLE_PACKAGES:
-        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

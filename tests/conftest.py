@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -263,8 +264,8 @@ def exported_quickly(folder: Path, **options: Any) -> ExportResult:
     import dmformer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmformer.export.steps.time_artifacts", timed_as({}))
-        patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+        patch.setattr(import_module("dmformer.export.steps"), "time_artifacts", timed_as({}))
+        patch.setattr(import_module("dmformer.export.graph"), "Simplifier", NoSimplifier)
         return dmformer.export(output=folder / "demo", **options)
 
 
@@ -428,7 +429,7 @@ def _export_open(task: Task, folder: Path) -> ExportResult:
     import dmformer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+        patch.setattr(import_module("dmformer.export.graph"), "Simplifier", NoSimplifier)
         return dmformer.export(
             task=task, open_size=True, image_size=32, formats=["torch", "onnx"], output=folder / task
         )
@@ -441,8 +442,8 @@ def segmentation_reduced(tmp_path_factory: pytest.TempPathFactory, few_scenes: P
 
     def make(folder: Path) -> ExportResult:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmformer.export.steps.time_artifacts", timed_as({}))
-            patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+            patch.setattr(import_module("dmformer.export.steps"), "time_artifacts", timed_as({}))
+            patch.setattr(import_module("dmformer.export.graph"), "Simplifier", NoSimplifier)
             return dmformer.export(
                 task="segmentation",
                 formats=["onnx"],

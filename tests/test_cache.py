@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -363,7 +364,7 @@ TINY: dict[str, Any] = {"arch": "dmformer_nano", "options": {**networks.TINY}, "
 def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("filled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmformer.export.graph.Simplifier", NoSimplifier)
+        patch.setattr(import_module("dmformer.export.graph"), "Simplifier", NoSimplifier)
         patch.setenv("DMFORMER_CACHE", str(folder / "cache"))
         dmformer.export(output=folder / "first", **TINY)
     return folder
@@ -396,7 +397,10 @@ def test_the_same_export_needs_no_pytorch(filled: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_cache_everything_is_made(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.export.graph.verified_graph", lambda _: (_ for _ in ()).throw(StageFailed("ran")))
+    def ran(_: object) -> None:
+        raise StageFailed("ran")
+
+    monkeypatch.setattr(import_module("dmformer.export.graph"), "verified_graph", ran)
     with pytest.raises(StageFailed, match="ran"):
         dmformer.export(output=tmp_path / "second", use_cache=False, **TINY)
     dmformer.export(output=tmp_path / "second", **TINY)
@@ -415,7 +419,7 @@ def test_a_bundle_whose_checkpoint_changed_meanwhile_is_not_kept(exported: Expor
 
 
 def test_one_format_more_takes_what_is_there(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.export.graph.verified_graph", no_export)
+    monkeypatch.setattr(import_module("dmformer.export.graph"), "verified_graph", no_export)
     result = dmformer.export(output=tmp_path / "second", formats=["onnx", "openvino"], **TINY)
     assert [cached.what for cached in result.manifest.evidence.cached] == [
         "dmformer_nano: trace to ONNX, simplify, verify",
@@ -433,10 +437,10 @@ def test_an_interrupted_export_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("dmformer.export.steps.verify", interrupt)
+        patch.setattr(import_module("dmformer.export.steps"), "verify", interrupt)
         dmformer.export(output=tmp_path / "b", **TINY)
-    monkeypatch.setattr("dmformer.export.graph.verified_graph", no_export)
-    monkeypatch.setattr("dmformer.export.steps.convert", no_export)
+    monkeypatch.setattr(import_module("dmformer.export.graph"), "verified_graph", no_export)
+    monkeypatch.setattr(import_module("dmformer.export.steps"), "convert", no_export)
     result = dmformer.export(output=tmp_path / "b", **TINY)
     assert result.parity.passed
     assert {check.stage for check in result.parity.checks} >= {"traced", "layers", "runtime", "rows"}
@@ -447,7 +451,7 @@ def test_a_failed_check_is_never_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
-        patch.setattr("dmformer.verify.parity.compare", lambda *_: Comparison(False, reason="seeded"))
+        patch.setattr(import_module("dmformer.verify.parity"), "compare", lambda *_: Comparison(False, reason="seeded"))
         assert not dmformer.export(output=tmp_path / "b", force=True, **TINY).parity.passed
     assert {entry.what for entry in Cache(tmp_path / "cache").report().entries} == {
         "dmformer_nano: convert to onnx fp32"  # it has no checks
@@ -485,16 +489,16 @@ def test_every_precision_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytes
     loose_images = Path(shutil.copytree(SAMPLE_IMAGES, tmp_path / "photos"))
     asked: dict[str, Any] = {"precisions": ["fp16"], "calibration": loose_images, "max_accuracy_drop": 100, **TINY}
     first = dmformer.export(output=tmp_path / "first", **asked)
-    for name in (
-        "export.graph.verified_graph",
-        "export.precisions.make",
-        "export.reduced.prove",
-        "export.steps.convert",
-        "export.steps.verify",
-        "export.steps.time_artifacts",
-        "verify.reference.torch_answers",
+    for module, name in (
+        ("export.graph", "verified_graph"),
+        ("export.precisions", "make"),
+        ("export.reduced", "prove"),
+        ("export.steps", "convert"),
+        ("export.steps", "verify"),
+        ("export.steps", "time_artifacts"),
+        ("verify.reference", "torch_answers"),
     ):
-        monkeypatch.setattr(f"dmformer.{name}", no_export)
+        monkeypatch.setattr(import_module(f"dmformer.{module}"), name, no_export)
     monkeypatch.setattr(cached, "find", lambda *_: None)
     second = dmformer.export(output=tmp_path / "second", **asked)
     assert second.parity == first.parity

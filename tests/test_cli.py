@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -459,7 +460,7 @@ def test_predict_where_output_has_another_encoding(cli: Cli, made: Made, encodin
 
 
 def test_bench(inline: Cli, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
+    monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)
     run = inline("bench", made.bundle, "--runtime", "ort", "--duration", "0.05", "--threads", "1", "--json", "-")
     assert run.code == 0, run.err
     (row,) = valid(run.out, "bench")["results"]

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,7 +195,9 @@ def test_a_checkpoint_with_assumptions_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.verify.parity.compare", lambda *_: Comparison(False, reason="seeded"))
+    monkeypatch.setattr(
+        import_module("dmformer.verify.parity"), "compare", lambda *_: Comparison(False, reason="seeded")
+    )
     with pytest.raises(CheckFailed, match=r"nothing was written: .* checks failed.*seeded"):
         dmformer.export(output=tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

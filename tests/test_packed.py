@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -243,7 +244,7 @@ def test_ctrl_c_leaves_nothing(command: str, bundle: Path, small: Path, tmp_path
 def test_commands_take_a_packed_bundle(
     inline: Callable[..., Run], packed: Path, scratch: Path, few_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
+    monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)
     for arguments in (
         ["predict", packed, DIGIT, "--runtime", "ov"],
         ["inspect", packed],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -361,7 +362,7 @@ def test_a_batch_that_differs_from_its_rows_is_caught(exported: ExportResult) ->
 
 
 def test_a_difference_is_found_in_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.verify.compare._PIECE", 8)
+    monkeypatch.setattr(import_module("dmformer.verify.compare"), "_PIECE", 8)
     expected = np.zeros((3, 7), np.float32)
     for place in range(expected.size):
         shown = expected.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -121,7 +122,9 @@ def test_force_never_writes_a_bundle_without_artifacts(
     """Where float32 fails its checks, nothing is reduced; what is written can still be opened, and says why."""
     from dmformer.verify.compare import Comparison
 
-    monkeypatch.setattr("dmformer.verify.parity.compare", lambda *_: Comparison(False, reason="seeded"))
+    monkeypatch.setattr(
+        import_module("dmformer.verify.parity"), "compare", lambda *_: Comparison(False, reason="seeded")
+    )
     precisions = ["auto" if auto else "fp16"]
     result = dmformer.export(precisions=precisions, calibration=few_images, output=tmp_path / "b", force=True)
     assert not result.parity.passed
@@ -131,8 +134,8 @@ def test_force_never_writes_a_bundle_without_artifacts(
 
 @pytest.mark.slow
 def test_a_whole_export_with_the_images_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmformer.export.steps.TIMED_S", 0.2)
-    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
+    monkeypatch.setattr(import_module("dmformer.export.steps"), "TIMED_S", 0.2)
+    monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)
     result = dmformer.export(formats=["openvino"], precisions=["int8"], output=tmp_path / "b")
     assert result.parity.passed
     assert [(made.format, made.precision) for made in result.manifest.artifacts] == [("openvino", "int8")]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,9 @@ def test_what_is_built_on_a_device_keeps_the_range(
     assert seven.weight_bits == 7
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "dmformer.export.steps.verify", lambda _work, _row, artifact, _file: VerifiedArtifact(artifact, ())
+            import_module("dmformer.export.steps"),
+            "verify",
+            lambda _work, _row, artifact, _file: VerifiedArtifact(artifact, ()),
         )
         (eight,) = build(full, "openvino", precisions=["int8"]).artifacts
     assert eight.weight_bits == 8

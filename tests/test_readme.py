@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -51,11 +52,12 @@ def clone(tmp_path: Path, few_images: Path) -> Path:
 
 # The command line as it is installed, but that each row is timed once and for a moment.
 BRIEFLY = """
-import dmformer.bench
-dmformer.bench.DEFAULT_DURATION_S = 0.1  # before anything takes it as a default
-import dmformer.bench.api, dmformer.export.steps
-dmformer.bench.api.ROUNDS = 1
-dmformer.export.steps.TIMED_S = 0.1
+import sys
+import dmformer
+sys.modules["dmformer.bench"].DEFAULT_DURATION_S = 0.1  # before anything takes it as a default
+from dmformer.bench import api
+from dmformer.export import steps
+api.ROUNDS, steps.TIMED_S = 1, 0.1
 from dmformer.cli import main
 main()
 """
@@ -82,8 +84,8 @@ def test_the_commands_run(block: str, clone: Path, inline: Callable[..., Run], m
 
     The first in a process, as it is typed; the others in this one, but for bench, whose duration is a default.
     """
-    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
-    monkeypatch.setattr("dmformer.export.steps.TIMED_S", 0.1)
+    monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)
+    monkeypatch.setattr(import_module("dmformer.export.steps"), "TIMED_S", 0.1)
     for line in commands_of(block):
         if line[1] == "bench" or line == commands_of(DMFORMER[0])[0]:
             done = typed_in(clone, line)

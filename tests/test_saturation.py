@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def test_an_export_with_eight_bits_names_the_cause(
         return checked(replace(answers, by_batch=wrong) if answers.precision == "int8" else answers, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dmformer.export.steps.check_artifact", far_off)
+        patch.setattr(import_module("dmformer.export.steps"), "check_artifact", far_off)
         run = inline(
             "export", "--format", "ov", "--precision", "int8", "--weight-bits", "8",
             "--calibration", few_images, "--max-accuracy-drop", "100", "--output", "b",

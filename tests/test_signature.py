@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
@@ -204,7 +205,7 @@ def test_unpack_asks(inline: Callable[..., Run], bundle: Path, keys: Path, tmp_p
 def test_commands_work_on_a_bundle_that_is_signed(
     inline: Callable[..., Run], signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
+    monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)
     for arguments in (["predict", signed, DIGIT], ["bench", signed, "--runtime", "ort", "--duration", "0.03"]):
         run = inline(*arguments, "--trusted-keys", keys)
         assert run.code == 0, run.err

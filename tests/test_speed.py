@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -169,7 +170,7 @@ def test_what_was_not_timed_is_not_kept_instead_of_float32() -> None:
 @pytest.mark.slow
 def test_a_real_comparison_times_every_artifact(reduced: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "TIMED_S", 0.3)
-    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)
+    monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)
     two = tuple(made for made in reduced.manifest.artifacts if made.precision != "fp16")  # of each format
     found = time_artifacts(
         dataclasses.replace(own_bundle(reduced.output), manifest=replace(reduced.manifest, artifacts=two)), silent

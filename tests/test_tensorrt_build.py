@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -305,8 +306,8 @@ def test_a_plan_that_was_damaged(engine: Converted, tmp_path: Path, spoil: Calla
 def test_an_export_without_a_gpu_is_complete_and_says_what_was_not_run(
     inline: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmformer.bench.api.ROUNDS", 1)  # what can run here is really timed
-    monkeypatch.setattr("dmformer.export.steps.TIMED_S", 0.1)
+    monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)  # what can run here is really timed
+    monkeypatch.setattr(import_module("dmformer.export.steps"), "TIMED_S", 0.1)
     run = inline("export", "--format", "trt", "--target", "sm89", "--precision", "fp16", "--output", "b")
     assert run.code == 0, run.err
     said = " ".join(run.out.split())

@@ -1,12 +1,8 @@
 """How fast is it: time a runtime, one process a configuration.
 
-The package itself can be called: ``dmformer.bench(...)`` is :func:`dmformer.bench.api.bench`.
+``dmformer.bench`` is :func:`dmformer.bench.api.bench`.
 """
-
-from dmformer._callable import make_callable
 
 DEFAULT_ROUNDS = 3  # processes a configuration
 DEFAULT_LIMIT_S = 120.0  # after which a process is ended
 DEFAULT_DURATION_S = 3.0  # of steady state for each configuration, over all rounds
-
-make_callable(__name__, "dmformer.bench.api:bench")
