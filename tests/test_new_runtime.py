@@ -212,7 +212,7 @@ def test_predict_answers_with_it(inline: Callable[..., Run], exported: ExportRes
     for name in (ROW.name, "onnxruntime"):
         run = inline("predict", exported.output, *images, "--runtime", name, "--json", "-")
         assert run.code == 0, run.err
-        answers.append([image["top"][0]["label"] for image in json.loads(run.out)["predictions"]])
+        answers.append([image["classes"][0]["index"] for image in json.loads(run.out)["predictions"]])
     assert answers[0] == answers[1]
 
 
