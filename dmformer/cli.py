@@ -81,12 +81,12 @@ def main() -> None:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
         code = app(args=sys.argv[1:], prog_name="dmformer", standalone_mode=False, obj=invocation)
         if code == 128 + signal.SIGINT:  # what Typer makes of Ctrl-C, without a word
-            code = _report(KeyboardInterrupt())
+            code = _report(KeyboardInterrupt(), invocation)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every failure becomes one line
         if invocation.debug:
             traceback.print_exc()
-        sys.exit(_report(error))
+        sys.exit(_report(error, invocation))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -95,7 +95,7 @@ def _stop(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, invocation: Invocation) -> int:
     """One line on standard error; returns the exit code."""
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         sys.stderr.write("stopped\n")
@@ -104,7 +104,7 @@ def _report(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 128 + signal.SIGPIPE
     if isinstance(error, DMFormerError):
-        message, code = str(error), error.exit_code
+        message, code = invocation.in_flags(str(error)), error.exit_code
     elif hasattr(error, "format_message"):  # what Typer raises for wrong usage
         message, code = f"{error.format_message()} Try 'dmformer --help'.", 2
     elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):

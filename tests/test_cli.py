@@ -507,3 +507,18 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal
     assert said.endswith("stopped\n") == (number == signal.SIGINT)
     assert list(folder.iterdir()) == []
     assert [path for path in temporary.iterdir() if path.name.startswith("dmformer-")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "--precision", "auto", "--arch", "dmformer_nano"], "expected --calibration, a folder of them"),
+        (["export", "--task", "segmentation", "--image-size", "80"], "--image-size 80 for segmentation"),
+        (["export", "--target", "sm89"], "expected --format trt as well"),
+    ],
+)
+def test_messages_name_flags(inline: Cli, arguments: list[str], said: str, tmp_path: Path) -> None:
+    run = inline(*arguments, "--output", tmp_path / "b")
+    assert run.code == 2
+    assert said in run.error_line
+    assert "`" not in run.error_line

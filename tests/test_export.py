@@ -434,5 +434,5 @@ def test_verify_compares_on_images_that_are_given(exported: ExportResult) -> Non
 @pytest.mark.usefixtures("quick")
 def test_verify_on_images_needs_weights(tmp_path: Path) -> None:
     dmformer.export(output=tmp_path / "b")
-    with pytest.raises(UsageError, match="give --weights FILE"):
+    with pytest.raises(UsageError, match="give the checkpoint as `weights`"):
         dmformer.verify(tmp_path / "b", images=Path(dmformer.__file__).parent / "assets/digits")

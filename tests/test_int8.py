@@ -150,7 +150,7 @@ def test_int8_keeps_the_most_sensitive_blocks_until_the_budget_holds(
 def test_int8_beyond_any_budget_fails(source: PrecisionSource) -> None:
     with simulated([7.25]) as said, pytest.raises(CheckFailed, match=r"loses 7\.25 points with 1 of 9 blocks") as error:
         to_int8(source)
-    assert "--max-accuracy-drop" in one_line(error.value)
+    assert "`max_accuracy_drop`" in one_line(error.value)
     assert len(said) == 5
 
 

@@ -174,7 +174,7 @@ def test_outputs_that_cannot_be(bundle: Path, packed: Path, tmp_path: Path) -> N
         pack(open_bundle(packed))
     with pytest.raises(UsageError, match="is a folder"):
         unpack(bundle)
-    with pytest.raises(UsageError, match="expected --output"):
+    with pytest.raises(UsageError, match="expected `output`"):
         unpack(packed.rename(tmp_path / "packed.zip"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()

@@ -150,7 +150,7 @@ def test_every_precision_has_a_name_of_its_own(reduced: ExportResult, tmp_path: 
 def test_only_an_empty_folder_is_filled(exported: ExportResult, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     serve_layout("triton", open_bundle(exported.output), tmp_path / "out")
-    with pytest.raises(UsageError, match="not empty; expected a new folder, or --force") as caught:
+    with pytest.raises(UsageError, match="not empty; expected a new folder, or `force`") as caught:
         serve_layout("ovms", open_bundle(exported.output), tmp_path / "out")
     one_line(caught.value)
     serve_layout("ovms", open_bundle(exported.output), tmp_path / "out", force=True)

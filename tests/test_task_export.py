@@ -303,7 +303,7 @@ def test_what_is_wrong_at_another_size_alone_is_found_there(segmentation_open: E
     shutil.rmtree(bundle / "torch")
     opened = open_bundle(bundle)
     found = localize(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
-    assert "--bisect has nothing to trust" in found.skipped[-1]
+    assert "`bisect` has nothing to trust" in found.skipped[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntime, "infer", elsewhere(lambda array: array, lambda array: 1.5 * array))
         report = dmformer.verify(opened, runtimes=["ort"])
@@ -443,10 +443,16 @@ def test_reduced_precisions_are_proven_pixel_by_pixel(segmentation_reduced: Expo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"task": "segmentation", "weights": DEMONSTRATION_CHECKPOINT}, "task classification; expected --task class"),
-        ({"task": "classification", "weights": SEGMENTATION_CHECKPOINT}, "task segmentation; expected --task segm"),
-        ({"task": "classification", "arch": "dmformer_nano_fpn"}, "expected --task segmentation or features"),
-        ({"task": "segmentation", "image_size": 80}, "--image-size 80 for segmentation; expected a multiple of 32"),
+        (
+            {"task": "segmentation", "weights": DEMONSTRATION_CHECKPOINT},
+            "which is for classification; expected `task` class",
+        ),
+        (
+            {"task": "classification", "weights": SEGMENTATION_CHECKPOINT},
+            "which is for segmentation; expected `task` segm",
+        ),
+        ({"task": "classification", "arch": "dmformer_nano_fpn"}, "expected `task` segmentation or features"),
+        ({"task": "segmentation", "image_size": 80}, "`image_size` 80 for segmentation; expected a multiple of 32"),
         ({"weights": SEGMENTATION_CHECKPOINT, "image_size": 65}, "expected a multiple of 32"),
         ({"task": "features", "precisions": ["int8"]}, "features have no accuracy"),
         ({"task": "features", "precisions": ["AUTO"]}, "features have no accuracy"),

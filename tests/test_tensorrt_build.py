@@ -151,20 +151,20 @@ def test_a_gpu_that_cannot_be_built_for_is_3_and_says_which_can(fp32: Path, tmp_
 
 
 def test_turing_has_no_float32_gemm(fp32: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match=r"head/Gemm.*leave --target sm75 out, or build it at fp16"):
+    with pytest.raises(StageFailed, match=r"head/Gemm.*leave `targets` sm75 out, or build it at fp16"):
         build(fp32, tmp_path, EngineOptions("rtx", ["sm75"]))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not without_gpu(), reason="this machine has a GPU")
 def test_no_gpu_and_no_target(fp32: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match=r"no NVIDIA GPU.*--target sm89"):
+    with pytest.raises(UnavailableError, match=r"no NVIDIA GPU.*`targets` sm89"):
         build(fp32, tmp_path, EngineOptions("rtx"))
 
 
 def test_a_flavour_that_is_not_there(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(UnavailableError, match=r"TensorRT is not installed: .*--flavour rtx"):
+    with pytest.raises(UnavailableError, match=r"TensorRT is not installed: .*`flavour` rtx"):
         build(fp32, tmp_path, EngineOptions("tensorrt"))
     with pytest.raises(UsageError, match="flavour 'lean'; expected auto, tensorrt or rtx"):
         build(fp32, tmp_path, EngineOptions("lean"))

@@ -415,7 +415,7 @@ def test_complaints_without_a_node() -> None:
 
 
 def test_what_to_do_is_said_where_it_is_known() -> None:
-    assert "--workspace" in with_advice("Requested amount of GPU memory could not be allocated")
+    assert "`workspace_mb`" in with_advice("Requested amount of GPU memory could not be allocated")
     assert with_advice("something else") == "something else"
 
 

@@ -328,7 +328,7 @@ def test_the_head_is_drawn_anew_for_other_classes(trained: Path, colours: Path) 
     assert {name for name in before if not torch.equal(before[name], found[name])} == {"head.weight", "head.bias"}
     assert found["head.weight"].shape == (3, 8)
     same, notes = initial_network(start, ("blue", "red"), 0)
-    assert notes == ["every tensor was taken from --weights"]
+    assert notes == ["every tensor was taken from the weights given"]
     assert torch.equal(same.state_dict()["head.weight"], before["head.weight"])
     others, _ = initial_network(start, ("cat", "dog"), 0)
     assert not torch.equal(others.state_dict()["head.weight"], before["head.weight"])
@@ -336,7 +336,7 @@ def test_the_head_is_drawn_anew_for_other_classes(trained: Path, colours: Path) 
 
 def test_a_decoder_starts_on_the_stages_of_a_classifier(trained: Path) -> None:
     wanted = {"arch": "dmformer_nano_fpn", "model": {"decoder_widths": [8, 8]}}
-    with pytest.raises(UsageError, match="--weights holds custom; expected the stages of dmformer_nano_fpn"):
+    with pytest.raises(UsageError, match="`weights` holds custom; expected the stages of dmformer_nano_fpn"):
         find_start(small(**wanted), trained / "model.safetensors")
     from dmformer.assets import DEMONSTRATION_CHECKPOINT
 

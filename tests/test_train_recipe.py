@@ -184,7 +184,7 @@ def test_unusable_input_is_one_line_and_exit_code_2(
 
 def test_a_folder_with_something_in_it_is_left_alone(colours: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is not empty; expected a new folder, or --resume"):
+    with pytest.raises(UsageError, match="is not empty; expected a new folder, or `resume`"):
         train(colours, tmp_path, small())
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -296,7 +296,7 @@ def _check(request: BenchRequest) -> None:
             raise UsageError(f"{name} {seconds:g} s; expected more than 0")
     check_threads(request.threads)
     if request.profile and request.modes and "compute" not in request.modes:
-        raise UsageError(f"a profile of mode {', '.join(request.modes)}; expected --mode compute with --profile")
+        raise UsageError(f"a profile of mode {', '.join(request.modes)}; expected `modes` compute with `profile`")
 
 
 def _modes(request: BenchRequest) -> list[Mode]:
@@ -306,7 +306,7 @@ def _modes(request: BenchRequest) -> list[Mode]:
             raise UsageError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
     modes = cast("list[Mode]", list(dict.fromkeys(named)))
     if streams and named and "throughput" not in modes:
-        raise UsageError(f"{max(streams)} streams for mode {', '.join(modes)}; expected --mode throughput with them")
+        raise UsageError(f"{max(streams)} streams for mode {', '.join(modes)}; expected `modes` throughput with them")
     return modes or (["throughput"] if streams else ["compute"])
 
 

@@ -138,7 +138,8 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
     held = {artifact.precision for artifact in bundle.manifest.artifacts}
     if missing := [precision for precision in precisions if precision not in held]:
         raise UsageError(
-            f"the bundle has nothing at {missing[0]}; it has {_contents(bundle)}: export with --precision {missing[0]}"
+            f"the bundle has nothing at {missing[0]}; it has {_contents(bundle)}; "
+            f"run: dmformer export --precision {missing[0]}"
         )
     wanted = list(dict.fromkeys(registry.entry(name) for name in runtimes if name.lower() != "all"))
     chosen: list[Choice] = []
@@ -150,7 +151,7 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
             wanting = "".join(f" --precision {precision}" for precision in precisions)
             raise UsageError(
                 f"the bundle has nothing for runtime {row.name}{_at(precisions)}; it has {_contents(bundle)}: "
-                f"export with --format {row.format}{wanting}"
+                f"run: dmformer export --format {row.format}{wanting}"
             )
         fit, reasons = _divide(found)
         if not fit:

@@ -316,7 +316,7 @@ def admit(manifest: bytes, signature: bytes | None, where: str) -> None:
     if not keys:
         raise UsageError(
             f"a signature is required, and there is no trusted key in {str(current.folder)!r}; expected public keys, "
-            f"*.pem: put the signer's there, or name their folder with --trusted-keys or {TRUSTED_KEYS}"
+            f"*.pem: put the signer's there, or name their folder with `trusted_keys` or {TRUSTED_KEYS}"
         )
     if found is None:
         raise CheckFailed(

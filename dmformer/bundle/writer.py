@@ -54,7 +54,7 @@ def _check_replaceable(folder: Path) -> None:
     if foreign:
         raise UsageError(
             f"output {str(folder)!r} is a bundle with another file in it, {foreign[0]!r}, which would be lost; "
-            "move it away or choose another --output"
+            "move it away or choose another `output`"
         )
 
 
@@ -77,7 +77,7 @@ def check_destination(destination: Path, replaceable: Callable[[Path], None] = _
     parent = destination.resolve().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another --output")
+        raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another `output`")
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def unpack(source: Path, destination: Path | None = None) -> Bundle:
     if source.is_dir():
         raise UsageError(f"{str(source)!r} is a folder; expected a packed bundle")
     if destination is None and source.suffix != SUFFIX:
-        raise UsageError(f"{str(source)!r} does not end in {SUFFIX}; expected --output, the folder to write")
+        raise UsageError(f"{str(source)!r} does not end in {SUFFIX}; expected `output`, the folder to write")
     target = destination or source.with_suffix("")
     with staged(target) as folder:
         extract(source, folder)
@@ -267,7 +267,7 @@ def unpack(source: Path, destination: Path | None = None) -> Bundle:
 def _check_replaceable_file(target: Path) -> None:
     """A file that is replaced is lost, so it must be a packed bundle."""
     if target.is_symlink() or (target.exists() and not (target.is_file() and _is_packed(target))):
-        raise UsageError(f"output {str(target)!r} is there and no packed bundle; choose another --output")
+        raise UsageError(f"output {str(target)!r} is there and no packed bundle; choose another `output`")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"output {str(target)!r}: expected a file in a folder that exists")
 

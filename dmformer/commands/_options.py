@@ -1,7 +1,8 @@
 """Options and arguments that commands share, and the bundle that a command is about.
 
 Two kinds act by a callback, so that no command's body reads them: the policy options put their policy in force for as
-long as the command runs, and ``--debug`` notes in the context's object that a failure's traceback is wanted.
+long as the command runs, and ``--debug`` notes in the context's object which command runs, and whether a failure's
+traceback is wanted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import functools
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,14 +30,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class Invocation:
-    """One run of the command line, as Typer's contexts carry it in ``obj``."""
+    """One run of the command line, as Typer's contexts carry it in ``obj``.
+
+    Attributes:
+        debug: whether a failure's traceback is wanted.
+        flags: of the command that runs, by the arguments of Python's function that they stand for.
+    """
 
     debug: bool = False
+    flags: dict[str, str] = field(default_factory=dict)
+
+    def in_flags(self, message: str) -> str:
+        """Write a message of Python's functions, which name arguments in backticks, in flags of the command line."""
+        return re.sub(r"`(\w+)`", lambda named: self.flags.get(named[1], named[0]), message)
 
 
 def set_debug(context: typer.Context, wanted: bool) -> bool:
-    """Note that the traceback of a failure is wanted; the callback of every ``--debug``."""
-    context.ensure_object(Invocation).debug |= wanted
+    """Note the command, and whether the traceback of a failure is wanted; the callback of every ``--debug``."""
+    invocation = context.ensure_object(Invocation)
+    invocation.debug |= wanted
+    invocation.flags |= {one.name: one.opts[0] for one in context.command.params if one.name is not None}
     return wanted
 
 
@@ -93,9 +107,9 @@ JsonOption = Annotated[
 ]
 
 
-def option(options: type, field: str, *flags: str, **how: Any) -> Any:
+def option(options: type, name: str, *flags: str, **how: Any) -> Any:
     """Typer's option for a field of a class of options, whose sentence is the help."""
-    said, default = sentences(options)[field], getattr(options, field)
+    said, default = sentences(options)[name], getattr(options, name)
     if isinstance(default, tuple):
         said += " Repeatable" + (f"; otherwise {', '.join(default)}." if default else ".")
     return typer.Option(*flags, help=said, **how)

@@ -25,7 +25,7 @@ _REPORTED = "Reports"
 
 def bench(
     bundle: options.BundleArgument = None,
-    runtime: Annotated[
+    runtimes: Annotated[
         list[str] | None,
         typer.Option(
             "--runtime",
@@ -33,11 +33,11 @@ def bench(
             help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt) or all. Repeatable.",
         ),
     ] = None,
-    precision: options.PrecisionOption = None,
-    batch: Annotated[
+    precisions: options.PrecisionOption = None,
+    batches: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size; otherwise 1. Repeatable.")
     ] = None,
-    mode: Annotated[
+    modes: Annotated[
         list[str] | None,
         typer.Option(
             "--mode",
@@ -53,13 +53,13 @@ def bench(
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Images to ask about; otherwise the golden ones.")
     ] = None,
-    duration: Annotated[
+    duration_s: Annotated[
         float, typer.Option("--duration", metavar="S", help="Seconds of steady state for each row, at least.")
     ] = DEFAULT_DURATION_S,
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, help="Processes for each row, in turns; otherwise 3.")
     ] = None,
-    time_limit: Annotated[
+    limit_s: Annotated[
         float, typer.Option("--time-limit", metavar="S", help="Seconds after which a process is ended.")
     ] = DEFAULT_LIMIT_S,
     profile: Annotated[
@@ -102,15 +102,15 @@ def bench(
         page.check_installed()
     earlier = _baseline(baseline, max_regression)
     request = BenchRequest(
-        runtimes=runtime or [],
-        precisions=precision or [],
-        batches=batch or [1],
-        modes=mode or [],
+        runtimes=runtimes or [],
+        precisions=precisions or [],
+        batches=batches or [1],
+        modes=modes or [],
         streams=streams or [],
         threads=threads,
         rounds=rounds or api.ROUNDS,
-        duration_s=duration,
-        limit_s=time_limit,
+        duration_s=duration_s,
+        limit_s=limit_s,
         images=images,
         profile=profile,
     )

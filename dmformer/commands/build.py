@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def build(
     format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="tensorrt (trt) or openvino (ov).")],
     bundle: options.BundleArgument = None,
-    precision: options.PrecisionOption = None,
+    precisions: options.PrecisionOption = None,
     flavour: options.FlavourOption = EngineOptions.flavour,
     targets: options.TargetOption = None,
     min_batch: options.MinBatchOption = EngineOptions.min_batch,
@@ -38,7 +38,7 @@ def build(
     engine = EngineOptions(flavour, targets or (), min_batch, opt_batch, max_batch, workspace_mb)
     opened = options.find_bundle(bundle)
     with present.stages() as shown:
-        found = run_build(opened, format_name, precisions=precision or [], engine=engine, stage=shown.stage)
+        found = run_build(opened, format_name, precisions=precisions or [], engine=engine, stage=shown.stage)
     _show(found, json_file)
     present.write_json(found, json_file)
 

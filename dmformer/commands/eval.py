@@ -27,8 +27,8 @@ def evaluate(
         ),
     ],
     bundle: options.BundleArgument = None,
-    runtime: options.RuntimeOption = None,
-    precision: options.PrecisionOption = None,
+    runtimes: options.RuntimeOption = None,
+    precisions: options.PrecisionOption = None,
     weights: Annotated[
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Checkpoint to agree with; otherwise the bundle's own."),
@@ -44,7 +44,7 @@ def evaluate(
     opened = options.find_bundle(bundle)
     with present.stages() as shown:
         report = run_evaluate(
-            opened, data, runtimes=runtime or [], precisions=precision or [], weights=weights, stage=shown.stage
+            opened, data, runtimes=runtimes or [], precisions=precisions or [], weights=weights, stage=shown.stage
         )
     _show(report, json_file)
     present.write_json(report, json_file)

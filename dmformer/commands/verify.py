@@ -23,7 +23,7 @@ CASES = "dmformer-bisect"
 
 def verify(
     bundle: options.BundleArgument = None,
-    runtime: options.RuntimeOption = None,
+    runtimes: options.RuntimeOption = None,
     weights: Annotated[
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Compare with this checkpoint; needs PyTorch."),
@@ -56,7 +56,7 @@ def verify(
     from dmformer.verify.report import failure
 
     if case is not None:
-        if bundle is not None or runtime or weights or images or bisect:
+        if bundle is not None or runtimes or weights or images or bisect:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
         report = run_case(case)
     else:
@@ -64,7 +64,7 @@ def verify(
         with present.stages() as shown:
             report = run_verify(
                 opened,
-                runtimes=runtime or [],
+                runtimes=runtimes or [],
                 weights=weights,
                 images=images,
                 bisect=Path(CASES) if bisect else None,

@@ -138,7 +138,9 @@ def find_network(options: ExportOptions) -> Network:
         folder = folder or shipped.calibration
     own = checkpoint.config.task
     if options.task not in (None, own):
-        raise UsageError(f"--task {options.task} for {checkpoint.arch}, task {own}; expected --task {own} or features")
+        raise UsageError(
+            f"`task` {options.task} for {checkpoint.arch}, which is for {own}; expected `task` {own} or features"
+        )
     checkpoint = replace(checkpoint, open_size=options.open_size)
     return Network(checkpoint, weights, seed, images, _calibration(folder, checkpoint))
 

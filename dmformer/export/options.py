@@ -102,7 +102,7 @@ class ExportOptions:
         "Fields of the network's configuration that override the checkpoint's, like gate_input=x_prime or "
         "dilations=[1,1,1].",
     ] = None
-    seed: Annotated[int, "Of the random weights that --arch alone exports."] = 0
+    seed: Annotated[int, "Of random weights."] = 0
     engine: Annotated[EngineOptions, "How formats that are compiled are compiled."] = EngineOptions()
     force: Annotated[bool, "Write the bundle although a parity check failed."] = False
     use_cache: Annotated[

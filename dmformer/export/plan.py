@@ -118,11 +118,11 @@ def make_plan(options: ExportOptions) -> ExportPlan:
     if options.calibration is not None and precisions == ("fp32",):
         raise UsageError(
             "calibration images, and precision fp32 alone, which needs none; expected a reduced one as well: "
-            "--precision int8, fp16 or auto"
+            "`precisions` int8, fp16 or auto"
         )
     if options.weight_bits != SAFE_WEIGHT_BITS and "int8" not in precisions:
         raise UsageError(
-            f"int8 weights of {options.weight_bits} bits, and no int8; expected --precision int8 or auto as well"
+            f"int8 weights of {options.weight_bits} bits, and no int8; expected `precisions` int8 or auto as well"
         )
     check_calibrated(precisions, network.calibration)
     formats, not_made = _formats(options, precisions)
@@ -132,11 +132,11 @@ def make_plan(options: ExportOptions) -> ExportPlan:
 def _check_task(network: Network, options: ExportOptions) -> None:
     task, image_size = network.checkpoint.config.task, network.checkpoint.preprocessing.image_size
     if task == "segmentation" and image_size % STRIDES[-1]:
-        raise UsageError(f"--image-size {image_size} for segmentation; expected a multiple of {STRIDES[-1]}")
+        raise UsageError(f"`image_size` {image_size} for segmentation; expected a multiple of {STRIDES[-1]}")
     wanted = {name.lower() for name in options.precisions}
     if task == "features" and (options.calibration is not None or {"int8", AUTO} & wanted):
         raise UsageError(
-            "features have no accuracy, to which int8, auto and --calibration would have to keep; expected fp32 or "
+            "features have no accuracy, to which int8, auto and `calibration` would have to keep; expected fp32 or "
             "fp16, or the network with its head"
         )
 
@@ -149,7 +149,9 @@ def _precisions(names: Sequence[str], automatic: bool, *, calibrated: bool) -> t
             f"precision {AUTO} with {', '.join(name for name in lower if name != AUTO)}; expected it alone"
         )
     if automatic and not calibrated:
-        raise UsageError(f"precision {AUTO} without images to measure accuracy on; expected --calibration DIR")
+        raise UsageError(
+            f"precision {AUTO} without images to measure accuracy on; expected `calibration`, a folder of them"
+        )
     if automatic:
         return PRECISIONS
     if unknown := [name for name in lower if name not in PRECISIONS]:
@@ -183,7 +185,7 @@ def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[s
     every = [name.lower() == "all" for name in options.formats]
     compiled = [is_compiled(registry.entry_of_format(name)) for name in formats]
     if options.engine != EngineOptions() and not any(every) and not any(compiled):
-        raise UsageError("options of an engine, and no format that is compiled; expected --format trt as well")
+        raise UsageError("options of an engine, and no format that is compiled; expected `formats` trt as well")
     return tuple(dict.fromkeys(formats)), tuple(dict.fromkeys(left_out))
 
 
@@ -192,5 +194,5 @@ def _check_taken(row: registry.RuntimeEntry, precisions: Sequence[str]) -> None:
     if not set(taken) & set(precisions):
         raise UsageError(
             f"format {row.format} at {', '.join(precisions)}; expected {', '.join(taken)}: "
-            f"leave --format {row.format} out, or add --precision {taken[0]}"
+            f"leave `formats` {row.format} out, or add `precisions` {taken[0]}"
         )

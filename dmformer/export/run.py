@@ -153,7 +153,7 @@ class _Export(Loop):
         if not self.plan.reduces:
             return None
         if self.plan.network.calibration is None:
-            self.left_out.append("accuracy: not measured without calibration images; give --calibration DIR")
+            self.left_out.append("accuracy: not measured without calibration images; give a folder of them")
             return None
         from dmformer.verify.reference import torch_answers
 
@@ -268,7 +268,7 @@ class _Export(Loop):
         parity = parity_report(self.checks, self.left_out)
         failed = [check for check in parity.checks if not check.passed]
         if failed and not self.options.force:
-            raise CheckFailed(f"nothing was written: {failure(parity)}; --force writes the bundle all the same")
+            raise CheckFailed(f"nothing was written: {failure(parity)}; `force` writes the bundle all the same")
         work.golden.save(self.folder / GOLDEN)
         write_report(self.folder / PARITY_REPORT, parity)
         manifest = self.manifest(model, parity, work.calibration, artifacts, simplification)

@@ -156,7 +156,7 @@ FLAVOURS = (
         "tensorrt",
         "tensorrt",
         "TensorRT",
-        "install NVIDIA's package (on a Jetson, JetPack has it), or use --flavour rtx",
+        "install NVIDIA's package (on a Jetson, JetPack has it), or use `flavour` rtx",
     ),
     Flavour("rtx", "tensorrt_rtx", "TensorRT-RTX", "run: pip install 'dmformer[tensorrt]'"),
 )

@@ -88,7 +88,7 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
 
     def replaceable(folder: Path) -> None:
         if not force:
-            raise UsageError(f"output {str(folder)!r} is not empty; expected a new folder, or --force to replace it")
+            raise UsageError(f"output {str(folder)!r} is not empty; expected a new folder, or `force` to replace it")
 
     with staged(output, replaceable) as folder:
         (folder / _MODELS).mkdir()

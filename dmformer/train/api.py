@@ -170,7 +170,7 @@ def _config_for(checkpoint: Checkpoint, arch: str | None, options: dict[str, obj
     if arch is not None:
         wanted = variant_config(arch)
         if (wanted.widths, wanted.depths) != (config.widths, config.depths):
-            raise UsageError(f"--weights holds {checkpoint.arch}; expected the stages of {arch}")
+            raise UsageError(f"`weights` holds {checkpoint.arch}; expected the stages of {arch}")
         config = replace(config, **{name: getattr(wanted, name) for name in ("task", "decoder", "decoder_widths")})
     return DMFormerConfig.from_dict({**config.to_dict(), **options})
 
@@ -197,12 +197,12 @@ def initial_network(start: Start, classes: tuple[str, ...], seed: int) -> tuple[
         }
     drawn = [name for name in fresh if name not in taken and not name.endswith(".num_batches_tracked")]
     if missing := [name for name in drawn if name.startswith("stages.")]:
-        raise UsageError(f"--weights does not fit the network's stages: {', '.join(missing[:3])}")
+        raise UsageError(f"`weights` does not fit the network's stages: {', '.join(missing[:3])}")
     model.load_state_dict(taken, strict=False)
     if not drawn:
-        return model, ["every tensor was taken from --weights"]
+        return model, ["every tensor was taken from the weights given"]
     heads = ", ".join(sorted({name.split(".")[0] for name in drawn}))
-    note = f"{len(taken)} tensors were taken from --weights; {len(drawn)} of {heads} are drawn anew"
+    note = f"{len(taken)} tensors were taken from the weights given; {len(drawn)} of {heads} are drawn anew"
     return model, [f"{note} ({start.weights.config.num_classes} classes there, {len(classes)} here)"]
 
 
@@ -217,7 +217,7 @@ def _identity(recipe: Recipe, images: DataSet, start: Start, plan: TrainingPlan)
 def _prepare(output: Path, *, resume: bool) -> None:
     """Make the folder, and remove what a killed run left half written."""
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is not empty; expected a new folder, or --resume to go on with the run in it")
+        raise UsageError(f"{output} is not empty; expected a new folder, or `resume` to go on with the run in it")
     try:
         output.mkdir(parents=True, exist_ok=True)
         for stale in output.glob(".*"):

@@ -85,7 +85,7 @@ def load_snapshot(path: Path, identity: Mapping[str, Any], device: torch.device)
         if identity.get(name) != before.get(name)
     ]
     if changed:
-        raise UsageError(f"--resume: {'; '.join(changed)}; expected the options that the run was started with")
+        raise UsageError(f"`resume`: {'; '.join(changed)}; expected the options that the run was started with")
     return state
 
 

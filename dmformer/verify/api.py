@@ -86,7 +86,7 @@ def verify(
     weights = Path(weights) if weights is not None else None
     if bisect is not None:
         for package in ("torch", "onnx"):
-            require(package, extra="export", purpose="--bisect")
+            require(package, extra="export", purpose="`bisect`")
     chosen, skipped = select(opened, runtimes)
     for choice in chosen:
         if choice.saturation_risk is not None:

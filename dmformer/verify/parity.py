@@ -301,7 +301,7 @@ def check_accuracy(runtime: str, precision: str, accuracy: Accuracy, lost: float
     """Check that the accuracy budget holds: ``lost`` and ``budget`` in percentage points."""
     reason = None
     if lost > budget:
-        reason = f"loses {lost:.2f} points on {accuracy.images} images; the budget (--max-accuracy-drop) is {budget:g}"
+        reason = f"loses {lost:.2f} points on {accuracy.images} images; the accuracy budget is {budget:g}"
     comparison = Comparison(reason is None, top1_agreement=accuracy.agreement_with_torch, reason=reason)
     return Check.of("accuracy", runtime, precision, accuracy.images, comparison)
 

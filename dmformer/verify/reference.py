@@ -70,7 +70,9 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
         return checkpoint
     for artifact in bundle.artifacts("torch"):
         return load_checkpoint(bundle.load_path(artifact))
-    raise UsageError("images have no stored answers; give --weights FILE, or export with --format torch as well")
+    raise UsageError(
+        "images have no stored answers; give the checkpoint as `weights`, or export the format torch as well"
+    )
 
 
 def form_in(bundle: Bundle, model: DMFormerBackbone) -> nn.Module:

@@ -118,7 +118,7 @@ def check_size(row: RuntimeEntry, open_size: bool) -> None:
     if open_size and is_compiled(row):
         raise UsageError(
             f"format {row.format} with open height and width, where its engines have a fixed one; expected an export "
-            "without --dynamic-size"
+            "without `open_size`"
         )
 
 

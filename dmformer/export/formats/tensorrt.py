@@ -82,16 +82,16 @@ def _aim(options: EngineOptions) -> tuple[tuple[str, ...], Gpu | None]:
     flavour, engine = load_flavour(_flavour(options))
     if options.targets and flavour.name != "rtx":
         raise UnavailableError(
-            f"{flavour.title} builds for the GPU of its machine only; expected no --target, or --flavour rtx"
+            f"{flavour.title} builds for the GPU of its machine only; expected no `targets`, or `flavour` rtx"
         )
     gpu = None
     if not options.targets:
         try:
             gpu = find_gpu()
         except UnavailableError as error:
-            ahead = "name the GPU to build for, for instance --target sm89"
+            ahead = "name the GPU to build for, for instance `targets` sm89"
             if flavour.name != "rtx":
-                ahead = "build on the device itself (dmformer build), or use --flavour rtx with --target sm89"
+                ahead = "build on the device itself (dmformer build), or use `flavour` rtx with `targets` sm89"
             raise UnavailableError(f"{flavour.title} builds for the GPU of its machine: {error}; {ahead}") from error
     targets = (gpu.compute_capability,) if gpu else tuple(options.targets)
     if flavour.name == "rtx":
@@ -166,7 +166,7 @@ def _build(source: ConversionSource, targets: tuple[str, ...], plan: Path, cache
             try:
                 result = child.call(order, EngineResult, _LIMIT_S)
             except StageFailed as error:
-                hint = "; it usually is memory: bound it with --workspace" if "SIGKILL" in str(error) else ""
+                hint = "; it usually is memory: bound it with `workspace_mb`" if "SIGKILL" in str(error) else ""
                 raise StageFailed(f"building a TensorRT engine at {source.precision}: {error}{hint}") from error
         watcher.join()  # the pipe ends with the process
     return result
@@ -253,9 +253,9 @@ def complaints(parser: Any) -> list[str]:
 def with_advice(message: str) -> str:
     """Return a builder's error message, with what to do about it where that is known."""
     if "Turing" in message or "SM75" in message:
-        return f"{message}; leave --target sm75 out, or build it at fp16"
+        return f"{message}; leave `targets` sm75 out, or build it at fp16"
     if "memory" in message.lower():
-        return f"{message}; bound it with --workspace, or free memory"
+        return f"{message}; bound it with `workspace_mb`, or free memory"
     return message
 
 

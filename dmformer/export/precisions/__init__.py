@@ -159,8 +159,8 @@ def check_calibrated(precisions: tuple[str, ...], images: ImageSet | None) -> No
         raise UsageError(f"{len(images)} calibration images; expected at least {_FEWEST_IMAGES}, better hundreds")
     if "int8" in precisions and images is None:
         raise UsageError(
-            "precision int8 without calibration images; expected --calibration DIR with images like those that the "
-            "device will see: ranges measured on anything else would be wrong"
+            "precision int8 without calibration images; expected `calibration`, a folder of images like those "
+            "that the device will see: ranges measured on anything else would be wrong"
         )
 
 

@@ -105,7 +105,7 @@ def _fewest_kept(lost_with: Callable[[int], float], blocks: int, most: float) ->
         if kept == blocks - 1:
             raise CheckFailed(
                 f"precision int8 loses {lost:.2f} points with 1 of {blocks} blocks in int8; the budget is {most:g}: "
-                "give better calibration images, a larger --max-accuracy-drop, or leave int8 out"
+                "give better calibration images, a larger `max_accuracy_drop`, or leave int8 out"
             )
         failed, kept = kept, min(max(1, 2 * kept), blocks - 1)
     while kept - failed > 1:

@@ -99,7 +99,7 @@ def run_case(folder: Path) -> ParityReport:
     expected = {name.removeprefix("expected/"): array for name, array in arrays.items() if name.startswith("expected/")}
     if not expected or set(expected) != set(case.limits) or not case.files:
         raise UsageError(
-            f"{folder}: the case names {sorted(case.limits)} and has {sorted(expected)}; run --bisect again"
+            f"{folder}: the case names {sorted(case.limits)} and has {sorted(expected)}; run verify --bisect again"
         )
     if wrong := [name for name, array in arrays.items() if array.ndim == 0 or array.dtype.kind not in "fiu"]:
         raise UsageError(f"{folder}: array {wrong[0]!r} is {arrays[wrong[0]].dtype}; expected numbers, rows first")
