@@ -32,8 +32,7 @@ from dmformer.errors import StageFailed, UsageError
 from dmformer.export import steps
 from dmformer.export.networks import random_checkpoint
 from dmformer.export.options import EngineOptions
-from dmformer.export.precisions import Calibration, PrecisionFile, PrecisionSource, make
-from dmformer.export.reduced import prove, reduced_golden
+from dmformer.export.precisions import Calibration, PrecisionFile, PrecisionSource, check_file, make, verify_reduced
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint
 from dmformer.models.deploy import deploy
 from dmformer.progress import silent
@@ -99,9 +98,7 @@ class Bench:
             fault.inject(path)
             golden = open_bundle(self.bundle).golden()
             try:
-                _, checks = reduced_golden(
-                    name, replace(made, onnx=path), form(self.checkpoint, folded=True), source, golden
-                )
+                _, checks = check_file(replace(made, onnx=path), source, form(self.checkpoint, folded=True), golden)
             except StageFailed as error:
                 module = str(error).partition("it begins at ")[2].partition("/")[0]
                 return Outcome(fault, ("reduced",), (module,), (str(error),))
@@ -204,16 +201,17 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
     source.scratch.mkdir()
     for name in ("fp16", "int8"):
         try:
-            made, golden, checks = prove(name, make(name, source), lambda: form(checkpoint, folded), source, golden)
+            reduced = verify_reduced(make(name, source), source, lambda: form(checkpoint, folded), golden)
         except StageFailed as error:
             if "parity cannot be judged" not in str(error):
                 raise
             refused.append(f"{name}: {error}")  # int8 drowns what this network tells apart
             continue
+        golden, checks = reduced.golden, list(reduced.checks)
         for row in map(registry.entry, ("onnxruntime", "openvino")):
             work = steps.Work(output, silent, EngineOptions(), golden)
-            artifact = steps.convert(work, row, made).artifact
-            checks += steps.verify(work, row, artifact, made).checks
+            artifact = steps.convert_artifact(work, row, reduced.file).artifact
+            checks += steps.verify_artifact(work, row, artifact, reduced.file).checks
         failed += [f"{name} {check.where} in {check.runtime}: {check.reason}" for check in checks if not check.passed]
     shutil.rmtree(output)
     return failed, refused

@@ -437,10 +437,10 @@ def test_an_interrupted_export_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(import_module("dmformer.export.steps"), "verify", interrupt)
+        patch.setattr(import_module("dmformer.export.steps"), "verify_artifact", interrupt)
         dmformer.export(output=tmp_path / "b", **TINY)
     monkeypatch.setattr(import_module("dmformer.export.graph"), "verified_graph", no_export)
-    monkeypatch.setattr(import_module("dmformer.export.steps"), "convert", no_export)
+    monkeypatch.setattr(import_module("dmformer.export.steps"), "convert_artifact", no_export)
     result = dmformer.export(output=tmp_path / "b", **TINY)
     assert result.parity.passed
     assert {check.stage for check in result.parity.checks} >= {"traced", "layers", "runtime", "rows"}
@@ -492,9 +492,9 @@ def test_every_precision_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytes
     for module, name in (
         ("export.graph", "verified_graph"),
         ("export.precisions", "make"),
-        ("export.reduced", "prove"),
-        ("export.steps", "convert"),
-        ("export.steps", "verify"),
+        ("export.precisions", "verify_reduced"),
+        ("export.steps", "convert_artifact"),
+        ("export.steps", "verify_artifact"),
         ("export.steps", "time_artifacts"),
         ("verify.reference", "torch_answers"),
     ):

@@ -13,9 +13,8 @@ from onnx import TensorProto, numpy_helper
 import dmformer
 from dmformer.assets import SAMPLE_IMAGES
 from dmformer.errors import CheckFailed, StageFailed
-from dmformer.export.precisions import fp16, tensor_peaks
+from dmformer.export.precisions import fp16, tensor_peaks, verify_reduced
 from dmformer.export.precisions.fp16 import LARGEST, to_fp16
-from dmformer.export.reduced import prove
 from dmformer.graph.onnx_file import typed_share
 from dmformer.models.checkpoint import Checkpoint, save_checkpoint
 from dmformer.models.deploy import deploy
@@ -113,7 +112,8 @@ def test_an_overflow_that_nobody_foresaw_becomes_an_island(
     loud = rescaled(checkpoint, 14)
     source = source_of(loud, tmp_path / "s", golden.inputs)
     answered = replace(golden, files={"fp32": golden.outputs})
-    made, completed, checks = prove("fp16", to_fp16(source), lambda: deploy(loud.model(), 32), source, answered)
+    found = verify_reduced(to_fp16(source), source, lambda: deploy(loud.model(), 32), answered)
+    made, completed, checks = found.file, found.golden, found.checks
     assert all(check.passed for check in checks), checks
     assert set(made.kept_in_fp32) == {
         f"{ATTENTION}.expand/Conv",

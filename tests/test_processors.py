@@ -104,7 +104,7 @@ def test_what_is_built_on_a_device_keeps_the_range(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             import_module("dmformer.export.steps"),
-            "verify",
+            "verify_artifact",
             lambda _work, _row, artifact, _file: VerifiedArtifact(artifact, ()),
         )
         (eight,) = build(full, "openvino", precisions=["int8"]).artifacts

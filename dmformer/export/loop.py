@@ -67,7 +67,7 @@ class Loop:
         what, source = f"{row.format} {file.precision}", replace(file, answers=None)
 
         def convert() -> ConvertedArtifact:
-            return steps.convert(work, row, file)
+            return steps.convert_artifact(work, row, file)
 
         if is_compiled(row) and not work.engine.targets:  # tuned on the GPU of this machine, as it is just now
             artifact = convert().artifact
@@ -80,7 +80,7 @@ class Loop:
             f"verify {what}",
             (artifact, file.onnx, work.golden, *budget, reason, gpu_of([artifact])),
             VerifiedArtifact,
-            lambda: steps.verify(work, row, artifact, file),
+            lambda: steps.verify_artifact(work, row, artifact, file),
             work.folder,
         )
         if reason:

@@ -40,7 +40,7 @@ from dmformer.export.cached import ExportResult
 from dmformer.export.formats import is_compiled
 from dmformer.export.loop import Loop, gpu_of, write_report
 from dmformer.export.options import ExportOptions, keywords_of
-from dmformer.export.precisions import Calibration, PrecisionFile, PrecisionSource
+from dmformer.export.precisions import Calibration, PrecisionFile, PrecisionSource, Reduced
 from dmformer.export.steps import TimedArtifacts, VerifiedArtifact, Work
 from dmformer.runtimes import registry
 from dmformer.verify.report import ParityReport, failure, parity_report
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
     from dmformer.export.graph import GraphSource, VerifiedGraph
     from dmformer.export.plan import ExportPlan
-    from dmformer.export.reduced import Reduced
     from dmformer.models.dmformer import DMFormerBackbone
 
 _MOST_CALIBRATION = 512
@@ -195,10 +194,8 @@ class _Export(Loop):
 
     def reduce(self, precision: str, source: GraphSource, graph: VerifiedGraph, work: Work) -> Reduced | None:
         """The ONNX file at a precision; ``None`` where it cannot be had and need not be."""
-        from dmformer.export import reduced
-
         if precision == "fp32":
-            return reduced.Reduced(PrecisionFile(graph.onnx, precision, promised_share=1.0), work.golden)
+            return Reduced(PrecisionFile(graph.onnx, precision, promised_share=1.0), work.golden)
         if not all(check.passed for check in self.checks if check.precision == "fp32"):
             self.left_out.append(f"{precision}: float32 failed its checks")
             return None
@@ -215,14 +212,13 @@ class _Export(Loop):
         def reduce() -> Reduced:
             file = precisions.make(precision, measured)
             with self.stage(f"literal execution of {precision}, emulation in PyTorch"):
-                file, golden, checks = reduced.prove(precision, file, source.form, measured, work.golden)
-            return reduced.Reduced(file, golden, tuple(checks))
+                return precisions.verify_reduced(file, measured, source.form, work.golden)
 
         bits = self.options.weight_bits if precision == "int8" else None
         budget = (work.calibration, self.options.max_accuracy_drop)
         inputs = (self.network, precision, graph.onnx, work.golden, *budget, bits)
         try:
-            found = self.once(f"ONNX at {precision}", inputs, reduced.Reduced, reduce, self.scratch)
+            found = self.once(f"ONNX at {precision}", inputs, Reduced, reduce, self.scratch)
         except (CheckFailed, StageFailed) as error:
             if not self.plan.choose_fastest:
                 raise

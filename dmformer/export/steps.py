@@ -1,7 +1,7 @@
-"""The steps that an export and a build share, each a function: convert, verify, time. They import no PyTorch.
+"""The steps after the ONNX file, each a function: convert, verify, time. They import no PyTorch: a device has them too.
 
-Those that need it are :func:`dmformer.export.graph.verified_graph` (reference, trace, simplify) and
-:func:`dmformer.export.reduced.reduce` (to a precision). :mod:`dmformer.export.run` puts all of them together.
+Before them are :func:`dmformer.export.graph.verified_graph` (reference, trace, simplify) and
+:mod:`dmformer.export.precisions` (make and verify a file at a precision).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class TimedArtifacts:
     report: BenchReport
 
 
-def convert(work: Work, row: registry.RuntimeEntry, file: PrecisionFile) -> ConvertedArtifact:
+def convert_artifact(work: Work, row: registry.RuntimeEntry, file: PrecisionFile) -> ConvertedArtifact:
     """Make a format of an ONNX file; what is known of that file holds for the artifact too.
 
     Raises:
@@ -126,7 +126,9 @@ def convert(work: Work, row: registry.RuntimeEntry, file: PrecisionFile) -> Conv
     return ConvertedArtifact(artifact, converted.files)
 
 
-def verify(work: Work, row: registry.RuntimeEntry, artifact: Artifact, file: PrecisionFile) -> VerifiedArtifact:
+def verify_artifact(
+    work: Work, row: registry.RuntimeEntry, artifact: Artifact, file: PrecisionFile
+) -> VerifiedArtifact:
     """What the runtime answers with an artifact, in which precision it computes, and how accurate it is.
 
     Where it cannot run here, the ONNX file is asked in onnxruntime instead; a device has no such file of its own.

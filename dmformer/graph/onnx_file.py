@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from dmformer._optional import require
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from onnx import ModelProto
-
-
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +13,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from onnx import ModelProto, TensorProto
+
+_COMPUTING = ("Conv", "Gemm", "MatMul")
+_ADDING_UP = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
 
 
 def read(path: Path) -> ModelProto:
@@ -174,9 +166,6 @@ def _value(name: str, dtype: Any, rank: int | None) -> Any:
     return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(dtype), shape)
 
 
-_COMPUTING = ("Conv", "Gemm", "MatMul")
-
-
 def metadata_at(precision: str, model: ModelProto) -> dict[str, str]:
     """What the file at a precision says of itself: what the float32 one says, and the precision."""
     return metadata(model) | {"dmformer.precision": precision}
@@ -206,3 +195,24 @@ def typed_share(model: ModelProto, precision: str) -> float:
 def modules_at(model: ModelProto, precision: str) -> list[str]:
     """Names of the network's modules whose layers a graph has in a precision."""
     return [name.rpartition("/")[0] for name, typed in compute_layers(model).items() if typed == precision]
+
+
+def to_float16(model: ModelProto, kept: Collection[str], destination: Path) -> ModelProto:
+    """Write a float32 graph, which is changed, in float16, but for the nodes named and those that add up a map."""
+    float16 = require("onnxruntime.transformers.float16", extra="onnxruntime", purpose="precision fp16")
+    metadata = metadata_at("fp16", model)
+    converted: ModelProto = float16.convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_ADDING_UP],
+        node_block_list=list(kept),
+    )
+    graph = require("onnxruntime.transformers.onnx_model", extra="onnxruntime", purpose="precision fp16")
+    edited = graph.OnnxModel(converted)
+    # Between two nodes that stay in float32 the converter puts a cast to float16 and one back.
+    edited.remove_cascaded_cast_nodes()
+    edited.remove_useless_cast_nodes()
+    # It appends its casts at the end; the specification wants nodes in the order of their use.
+    edited.topological_sort(is_deterministic=True)
+    write(converted, destination, metadata)
+    return converted

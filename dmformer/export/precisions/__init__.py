@@ -1,4 +1,4 @@
-"""The precisions: one table of what makes each from the verified float32 ONNX file.
+"""The precisions: one table of what makes each from the verified float32 ONNX file, and the proof of what was made.
 
 Precision lives in the ONNX file (tensors typed float16, or QuantizeLinear and DequantizeLinear pairs), so that one file
 serves every engine: TensorRT's strongly typed networks know no other way.
@@ -7,23 +7,31 @@ serves every engine: TensorRT's strongly typed networks know no other way.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmformer.bundle.golden import Golden
 from dmformer.bundle.manifest import Accuracy
 from dmformer.data.images import ImageSet
-from dmformer.errors import CheckFailed, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.graph import onnx_file
 from dmformer.progress import Progress
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from dmformer.task import INPUT_NAME
+from dmformer.verify.executors import emulation_of, graph_outputs, input_name, literal
+from dmformer.verify.inner import check_reduced
+from dmformer.verify.localize.nodes import find_island
+from dmformer.verify.report import Check
 from dmformer.verify.tasks import Measure, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
+
+    from torch import nn
 
     from dmformer.models.dmformer import DMFormerBackbone
 
@@ -35,6 +43,7 @@ _MAKERS = {
 PRECISIONS = ("fp32", *_MAKERS)
 
 _FEWEST_IMAGES = 10
+_SEEN_IMAGES = 4  # on which PyTorch checks how far the inputs of int8 layers reach
 RANGE_IMAGES = 128  # calibration images on which ranges are measured, at most
 
 
@@ -147,6 +156,76 @@ def make(precision: str, source: PrecisionSource) -> PrecisionFile:
     module, _, name = _MAKERS[precision].partition(":")
     maker: Callable[[PrecisionSource], PrecisionFile] = getattr(importlib.import_module(module), name)
     return maker(source)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """An ONNX file at a precision, the golden answers with its own, and its checks."""
+
+    file: PrecisionFile
+    golden: Golden
+    checks: tuple[Check, ...] = ()
+
+
+def verify_reduced(
+    file: PrecisionFile, source: PrecisionSource, form: Callable[[], nn.Module], golden: Golden
+) -> Reduced:
+    """Verify an ONNX file at a reduced precision before any engine sees it; mend float16 where an island is enough.
+
+    Args:
+        file: the file.
+        source: what it was made from.
+        form: makes the network in the form that was traced.
+        golden: with the float32 file's answers.
+
+    Raises:
+        StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
+    """
+    broken: StageFailed | None = None
+    for _ in range(len(golden.inputs) + 1):
+        broken = None
+        try:
+            completed, checks = check_file(file, source, form(), golden)
+        except StageFailed as error:
+            broken = error
+        if file.precision != "fp16" or (broken is None and all(check.passed for check in checks)):
+            break
+        float16 = onnx_file.read(file.onnx)
+        answers = graph_outputs(float16, literal(float16, {input_name(float16): golden.inputs}))
+        worst = golden.worst_row(golden.thinned(answers))
+        island = find_island(onnx_file.read(source.onnx), worst, file.kept_in_fp32, source.scratch)
+        if not island.nodes:
+            break
+        path = source.scratch / island.file
+        file = replace(
+            file,
+            onnx=path,
+            promised_share=onnx_file.typed_share(onnx_file.read(path), file.precision),
+            kept_in_fp32=file.kept_in_fp32 | dict.fromkeys(island.nodes, "beyond the error of float16 there"),
+        )
+    if broken is not None:
+        raise broken
+    return Reduced(file, completed, tuple(checks))
+
+
+def check_file(
+    file: PrecisionFile, source: PrecisionSource, form: nn.Module, golden: Golden
+) -> tuple[Golden, list[Check]]:
+    """Compare an ONNX file at a reduced precision with PyTorch and the float32 file; gives golden answers with its own.
+
+    Args:
+        file: the file.
+        source: what it was made from.
+        form: the network in the form that was traced; used up.
+        golden: with the float32 file's answers.
+
+    Raises:
+        StageFailed: answers at the precision are not finite, or it drowns what outputs differ by between images.
+    """
+    model = onnx_file.read(file.onnx)
+    emulation = emulation_of(model, file.precision, file.kept_in_fp32, file.peaks, source.weight_bits)
+    calibration = source.calibration.images.spread(_SEEN_IMAGES).batches(1) if source.calibration is not None else ()
+    return check_reduced(model, onnx_file.read(source.onnx), emulation, form, golden, calibration)
 
 
 def check_calibrated(precisions: tuple[str, ...], images: ImageSet | None) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 from dmformer.errors import CheckFailed
 from dmformer.export.precisions import PrecisionFile, tensor_peaks
 from dmformer.graph import onnx_file
-from dmformer.graph.float16 import convert
-from dmformer.graph.onnx_file import typed_share
+from dmformer.graph.onnx_file import to_float16, typed_share
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -42,7 +41,7 @@ def to_fp16(source: PrecisionSource) -> PrecisionFile:
         > LARGEST
     }
     destination = source.scratch / "fp16.onnx"
-    converted = convert(model, kept, destination)
+    converted = to_float16(model, kept, destination)
     share = typed_share(converted, "fp16")
     if not share:
         raise CheckFailed(

@@ -16,7 +16,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.graph import onnx_file
-from dmformer.graph.float16 import convert
+from dmformer.graph.onnx_file import to_float16
 from dmformer.verify.compare import TENSOR_FACTORS, largest_difference, tensor_limits
 from dmformer.verify.executors import emulated, emulation_of, exact, input_name, literal
 from dmformer.verify.report import Island
@@ -198,7 +198,7 @@ def find_island(model: ModelProto, inputs: NDArray[np.float32], kept: Collection
     for _ in range(_MOST_ROUNDS):
         copied = type(model)()
         copied.CopyFrom(model)
-        float16 = convert(copied, in_float32, path)
+        float16 = to_float16(copied, in_float32, path)
         shown = {name: array for name, array in literal(float16, images) if name in truth}
         emulation = emulation_of(float16, "fp16", in_float32)
         limits = tensor_limits(truth, images | dict(emulated(model, images, emulation)), TENSOR_FACTORS["fp16"])
