@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("api.md")
@@ -41,13 +42,28 @@ def page() -> str:
 def _entry(named: str) -> str:
     module, _, name = named.partition(":")
     function = getattr(importlib.import_module(module), name)
-    where = "dmformer" if module == "dmformer" else f"from {module} import {name}"
     signature = inspect.signature(function)
-    parameters = "".join(f"    {parameter},\n" for parameter in signature.parameters.values())
-    shown = f"{name}(\n{parameters}) -> {signature.return_annotation}".replace("'", "").replace("pathlib.", "")
-    shown = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", shown)
-    call = f"```python\n{shown}\n```" if where == "dmformer" else f"```python\n{where}\n\n{shown}\n```"
-    return f"### {name}\n\n{call}\n\n```text\n{inspect.getdoc(function)}\n```"
+    parameters = "".join(f"    {_parameter(one)},\n" for one in signature.parameters.values())
+    imported = "" if module == "dmformer" else f"from {module} import {name}\n\n"
+    shown = f"{name}(\n{parameters}) -> {_type(signature.return_annotation)}"
+    return f"### {name}\n\n```python\n{imported}{shown}\n```\n\n```text\n{inspect.getdoc(function)}\n```"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    text = f"{stars}{parameter.name}: {_type(parameter.annotation)}"
+    default = parameter.default
+    if default is parameter.empty:
+        return text
+    if is_dataclass(default) and default == type(default)():
+        return f"{text} = {type(default).__name__}()"
+    return f"{text} = {default.__name__ if inspect.isfunction(default) else repr(default)}"
+
+
+def _type(annotation: object) -> str:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+    return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)  # as some versions of Python write it
 
 
 if __name__ == "__main__":

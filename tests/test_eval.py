@@ -205,7 +205,7 @@ def test_without_the_torch_format_agreement_is_left_out_and_why_is_said(bundle: 
     assert only(found).agreement_with_torch is None
     assert only(found).top1 is not None
     (reason,) = found.skipped
-    assert "agreement with PyTorch: the bundle has no torch format; give the checkpoint as `weights`" in reason
+    assert "agreement with PyTorch: the bundle has no torch format; give the checkpoint" in reason
 
 
 def test_without_labels_and_without_the_torch_format_there_is_nothing_to_measure(bundle: Path) -> None:

@@ -303,7 +303,7 @@ def test_what_is_wrong_at_another_size_alone_is_found_there(segmentation_open: E
     shutil.rmtree(bundle / "torch")
     opened = open_bundle(bundle)
     found = localize(opened, report, weights=None, folder=tmp_path / "cases", stage=silent)
-    assert "`bisect` has nothing to trust" in found.skipped[-1]
+    assert "the bisection has nothing to trust" in found.skipped[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntime, "infer", elsewhere(lambda array: array, lambda array: 1.5 * array))
         report = dmformer.verify(opened, runtimes=["ort"])

@@ -168,7 +168,7 @@ def summarise(
     stable = all(measured.stable for measured in rounds)
     reason = None if stable else "the warm-up did not settle within 3 %: the machine is busy or its clock changes"
     if any(measured.cut for measured in rounds):
-        stable, reason = False, "the time limit ended it early: give it a longer `limit_s`"
+        stable, reason = False, "the time limit ended it early: give it a longer time limit"
     result = msgspec.structs.replace(
         planned,
         status="ok" if stable else "unstable",

@@ -163,7 +163,7 @@ def _result(choice: Choice, score: RunningScore) -> EvalResult:
 def _reference(bundle: Bundle, images: ImageSet, weights: Path | None) -> tuple[Checkpoint | None, str | None]:
     """What agreement is measured with, or why there is nothing; without either nothing could be measured."""
     if weights is None and not bundle.artifacts("torch"):
-        reason = "the bundle has no torch format; give the checkpoint as `weights`, or export the format torch as well"
+        reason = "the bundle has no torch format; give the checkpoint, or export the format torch as well"
     else:
         try:
             return reference_checkpoint(bundle, weights), None

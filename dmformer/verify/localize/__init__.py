@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 _IN_NODES = ("runtime", "layers")  # stages whose failures sit in a node
 _NOTHING_TO_TRUST = (
-    "`bisect` has nothing to trust: the bundle has no float32 ONNX file that is as PyTorch was; "
-    "expected the checkpoint as `weights`, or a bundle with the format torch"
+    "the bisection has nothing to trust: the bundle has no float32 ONNX file that is as PyTorch was; "
+    "expected the checkpoint with it, or a bundle with the format torch"
 )
 _SPREAD = "no tensor is beyond its limit when it is asked for alone: what failed is spread over the network"
 
