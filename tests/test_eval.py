@@ -213,7 +213,7 @@ def test_without_labels_and_without_the_torch_format_there_is_nothing_to_measure
     with pytest.raises(UsageError) as caught:
         evaluate(bundle, SAMPLE_IMAGES, runtimes=["ort"])
     assert "agreement with PyTorch cannot be measured" in one_line(caught.value)
-    assert "the checkpoint as `weights`" in str(caught.value)
+    assert "give the checkpoint, or export the format torch" in str(caught.value)
 
 
 def test_weights_that_are_given_take_the_place_of_the_torch_format(bundle: Path) -> None:

@@ -212,7 +212,7 @@ def test_what_hinders_a_bisection_is_said_and_the_report_kept(bundle: Path, tmp_
     save_checkpoint(tmp_path / "other.safetensors", other)
     (tmp_path / "file").write_bytes(b"")
     for weights, folder, message in (
-        (None, "c", "--bisect has nothing to trust"),
+        (None, "c", "the bisection has nothing to trust"),
         (tmp_path / "other.safetensors", "c", "the golden answers are not those of the checkpoint"),
         (tmp_path / "none.safetensors", "c", "No such file"),
         (DEMONSTRATION_CHECKPOINT, "file", "file"),
