@@ -133,7 +133,7 @@ def test_debug_alone_is_help(inline: Cli) -> None:
         (["--precision", "bf16"], "precision 'bf16'; expected one of fp32, fp16, int8, or auto"),
         (["--precision", "auto", "--precision", "fp16"], "precision auto with fp16; expected it alone"),
         (["--precision", "int8", "--format", "torch"], "leave --format torch out"),
-        (["--precision", "int8", "--arch", "dmformer_nano"], "--calibration DIR"),
+        (["--precision", "int8", "--arch", "dmformer_nano"], "expected --calibration, a folder"),
         (["--max-accuracy-drop", "-1"], "max_accuracy_drop is -1"),
         (["--max-accuracy-drop", "lots"], "--max-accuracy-drop"),
         (["--precision", "int8", "--calibration", "nowhere"], "nowhere"),

@@ -131,7 +131,7 @@ import sys
 from pathlib import Path
 from dmformer.runtimes.openvino import OpenVinoRuntime
 with OpenVinoRuntime(Path(sys.argv[1]), precision="int8") as runtime:
-    for node in runtime._model.get_runtime_model().get_ops():
+    for node in runtime.model.get_runtime_model().get_ops():
         print(node.get_rt_info()["primitiveType"].astype(str))
 """
 
@@ -192,7 +192,7 @@ for folder in map(Path, sys.argv[1:]):
     golden = load_golden(folder / "golden.npz")
     with OpenVinoRuntime(folder / "openvino/int8/model.xml", precision="int8", threads=1) as runtime:
         answers = runtime.run_rows({"image": golden.inputs})["logits"]
-        kernels = [n.get_rt_info()["primitiveType"].astype(str) for n in runtime._model.get_runtime_model().get_ops()]
+        kernels = [n.get_rt_info()["primitiveType"].astype(str) for n in runtime.model.get_runtime_model().get_ops()]
     against = references(golden, "int8")[1]
     apart = float(np.abs(answers - against.outputs["logits"]).max())
     print(json.dumps({"share": apart / against.limits["logits"].max_abs, "kernels": kernels}))

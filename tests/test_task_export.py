@@ -377,7 +377,7 @@ def test_a_graph_that_has_baked_its_size_in_is_seen(
 ) -> None:
     """At 64 by 64 the fixed graph answers; at 96 by 128 it does not."""
     golden = open_bundle(segmentation.output).golden()
-    other = referring.at_another_size(
+    other = referring.golden_at_other_size(
         load_checkpoint(SEGMENTATION_CHECKPOINT).model(), segmentation.manifest.preprocessing
     )
     golden = replace(golden, other_size=replace(other, files={"fp32": other.outputs}))

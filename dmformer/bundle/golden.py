@@ -135,7 +135,7 @@ def _arrays(golden: Golden) -> dict[str, Any]:
     arrays |= {f"sources/{index}": array for index, array in enumerate(golden.sources)}
     if golden.source_pixels is not None:
         arrays["source_pixels"] = golden.source_pixels
-    arrays |= {f"strides/{name}": np.int64(stride) for name, stride in golden.strides.items() if stride > 1}
+    arrays |= {f"strides/{name}": np.asarray(stride) for name, stride in golden.strides.items() if stride > 1}
     if golden.other_size is not None:
         arrays |= {f"{_OTHER}{name}": array for name, array in _arrays(golden.other_size).items()}
     return arrays
