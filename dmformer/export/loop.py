@@ -5,6 +5,7 @@ It alone holds state: what the cache gave, which checks were made, what was left
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -50,7 +51,7 @@ class Loop:
         self.broken: list[str] = []
 
     def once(self, what: str, inputs: object, kind: type[T], step: Callable[[], T], root: Path) -> T:
-        """What a step gives, or gave before with the same inputs; kept where its checks hold."""
+        """Return what a step gives, or gave before with the same inputs; it is kept where its checks hold."""
         return self.cache.get_or_make(f"{self.name}: {what}", inputs, kind, step, root, _held)
 
     def artifact(
@@ -64,23 +65,21 @@ class Loop:
             file: the ONNX file.
             network: stands for the network among the inputs of cached steps.
         """
-        what, source = f"{row.format} {file.precision}", replace(file, answers=None)
-
-        def convert() -> ConvertedArtifact:
-            return steps.convert_artifact(work, row, file)
-
+        what = f"{row.format} {file.precision}"
+        convert = functools.partial(steps.convert_artifact, work, row, file)
         if is_compiled(row) and not work.engine.targets:  # tuned on the GPU of this machine, as it is just now
             artifact = convert().artifact
         else:
-            inputs = (network, row.format, file.precision, source, work.engine)
-            artifact = self.once(f"convert to {what}", inputs, ConvertedArtifact, convert, work.folder).artifact
+            inputs = (network, row.format, file.precision, replace(file, answers=None), work.engine)
+            name = f"{self.name}: convert to {what}"
+            artifact = self.cache.get_or_make(name, inputs, ConvertedArtifact, convert, work.folder).artifact
         reason = cannot_run(row, artifact)
         budget = (work.calibration, work.max_accuracy_drop)
         verified = self.once(
             f"verify {what}",
             (artifact, file.onnx, work.golden, *budget, reason, gpu_of([artifact])),
             VerifiedArtifact,
-            lambda: steps.verify_artifact(work, row, artifact, file),
+            functools.partial(steps.verify_artifact, work, row, artifact, file),
             work.folder,
         )
         if reason:
@@ -90,7 +89,7 @@ class Loop:
 
 
 def _held(found: object) -> bool:
-    """Whether a step's result may be kept: every check in it held, and a noise floor is known where it timed."""
+    """Return whether a step's result may be kept: its checks held, and a noise floor is known where it timed."""
     if isinstance(found, TimedArtifacts):
         return found.report.noise_floor is not None
     return all(check.passed for check in getattr(found, "checks", ()))
