@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dmformer import __version__
-from dmformer.commands._options import Invocation, set_debug
+from dmformer.commands import _present as present
+from dmformer.commands._options import DEBUG
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
 from dmformer.commands.cache import cache
@@ -59,35 +60,37 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option(
-            "--debug", callback=set_debug, is_eager=True, help="Print the traceback of a failure; legal anywhere."
-        ),
-    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Print the traceback of a failure; legal anywhere.")] = False,
 ) -> None:
-    del version, debug  # their callbacks have acted
+    del version, debug  # a callback has acted; main() looks for the other itself, because parsing may fail before it
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
 def main() -> None:
     """Run the command line in this process."""
-    invocation = Invocation()
+    command: Any = typer.main.get_command(app)
+    present.FLAGS.update(_flags(command))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars and dots in tables, where output is not UTF-8
     signal.signal(signal.SIGTERM, _stop)
     try:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
-        code = app(args=sys.argv[1:], prog_name="dmformer", standalone_mode=False, obj=invocation)
+        code = command(args=sys.argv[1:], prog_name="dmformer", standalone_mode=False)
         if code == 128 + signal.SIGINT:  # what Typer makes of Ctrl-C, without a word
-            code = _report(KeyboardInterrupt(), invocation)
+            code = _report(KeyboardInterrupt())
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every failure becomes one line
-        if invocation.debug:
+        if DEBUG in sys.argv:
             traceback.print_exc()
-        sys.exit(_report(error, invocation))
+        sys.exit(_report(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _flags(command: Any) -> dict[str, str]:
+    """Return the flags of all commands by the names of their parameters, which are those of Python's arguments."""
+    parameters = (parameter for one in command.commands.values() for parameter in one.params)
+    return {parameter.name: parameter.opts[0] for parameter in parameters if parameter.opts[0].startswith("--")}
 
 
 def _stop(number: int, _frame: object) -> None:
@@ -95,7 +98,7 @@ def _stop(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _report(error: BaseException, invocation: Invocation) -> int:
+def _report(error: BaseException) -> int:
     """One line on standard error; returns the exit code."""
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         sys.stderr.write("stopped\n")
@@ -104,9 +107,10 @@ def _report(error: BaseException, invocation: Invocation) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 128 + signal.SIGPIPE
     if isinstance(error, DMFormerError):
-        message, code = invocation.in_flags(str(error)), error.exit_code
+        message, code = present.in_flags(str(error)), error.exit_code
     elif hasattr(error, "format_message"):  # what Typer raises for wrong usage
-        message, code = f"{error.format_message()} Try 'dmformer --help'.", 2
+        wrong = error.format_message().replace("Value error, ", "")  # the words of a library behind Typer
+        message, code = f"{wrong} Try 'dmformer --help'.", 2
     elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         message, code = "not enough memory; expected more, or a smaller image size, batch or network", 1
     elif isinstance(error, OSError):

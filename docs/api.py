@@ -33,6 +33,7 @@ def page() -> str:
     parts = [
         "# Python",
         "Made by `python docs/api.py`; `help()` shows the same.",
+        "What lies deeper is imported by `from`, as in `from dmformer.export.options import EngineOptions`.",
     ]
     for title, names in GROUPS.items():
         parts += [f"## {title}", *map(_entry, names)]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import inspect
 import pydoc
+import re
 import runpy
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 
 import dmformer
 from dmformer.cli import app
+from dmformer.errors import UsageError
 from dmformer.export.options import EngineOptions, ExportOptions, sentences
 from tests.conftest import ROOT
 
@@ -72,3 +75,36 @@ def public_names() -> dict[str, list[str]]:
 def test_a_public_name_means_one_thing() -> None:
     shared = {name: rooms for name, rooms in public_names().items() if len(rooms) > 1 and name not in ONE_CONTRACT}
     assert shared == {}
+
+
+def test_a_module_below_such_a_package_is_imported_from_it() -> None:
+    from dmformer.export import options
+    from dmformer.verify.localize.case import run_case
+
+    assert options.ExportOptions().formats == ("onnx",)
+    assert callable(run_case)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"formats": []}, "no `formats`; expected at least one, for instance onnx"),
+        ({"task": "bogus"}, "`task` is 'bogus'; expected one of classification"),
+        ({"max_accuracy_drop": float("nan")}, "`max_accuracy_drop` is nan"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        ExportOptions(**given)
+
+
+def test_options_that_mean_the_same_are_the_same() -> None:
+    assert ExportOptions(formats="onnx", precisions=["fp32"], options=None, engine=None) == ExportOptions(  # type: ignore[arg-type]
+        formats=["onnx"], options={}
+    )
+
+
+def test_weights_alone_may_be_given_by_position() -> None:
+    assert ExportOptions("w.pt").weights == "w.pt"
+    with pytest.raises(TypeError):
+        ExportOptions("w.pt", "dmformer_s")  # type: ignore[misc]

@@ -113,7 +113,8 @@ def test_debug_is_known_to_every_command(inline: Cli) -> None:
     for command in ("", *COMMANDS, "build", "cache", "serve-layout", "train"):
         run = inline(*command.split(), "--debug", "--nonsense")
         assert run.code == 2
-        assert "No such option: --nonsense" in run.error_line
+        assert "error: No such option: --nonsense" in run.err
+        assert "Traceback" in run.err
 
 
 def test_debug_alone_is_help(inline: Cli) -> None:
@@ -134,7 +135,7 @@ def test_debug_alone_is_help(inline: Cli) -> None:
         (["--precision", "auto", "--precision", "fp16"], "precision auto with fp16; expected it alone"),
         (["--precision", "int8", "--format", "torch"], "leave --format torch out"),
         (["--precision", "int8", "--arch", "dmformer_nano"], "expected --calibration, a folder"),
-        (["--max-accuracy-drop", "-1"], "max_accuracy_drop is -1"),
+        (["--max-accuracy-drop", "-1"], "--max-accuracy-drop is -1"),
         (["--max-accuracy-drop", "lots"], "--max-accuracy-drop"),
         (["--precision", "int8", "--calibration", "nowhere"], "nowhere"),
         (["--precision", "int8", "--calibration", "empty"], "empty"),
@@ -522,3 +523,14 @@ def test_messages_name_flags(inline: Cli, arguments: list[str], said: str, tmp_p
     assert run.code == 2
     assert said in run.error_line
     assert "`" not in run.error_line
+
+
+def test_notes_name_flags_too(inline: Cli, tmp_path: Path) -> None:
+    run = inline("export", "--format", "all", "--dynamic-size", "--dry-run", "--output", tmp_path / "b")
+    assert "tensorrt: format tensorrt with open height and width" in run.err
+    assert "without --dynamic-size" in run.err
+    assert "`" not in run.err
+
+
+def test_debug_shows_the_traceback_of_wrong_usage(cli: Cli) -> None:
+    assert "Traceback" in cli("export", "--nonsense", "--debug").err

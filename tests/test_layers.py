@@ -42,8 +42,10 @@ class Artifacts:
         self._made: dict[str, PrecisionFile] = {}
 
     def made(self, precision: str) -> PrecisionFile:
-        from dmformer.export.precisions import make
+        from dmformer.export.precisions import PrecisionFile, make
 
+        if precision == "fp32":
+            return PrecisionFile(self.source.onnx, precision, promised_share=1.0)
         if precision not in self._made:
             self._made[precision] = make(precision, self.source)
         return self._made[precision]

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
         ({"precisions": ["fp16", "int8"], "formats": ["onnx", "torch"]}, "format torch at fp16, int8"),
         ({"precisions": ["int8"], "arch": "dmformer_nano"}, "expected `calibration`, a folder"),
         ({"calibration": SAMPLE_IMAGES}, "calibration images, and precision fp32 alone.*`precisions` int8"),
-        ({"max_accuracy_drop": -0.1}, "max_accuracy_drop is -0.1"),
+        ({"max_accuracy_drop": -0.1}, "`max_accuracy_drop` is -0.1"),
         ({"max_accuracy_drop": 101}, "0 to 100"),
-        ({"max_accuracy_drop": float("nan")}, "max_accuracy_drop is nan"),
+        ({"max_accuracy_drop": float("nan")}, "`max_accuracy_drop` is nan"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused(arguments: dict[str, Any], message: str) -> None:

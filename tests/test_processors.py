@@ -113,7 +113,7 @@ def test_what_is_built_on_a_device_keeps_the_range(
 
 @pytest.mark.parametrize("bits", [0, 6, 9, 16])
 def test_other_numbers_of_bits_are_refused(bits: int, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"weight_bits is {bits}; expected 7, right on every processor, or 8"):
+    with pytest.raises(UsageError, match=f"`weight_bits` is {bits}; expected 7, right on every processor, or 8"):
         dmformer.export(precisions=["int8"], weight_bits=bits, output=tmp_path / "b")
 
 

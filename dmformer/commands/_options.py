@@ -1,8 +1,7 @@
 """Options and arguments that commands share, and the bundle that a command is about.
 
-Two kinds act by a callback, so that no command's body reads them: the policy options put their policy in force for as
-long as the command runs, and ``--debug`` notes in the context's object which command runs, and whether a failure's
-traceback is wanted.
+The policy options act by a callback, so that no command's body reads them: they put their policy in force for as long
+as the command runs.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import functools
 import hashlib
 import json
 import os
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,31 +24,6 @@ from dmformer.export.options import EngineOptions, sentences
 
 if TYPE_CHECKING:
     from dmformer.bundle.reader import Bundle
-
-
-@dataclass
-class Invocation:
-    """One run of the command line, as Typer's contexts carry it in ``obj``.
-
-    Attributes:
-        debug: whether a failure's traceback is wanted.
-        flags: of the command that runs, by the arguments of Python's function that they stand for.
-    """
-
-    debug: bool = False
-    flags: dict[str, str] = field(default_factory=dict)
-
-    def in_flags(self, message: str) -> str:
-        """Write a message of Python's functions, which name arguments in backticks, in flags of the command line."""
-        return re.sub(r"`(\w+)`", lambda named: self.flags.get(named[1], named[0]), message)
-
-
-def set_debug(context: typer.Context, wanted: bool) -> bool:
-    """Note the command, and whether the traceback of a failure is wanted; the callback of every ``--debug``."""
-    invocation = context.ensure_object(Invocation)
-    invocation.debug |= wanted
-    invocation.flags |= {one.name: one.opts[0] for one in context.command.params if one.name is not None}
-    return wanted
 
 
 def _require_signature(context: typer.Context, wanted: bool) -> bool:
@@ -77,6 +50,8 @@ def check_report_target(target: str | Path | None) -> str | Path | None:
             raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists")
     return target
 
+
+DEBUG = "--debug"
 
 BundleArgument = Annotated[
     Path | None,
@@ -143,7 +118,7 @@ TrustedKeysOption = Annotated[
     ),
 ]
 # On every command, so that it may stand anywhere on the line; only the help of the whole shows it.
-DebugOption = Annotated[bool, typer.Option("--debug", callback=set_debug, is_eager=True, hidden=True)]
+DebugOption = Annotated[bool, typer.Option(DEBUG, hidden=True)]
 
 
 def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from dmformer.progress import Advance
 
 _PIPED_WIDTH = 120
+FLAGS: dict[str, str] = {}  # of the whole command line, which fills it, by the arguments that they stand for
+
+
+def in_flags(text: str) -> str:
+    """Write a sentence of Python's functions, which name arguments in backticks, in flags of the command line."""
+    return re.sub(r"`(\w+)`", lambda named: FLAGS.get(named[1], named[0]), text)
 
 
 def _console(stderr: bool, **settings: Any) -> Console:
@@ -46,7 +53,7 @@ def results(json_target: str | None = None) -> Console:
 
 def say(line: str) -> None:
     """Print one line to standard error."""
-    messages().print(line)
+    messages().print(in_flags(line))
 
 
 def table(title: str, columns: Sequence[str], numeric: Sequence[str] = ()) -> Table:
@@ -64,7 +71,7 @@ def add_row(listing: Table, cells: Sequence[str | Text]) -> None:
     """Add a row of literal texts: nothing in them is markup."""
     from rich.text import Text
 
-    listing.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    listing.add_row(*(Text(in_flags(cell)) if isinstance(cell, str) else cell for cell in cells))
 
 
 def mark(good: bool, bad: str = "no") -> Text:
@@ -76,7 +83,7 @@ def mark(good: bool, bad: str = "no") -> Text:
 
 def show(renderable: RenderableType, json_target: str | None = None) -> None:
     """Print a result."""
-    results(json_target).print(renderable)
+    results(json_target).print(in_flags(renderable) if isinstance(renderable, str) else renderable)
 
 
 def write_json(report: Any, target: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,35 +71,34 @@ def export(
         for note in plan.expected_saturation:
             present.say(f"note: {note}")
 
+    asked = ExportOptions(
+        weights=weights,
+        arch=arch,
+        task=task,
+        formats=formats or ExportOptions.formats,
+        precisions=precisions or ExportOptions.precisions,
+        output=output,
+        image_size=image_size,
+        open_size=open_size,
+        images=images,
+        calibration=calibration,
+        max_accuracy_drop=max_accuracy_drop,
+        weight_bits=weight_bits,
+        deploy_form=deploy_form,
+        options=parse_pairs(options or [], "--model-option", "gate_input=x_prime"),
+        seed=seed,
+        engine=EngineOptions(flavour, targets or (), min_batch, opt_batch, max_batch, workspace_mb),
+        force=force,
+        use_cache=use_cache and not dry_run,
+    )
+    if dry_run:
+        plan = plan_export(asked)
+        announce(plan)
+        plan.check_possible()
+        _show_plan(plan)
+        return
     with present.stages() as shown:
-        asked = ExportOptions(
-            weights=weights,
-            arch=arch,
-            task=task,
-            formats=formats or ExportOptions.formats,
-            precisions=precisions or ExportOptions.precisions,
-            output=output,
-            image_size=image_size,
-            open_size=open_size,
-            images=images,
-            calibration=calibration,
-            max_accuracy_drop=max_accuracy_drop,
-            weight_bits=weight_bits,
-            deploy_form=deploy_form,
-            options=parse_pairs(options or [], "--model-option", "gate_input=x_prime"),
-            seed=seed,
-            engine=EngineOptions(flavour, targets or (), min_batch, opt_batch, max_batch, workspace_mb),
-            force=force,
-            use_cache=use_cache and not dry_run,
-            stage=shown.stage,
-        )
-        if dry_run:
-            plan = plan_export(asked)
-            announce(plan)
-            plan.check_possible()
-            _show_plan(plan)
-            return
-        result = run_export(asked, announce)
+        result = run_export(replace(asked, stage=shown.stage), announce)
     if not planned:  # the cache had it
         model = result.manifest.model
         _say_source(model.weights, model.seed, model)

@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dmformer.bundle.manifest import (
-    MANIFEST,
-    Manifest,
-)
+from dmformer.bundle.manifest import MANIFEST, Manifest
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.writer import staged
 from dmformer.data.images import list_images

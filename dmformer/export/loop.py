@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from dmformer.bundle.manifest import (
-        Artifact,
-    )
+    from dmformer.bundle.manifest import Artifact
     from dmformer.cache import Cache
     from dmformer.export.precisions import PrecisionFile
     from dmformer.runtimes import registry
@@ -55,7 +53,7 @@ class Loop:
         return self.cache.get_or_make(f"{self.name}: {what}", inputs, kind, step, root, _held)
 
     def artifact(
-        self, work: Work, row: registry.RuntimeEntry, file: PrecisionFile, network: object = None
+        self, work: Work, row: registry.RuntimeEntry, file: PrecisionFile, network: object
     ) -> VerifiedArtifact:
         """Convert an ONNX file to a format, and verify what was made.
 

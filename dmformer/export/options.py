@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,7 +16,7 @@ from dmformer.bundle.manifest import DEFAULT_BUNDLE, SAFE_WEIGHT_BITS, WEIGHT_BI
 from dmformer.errors import UsageError
 from dmformer.progress import Progress, silent
 from dmformer.runtimes.target import AUTO, compute_capability
-from dmformer.task import Task
+from dmformer.task import TASKS, Task
 
 P = ParamSpec("P")
 Options = TypeVar("Options")
@@ -69,6 +69,7 @@ class ExportOptions:
         "Checkpoint (.safetensors, .pt, .pth); otherwise the demonstration's or, with an architecture alone, random "
         "weights.",
     ] = None
+    _: KW_ONLY
     arch: Annotated[str | None, "dmformer_nano, _t, _s or _l; with _fpn or _upernet after nano or s too."] = None
     task: Annotated[Task | None, "features: the four stage maps, without a head. Otherwise the network's own."] = None
     formats: Annotated[Sequence[str], "onnx, openvino (ov), tensorrt (trt), torch or all that can be made here."] = (
@@ -102,20 +103,30 @@ class ExportOptions:
         "Fields of the network's configuration that override the checkpoint's, like gate_input=x_prime or "
         "dilations=[1,1,1].",
     ] = None
-    seed: Annotated[int, "Of random weights."] = 0
+    seed: Annotated[int, "Of the random weights that an architecture alone gets."] = 0
     engine: Annotated[EngineOptions, "How formats that are compiled are compiled."] = EngineOptions()
     force: Annotated[bool, "Write the bundle although a parity check failed."] = False
     use_cache: Annotated[
         bool,
-        "Take what was made and measured before with the same inputs and versions, and keep what is made.",
+        "Take what was made and measured before with the same inputs (dmformer cache), and keep new results.",
     ] = True
     stage: Annotated[Progress, "Told about each step."] = silent
 
     def __post_init__(self) -> None:
+        """Refuse values that are out of range, and give one form to those that mean the same."""
+        for name in ("formats", "precisions"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+            if not getattr(self, name):
+                raise UsageError(f"no `{name}`; expected at least one, for instance {getattr(type(self), name)[0]}")
+        object.__setattr__(self, "options", dict(self.options or {}))
+        object.__setattr__(self, "engine", self.engine or EngineOptions())
+        if self.task not in (None, *TASKS):
+            raise UsageError(f"`task` is {self.task!r}; expected one of {', '.join(TASKS)}")
         if not 0 <= self.max_accuracy_drop <= 100:
-            raise UsageError(f"max_accuracy_drop is {self.max_accuracy_drop:g}; expected percentage points, 0 to 100")
+            raise UsageError(f"`max_accuracy_drop` is {self.max_accuracy_drop:g}; expected percentage points, 0 to 100")
         if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
-            raise UsageError(f"weight_bits is {self.weight_bits!r}; expected 7, right on every processor, or 8")
+            raise UsageError(f"`weight_bits` is {self.weight_bits!r}; expected 7, right on every processor, or 8")
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """What an export comes to on this machine: its network, formats, precisions and files, and whether it can be done.
 
-Nothing is run here.
+No step is run here.
 """
 
 from __future__ import annotations

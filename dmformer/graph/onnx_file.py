@@ -192,11 +192,6 @@ def typed_share(model: ModelProto, precision: str) -> float:
     return found.count(precision) / len(found)
 
 
-def modules_at(model: ModelProto, precision: str) -> list[str]:
-    """Names of the network's modules whose layers a graph has in a precision."""
-    return [name.rpartition("/")[0] for name, typed in compute_layers(model).items() if typed == precision]
-
-
 def to_float16(model: ModelProto, kept: Collection[str], destination: Path) -> ModelProto:
     """Write a float32 graph, which is changed, in float16, but for the nodes named and those that add up a map."""
     float16 = require("onnxruntime.transformers.float16", extra="onnxruntime", purpose="precision fp16")

@@ -97,6 +97,7 @@ class Runtime(ABC):
         self.target = target
         self.taps = tuple(taps)
         self._open = False
+        self._expected: dict[str, tuple[TensorSpec, np.dtype[Any]]] = {}
         self._checked: dict[str, tuple[Any, Any]] = {}  # shapes and types that were checked last
 
     @property
@@ -212,12 +213,12 @@ class Runtime(ABC):
             with self.engine_errors("loading"):
                 self.load()
                 self._check_taps()
+                # Asking an engine for its inputs may take as long as a small network.
+                self._expected = {spec.name: (spec, np.dtype(spec.dtype)) for spec in self.inputs}
         except BaseException:
             with suppress(Exception):  # what failed first is what is told
                 self.close()
             raise
-        # Asking an engine for its inputs may take as long as a small network.
-        self._expected = {spec.name: (spec, np.dtype(spec.dtype)) for spec in self.inputs}
         self._checked = {}
         self._open = True
         return self

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from dmformer._optional import require
+from dmformer.bundle.manifest import FULL_WEIGHT_BITS
 from dmformer.errors import StageFailed, first_line
 from dmformer.graph.onnx_file import compute_layers
 from dmformer.verify.reference import depthwise
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # Steps of a symmetric int8 scale on each side of zero, by the bits that it uses, as onnxruntime's quantiser has them.
-_STEPS: dict[int | None, int] = {8: 127, 7: 64}
+_STEPS = {8: 127, 7: 64}
 _ERRORS_ONLY = 3  # onnxruntime's level of messages
 # Operators that compute with the sizes of tensors.
 _ON_SHAPES = (
@@ -383,6 +384,6 @@ def quantized(values: Tensor, peak: Tensor, bits: int | None = 8) -> Tensor:
     """Values rounded to the steps of a symmetric integer scale that reaches up to ``peak``, one or one for each row."""
     import torch
 
-    steps = _STEPS[bits]
+    steps = _STEPS[bits or FULL_WEIGHT_BITS]
     scale = torch.clamp(peak / steps, min=torch.finfo(torch.float32).tiny)
     return (values / scale).round().clamp(-steps - 1, steps) * scale

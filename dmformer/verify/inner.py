@@ -276,6 +276,10 @@ def _check_each(
         reason: what failed, up to the difference, for the first beyond its limit and how many are.
         limit_source: what the limit is a multiple of, with ``{}`` for the tensor.
     """
+    stage, runtime, precision, batch, against = row
+    if not distances:
+        nothing = Comparison(False, reason="no tensor of the file stands for one of the network; nothing was compared")
+        return Check.of(stage, runtime, precision, batch, nothing, against=against)
     beyond = [name for name, distance in distances.items() if not distance <= limits[name]]
     name = beyond[0] if beyond else nearest_to_limit(distances, limits)
     distance = distances[name]
@@ -284,7 +288,6 @@ def _check_each(
         max_abs=distance if np.isfinite(distance) else None,
         reason=f"{reason(name, len(beyond))} {distance:.3g}, limit {limits[name]:.3g}" if beyond else None,
     )
-    stage, runtime, precision, batch, against = row
     limit = Limit(limits[name], f"{TENSOR_FACTORS[precision]:g} x {limit_source.format(name)}")
     return Check.of(stage, runtime, precision, batch, comparison, limit, against)
 

@@ -145,14 +145,12 @@ class PrecisionFile:
 
 
 def make(precision: str, source: PrecisionSource) -> PrecisionFile:
-    """The ONNX file at a precision; at fp32 the verified file itself.
+    """Make the ONNX file at a reduced precision.
 
     Raises:
         CheckFailed: it cannot be had within the accuracy budget.
         UsageError: it needs calibration images, and there are none.
     """
-    if precision == "fp32":
-        return PrecisionFile(source.onnx, precision, promised_share=1.0)
     module, _, name = _MAKERS[precision].partition(":")
     maker: Callable[[PrecisionSource], PrecisionFile] = getattr(importlib.import_module(module), name)
     return maker(source)
