@@ -116,7 +116,8 @@ def read_weights(path: Path, own: Callable[[str], bool], key: str | None = None)
     notes: list[str] = []
     state = find_state(pickled, own, title_of(path), key, notes)
     if pickled.names:
-        notes.append(f"only tensors were loaded; not run was what the file names: {listed(sorted(pickled.names))}")
+        names = listed(sorted(pickled.names))
+        notes.append(f"only tensors were loaded, not the classes and functions that the file names: {names}")
     return FileWeights(state, metadata, digest.hexdigest(), tuple(notes))
 
 
@@ -173,13 +174,12 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _read(path: Path) -> bytes:
     """Read a file that is none of those that are named and refused."""
     title = title_of(path)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{title} is a device or a pipe; expected a file")
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{title} is a device or a pipe; expected a file")
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{title} cannot be read: {reason}; expected a file") from error
+    except OSError as error:
+        raise UsageError(f"{title} cannot be read: {error.strerror}; expected a file") from error
     if not data:
         raise UsageError(f"{title} is empty; expected weights: {_AGAIN}")
     if _PAGE.match(data):
@@ -213,26 +213,29 @@ def _parse(data: bytes, path: Path) -> tuple[Pickled, str | None]:
 
 
 def _parse_archive(data: bytes, title: str) -> Pickled:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = archive.namelist()
-        for end, kind in _ARCHIVES:
-            if any(name.endswith(end) for name in names):
-                raise UsageError(f"{title} is {kind}")
-        root = next((name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)), None)
-        if root is None:
-            raise UsageError(f"{title} is a zip archive without weights: unpack it; {_STATE_DICT}")
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    names = archive.namelist()
+    for end, kind in _ARCHIVES:
+        if any(name.endswith(end) for name in names):
+            raise UsageError(f"{title} is {kind}")
+    root = next((name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)), None)
+    if root is None:
+        raise UsageError(f"{title} is a zip archive without weights: unpack it; {_STATE_DICT}")
+    unread = len(data)
 
-        def read(name: str) -> bytes:
-            entry = archive.getinfo(root + name)
-            if entry.compress_type != zipfile.ZIP_STORED:  # a small file could ask for any amount of memory
-                raise zipfile.BadZipFile(f"{name} is compressed")
-            if entry.CRC == 0:  # PyTorch was told not to compute it
-                del entry.CRC
-            return archive.read(entry)
+    def read(name: str) -> bytes:
+        nonlocal unread
+        entry = archive.getinfo(root + name)
+        unread -= entry.file_size
+        if entry.compress_type != zipfile.ZIP_STORED or unread < 0:  # a small file could ask for any amount of memory
+            raise zipfile.BadZipFile(f"{name} is compressed, or overlaps others")
+        if entry.CRC == 0:  # PyTorch was told not to compute it
+            del entry.CRC
+        return archive.read(entry)
 
-        if f"{root}byteorder" in names and read("byteorder") != b"little":
-            raise UsageError(f"{title} was written on a big-endian machine; expected little-endian values")
-        return read_archive(read)
+    if f"{root}byteorder" in names and read("byteorder") != b"little":
+        raise UsageError(f"{title} was written on a big-endian machine; expected little-endian values")
+    return read_archive(read)
 
 
 def _parse_safetensors(data: bytes, title: str) -> tuple[Pickled, str | None]:

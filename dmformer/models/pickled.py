@@ -13,6 +13,7 @@ it) and Python's ``pickle.py``.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import re
@@ -37,7 +38,8 @@ _STORAGE = re.compile(r"torch\.(?:cuda\.)?(\w+)Storage")
 _STORAGE_TYPES = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
-    "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+    "ComplexFloat": "complex64", "ComplexDouble": "complex128", "QInt8": "int8", "QUInt8": "uint8", "QInt32": "int32",
+    "QUInt4x2": "uint8", "QUInt2x4": "uint8",
 }  # fmt: skip
 # Names that are understood, so that nothing of what they stand for is lost.
 _UNDERSTOOD = re.compile(
@@ -96,12 +98,12 @@ class Storage:
 
     Attributes:
         dtype: name of the type of its values; ``None`` where the tensors tell.
-        data: the bytes.
+        read: returns the bytes.
         values: a tensor of the bytes, once one was made; tensors that share a storage share it.
     """
 
     dtype: str | None
-    data: bytes | memoryview = b""
+    read: Callable[[], bytes]
     values: Tensor | None = field(default=None, repr=False)
 
 
@@ -168,7 +170,7 @@ def read_archive(read: Callable[[str], bytes]) -> Pickled:
 
     def storage(dtype: str | None, key: str, _: int) -> Storage:
         if key not in storages:
-            storages[key] = Storage(dtype, read(f"data/{key}"))
+            storages[key] = Storage(dtype, functools.partial(read, f"data/{key}"))
         return storages[key]
 
     content = _Unpickler(io.BytesIO(read("data.pkl")), storage, names).load()
@@ -185,7 +187,7 @@ def read_pickle(data: bytes) -> Pickled:
     storages: dict[str, tuple[Storage, int]] = {}
 
     def storage(dtype: str | None, key: str, count: int) -> Storage:
-        return storages.setdefault(key, (Storage(dtype), count))[0]
+        return storages.setdefault(key, (Storage(dtype, bytes), count))[0]
 
     def load() -> Any:
         return _Unpickler(file, storage, names).load()
@@ -202,9 +204,10 @@ def read_pickle(data: bytes) -> Pickled:
     for key in load():
         stored, count = storages[str(key)]
         length = int.from_bytes(file.read(8), "little") * (1 if stored.dtype is None else _dtype(stored.dtype).itemsize)
-        stored.data = view[file.tell() : file.tell() + length]
-        if length < count or len(stored.data) < length:
+        part = view[file.tell() : file.tell() + length]
+        if length < count or len(part) < length:
             raise EOFError("storages end early")
+        stored.read = part.tobytes
         file.seek(length, io.SEEK_CUR)
     return Pickled(content, frozenset(names))
 
@@ -267,7 +270,7 @@ def _tensor_in(storage: Any, dtype: str | None, offset: int, size: Any, stride: 
     if not isinstance(storage, Storage):
         raise TypeError("a tensor without a storage")
     if storage.values is None:
-        copied = bytearray(storage.data)
+        copied = bytearray(storage.read())
         storage.values = torch.frombuffer(copied, dtype=torch.uint8) if copied else torch.empty(0, dtype=torch.uint8)
     values = storage.values.view(_dtype(dtype or storage.dtype or "uint8"))
     return values.as_strided(size, stride, offset)

@@ -31,7 +31,7 @@ _AVERAGED = {"ema", "swa", "avg", "average", "averaged", "shadow", "polyak"}
 # current_model_state; other tools say online, raw or original.
 _NOT_AVERAGED = {"current", "online", "raw", "original"}
 _DEEPEST = 40  # levels
-_MOST_ENTRIES = 1_000_000
+_MOST_MEMORY = 200_000_000  # bytes for the paths of the entries; a small file could repeat one part of it without end
 _MOST_LISTED = 6  # names in a message
 TOP_LEVEL = "."  # the key of weights that lie under none
 
@@ -103,7 +103,17 @@ def find_state(
     sets, loose = _sort(entries, own)
     if sets:
         chosen = _choose(sets, loose, entries, title, key, notes)
-        tensors = _with_neighbours(chosen, sets, loose, title, notes)
+        tensors = _tensors(chosen, title)
+        _add_statistics(tensors, chosen, sets, title, notes)
+        left = [
+            entry.path
+            for entry in loose
+            if (entry.is_tensor or entry.home in chosen.homes)
+            and not entry.path.endswith(COUNTER)
+            and not _is_optimizer(entry.path)
+        ]
+        if left:
+            notes.append(f"left out, as no weights of the network: {listed(left)}")
     else:  # whoever compares the names with the network's says what is missing
         tensors = {entry.path: entry.value for entry in entries if entry.is_tensor and not _is_counter(entry.path)}
     return _normalise(tensors, title, notes)
@@ -123,9 +133,8 @@ def shown(name: Any) -> str:
 def _walk(content: Any, title: str) -> Iterator[_Entry]:
     """Give every entry, in the order of the file; not what is nested too deeply, as in a container of itself."""
     stack: list[tuple[str, Any, str, bool, int]] = [("", content, "", False, 0)]
-    for _ in range(_MOST_ENTRIES):
-        if not stack:
-            return
+    memory = 0
+    while stack:
         path, value, home, in_module, depth = stack.pop()
         members = members_of(value)
         if members is None:
@@ -133,31 +142,39 @@ def _walk(content: Any, title: str) -> Iterator[_Entry]:
         elif depth < _DEEPEST:
             whole, prefix = is_module(value), f"{path}." if path else ""
             inside = home if whole and in_module else path
-            children = [
-                (prefix + name, member, inside, whole, depth + 1)
-                for name, member in members.items()
-                if isinstance(name, str)
-            ]
-            stack += reversed(children)
-    raise UsageError(f"{title} holds more than {_MOST_ENTRIES} entries; expected a state dict")
+            names = [name for name in members if isinstance(name, str)]
+            memory += sum(len(prefix) + len(name) + 200 for name in names)
+            if memory > _MOST_MEMORY:
+                raise UsageError(f"{title} holds more than a state dict could; expected one: save only the weights")
+            stack += [(prefix + name, members[name], inside, whole, depth + 1) for name in reversed(names)]
 
 
 def _sort(entries: list[_Entry], own: Callable[[str], bool]) -> tuple[list[_Set], list[_Entry]]:
     """Return the sets of weights in the file, and the entries that are in none."""
     sets: dict[str, _Set] = {}
-    loose = []
+    others, loose = [], []
     for entry in entries:
         parts = entry.path.split(".")
         for start in range(min(len(parts), _DEEPEST) if entry.is_tensor and not _is_counter(entry.path) else 0):
-            name = ".".join(parts[start:])
-            if not own(name):
-                name = _plain(parts[start:])
-                if parts[start] in _WRAPPERS or not own(name):
+            name = _plain(parts[start:])
+            if parts[start] in _WRAPPERS or not own(name):
+                name = ".".join(parts[start:])
+                if not own(name):
                     continue
             weights = sets.setdefault(_plain(parts[:start]), _Set(".".join(parts[:start]) or TOP_LEVEL))
             weights.named.append((name, entry))
             weights.homes.add(entry.home)
             break
+        else:
+            others.append(entry)
+    for entry in others:  # what lies beside names of the network's own is compared with it as well
+        parts = _plain(entry.path.split(".")).split(".")
+        prefixes = (end for end in range(min(len(parts), _DEEPEST) - 1, -1, -1) if ".".join(parts[:end]) in sets)
+        end = next(prefixes, None)
+        neighbours, name = (None, "") if end is None else (sets[".".join(parts[:end])], ".".join(parts[end:]))
+        beside = neighbours is not None and entry.home in neighbours.homes and not _is_counter(name)
+        if neighbours and beside and (entry.is_tensor or "." in name) and not _words(name) & _AVERAGED:
+            neighbours.named.append((name, entry))
         else:
             loose.append(entry)
     return [weights for weights in sets.values() if not _is_optimizer(weights.key)], loose
@@ -195,7 +212,7 @@ def _choose(
     averaged, plain = _ranked(sets, entries)
     best = averaged or plain
     taken = best[0]
-    if any(not _same(taken, other, loose, title) for other in best[1:]):
+    if any(not _same(taken, other, title) for other in best[1:]):
         raise UsageError(
             f"{title} holds different weights under {', '.join(shown(each.key) for each in best)}; expected one set: "
             "choose with `weights_key`, or save those to deploy alone"
@@ -222,8 +239,8 @@ def _ranked(sets: list[_Set], entries: list[_Entry]) -> tuple[list[_Set], list[_
     return averaged, plain
 
 
-def _same(first: _Set, second: _Set, loose: list[_Entry], title: str) -> bool:
-    a, b = (_normalise(_gather(each, loose, title)[0], title, []) for each in (first, second))
+def _same(first: _Set, second: _Set, title: str) -> bool:
+    a, b = (_normalise(_tensors(each, title), title, []) for each in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -232,9 +249,8 @@ def _refuse_unnamed_average(taken: _Set, loose: list[_Entry], title: str) -> Non
     unnamed = [
         entry.path
         for entry in loose
-        if entry.is_tensor and not _is_counter(entry.path) and _words(entry.path) & (_AVERAGED - {"avg", "average"})
-        and not _is_optimizer(entry.path)
-    ]  # fmt: skip
+        if _words(entry.path) & _AVERAGED and not _is_optimizer(entry.path) and _has_values(entry)
+    ]
     if unnamed:
         raise UsageError(
             f"{title} holds averaged weights without the network's names ({listed(unnamed)}) beside those of "
@@ -243,45 +259,40 @@ def _refuse_unnamed_average(taken: _Set, loose: list[_Entry], title: str) -> Non
         )
 
 
-def _gather(weights: _Set, loose: list[_Entry], title: str) -> tuple[dict[str, Any], set[str]]:
-    """Return the tensors of a set by name, and the paths of the entries that are in none or are not tensors of it.
+def _has_values(entry: _Entry) -> bool:
+    """Return whether an entry is a tensor of more than one value, which no counter is."""
+    if not entry.is_tensor:
+        return False
+    try:
+        return (entry.value if isinstance(entry.value, Tensor) else to_tensor(entry.value)).numel() > 1
+    except Exception:  # noqa: BLE001 - whatever it is, it is no counter
+        return True
 
-    Entries beside the network's own names are the set's as well, so that the comparison with the network tells them.
+
+def _tensors(weights: _Set, title: str) -> dict[str, Any]:
+    """Return the tensors of a set by name.
+
+    Raises:
+        UsageError: one is no tensor, or there twice.
     """
-    prefix = "" if weights.key == TOP_LEVEL else _plain(weights.key.split("."))
-    start = len(prefix) + 1 if prefix else 0
-    named, left = list(weights.named), set()
-    for entry in loose:
-        name = _plain(entry.path.split("."))
-        inside = entry.home in weights.homes and (not prefix or name.startswith(f"{prefix}."))
-        if inside and not _is_counter(name) and (entry.is_tensor or "." in name[start:]):
-            named.append((name[start:], entry))
-        elif (inside or entry.is_tensor) and not name.endswith(COUNTER) and not _is_optimizer(name):
-            left.add(entry.path)
     tensors: dict[str, Any] = {}
-    for name, entry in named:
+    for name, entry in weights.named:
         if not entry.is_tensor:
             kind = entry.value.path if isinstance(entry.value, StandIn) else type(entry.value).__name__
             raise UsageError(f"{title}: entry {shown(name)!r} is of type {shown(kind)}; expected tensors only")
         if name in tensors:
             raise UsageError(f"{title} holds {name!r} twice, under different prefixes")
         tensors[name] = entry.value
-    return tensors, left
+    return tensors
 
 
-def _with_neighbours(
-    chosen: _Set, sets: list[_Set], loose: list[_Entry], title: str, notes: list[str]
-) -> dict[str, Any]:
-    """Return the tensors of a set; averages of parameters alone get the statistics that were not averaged."""
-    tensors, left = _gather(chosen, loose, title)
+def _add_statistics(tensors: dict[str, Any], chosen: _Set, sets: list[_Set], title: str, notes: list[str]) -> None:
+    """Give averages of the parameters alone the BatchNorm statistics, which were not averaged."""
     for other in sets if chosen.averaged else ():
-        more = {name: value for name, value in _gather(other, loose, title)[0].items() if name not in tensors}
+        more = {name: value for name, value in _tensors(other, title).items() if name not in tensors}
         if more and not other.averaged and all(name.endswith((".running_mean", ".running_var")) for name in more):
             tensors |= more
             notes.append(f"the averaged weights have no BatchNorm statistics: those of {shown(other.key)} were taken")
-    if left:
-        notes.append(f"left out, as no weights of the network: {listed(sorted(left))}")
-    return tensors
 
 
 def _without_weights(pickled: Pickled, title: str) -> str:
@@ -293,6 +304,8 @@ def _without_weights(pickled: Pickled, title: str) -> str:
         )
     content = pickled.content
     received = f"keys {listed(list(content))}" if isinstance(content, Mapping) else str(type(content))
+    if isinstance(content, StandIn):
+        received = content.path
     return f"{title} holds no weights ({received}); expected tensors by name, alone or in dictionaries"
 
 
