@@ -27,6 +27,7 @@ _option = functools.partial(_options.option, ExportOptions)
 
 def export(
     weights: Annotated[Path | None, _option("weights", "--weights", metavar="FILE")] = None,
+    weights_key: Annotated[str | None, _option("weights_key", "--weights-key", metavar="KEY")] = None,
     arch: Annotated[str | None, _option("arch", "--arch", metavar="NAME")] = ExportOptions.arch,
     task: Annotated[Task | None, _option("task", "--task", metavar="NAME", case_sensitive=False)] = ExportOptions.task,
     formats: Annotated[list[str] | None, _option("formats", "--format", metavar="NAME")] = None,
@@ -73,6 +74,7 @@ def export(
 
     asked = ExportOptions(
         weights=weights,
+        weights_key=weights_key,
         arch=arch,
         task=task,
         formats=formats or ExportOptions.formats,

@@ -18,6 +18,7 @@ from dmformer.bundle.writer import staged
 from dmformer.data.images import list_images
 from dmformer.errors import UsageError
 from dmformer.export.formats import is_compiled
+from dmformer.models.checkpoint_file import checkpoint_files
 from dmformer.runtimes import registry
 from dmformer.verify.report import ParityReport
 
@@ -74,7 +75,7 @@ def key_of(cache: Cache, options: ExportOptions) -> str:
                 given[name] = [(path.relative_to(folder).as_posix(), path) for path in list_images(folder)]
         if options.weights is not None:
             path = Path(options.weights)
-            given["weights"] = (path.suffix, path)
+            given["weights"] = (path.suffix, *checkpoint_files(path))
         return cache.key(_WHOLE, given)
     except (OSError, UsageError):
         return ""

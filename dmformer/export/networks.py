@@ -127,7 +127,8 @@ def find_network(options: ExportOptions) -> Network:
     config = {**(options.options or {}), **(FEATURES_ONLY if options.task == "features" else {})}
     weights: Literal["checkpoint", "demonstration", "random"]
     if options.weights is not None:
-        weights, checkpoint = "checkpoint", load_checkpoint(Path(options.weights), options.arch, config, size)
+        weights = "checkpoint"
+        checkpoint = load_checkpoint(options.weights, options.arch, config, size, weights_key=options.weights_key)
     elif options.arch is not None:
         weights, seed = "random", options.seed
         checkpoint = random_checkpoint(options.arch, config, size, seed)

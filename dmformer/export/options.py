@@ -66,8 +66,8 @@ class ExportOptions:
 
     weights: Annotated[
         str | Path | None,
-        "Checkpoint (.safetensors, .pt, .pth); otherwise the demonstration's or, with an architecture alone, random "
-        "weights.",
+        "Checkpoint (safetensors, or what torch.save wrote); otherwise the demonstration's or, with an architecture "
+        "alone, random weights.",
     ] = None
     _: KW_ONLY
     arch: Annotated[str | None, "dmformer_nano, _t, _s or _l; with _fpn or _upernet after nano or s too."] = None
@@ -102,6 +102,9 @@ class ExportOptions:
         Mapping[str, Any] | None,
         "Fields of the network's configuration that override the checkpoint's, like gate_input=x_prime or "
         "dilations=[1,1,1].",
+    ] = None
+    weights_key: Annotated[
+        str | None, "Where the checkpoint holds several sets of weights, the key of one, like ema; . for the top level."
     ] = None
     seed: Annotated[int, "Of the random weights that an architecture alone gets."] = 0
     engine: Annotated[EngineOptions, "How formats that are compiled are compiled."] = EngineOptions()

@@ -1,16 +1,13 @@
 """Checkpoints: weights on disk, with the configuration and the preprocessing that they are for.
 
-Two kinds of file are read. ``.safetensors`` carries the configuration in its metadata (key ``dmformer``, JSON).
-``.pt`` and ``.pth`` are read with ``weights_only=True``, so that a pickle cannot run code; they carry weights only, and
-``models/infer.py`` infers the configuration.
+This project's ``.safetensors`` carry the configuration in their metadata (key ``dmformer``, JSON). What other training
+scripts leave (``models/checkpoint_file.py`` reads it) has weights only, and ``models/infer.py`` infers the
+configuration.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dmformer.data.preprocessing import Preprocessing
-from dmformer.errors import UsageError, first_line
+from dmformer.errors import UsageError
+from dmformer.models.checkpoint_file import METADATA_KEY, read_weights, title_of
 from dmformer.models.dmformer import (
     FEATURES_ONLY,
     DMFormerBackbone,
@@ -30,21 +28,13 @@ from dmformer.models.dmformer import (
     variant_config,
 )
 from dmformer.models.infer import HIDDEN_FIELDS, infer_config, variant_name
+from dmformer.models.state_dict import COUNTER, listed
 from dmformer.task import INPUT_NAME
 
-METADATA_KEY = "dmformer"
 METADATA_VERSION = 1
 
-# What training scripts wrap the weights in; the averaged weights come first, as they are the ones to deploy.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-# What DistributedDataParallel and torch.compile put before the names.
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
-_COUNTER = ".num_batches_tracked"
-_MOST_LISTED = 6  # names in a message
-# A tag, and text after it: the length that starts a .safetensors file can begin with the bytes " <" as well.
-_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z][\s -~]{8}")
-# What PyTorch's weights-only reader says of a pickle that is whole but asks for more than tensors.
-_WANTS_CODE = re.compile("GLOBAL|Trying to call|Can only create new object|Can only build")
+# A name of the network's own, which tells where in a file its weights are.
+_OWN_NAME = re.compile(r"stages\.\d+\.(downsample|blocks\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ class Checkpoint:
         with torch.device("meta"):  # initial weights, which take a second to draw, would only be overwritten
             model = build_network(self.config)
         counters = {
-            k: torch.zeros(v.shape, dtype=v.dtype) for k, v in model.state_dict().items() if k.endswith(_COUNTER)
+            k: torch.zeros(v.shape, dtype=v.dtype) for k, v in model.state_dict().items() if k.endswith(COUNTER)
         }
         weights = {name: tensor.clone() for name, tensor in self.state.items()}
         model.load_state_dict(counters | weights, assign=True)
@@ -139,6 +129,7 @@ def load_checkpoint(
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     fallback: Mapping[str, Any] | None = None,
+    weights_key: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint and check it against the network it is for.
 
@@ -146,26 +137,24 @@ def load_checkpoint(
     and shapes of the tensors, and from the defaults; what was left to the defaults is listed in ``notes``.
 
     Args:
-        path: a ``.safetensors``, ``.pt`` or ``.pth`` file.
+        path: a file of safetensors or PyTorch (``.safetensors``, ``.pth``, ``.ckpt``, ``.bin`` …; its content counts,
+            not its name), or the index or the folder of one in shards.
         arch: a variant's name; inferred where it is not given.
         options: fields of :class:`DMFormerConfig` that override what the file says.
         image_size: replaces the preprocessing's input size, in pixels.
         fallback: fields of :class:`DMFormerConfig` to take instead of the defaults where nothing tells them.
+        weights_key: where in the file the weights are, like ``ema`` or ``model``, where it holds several; by default
+            averaged weights are taken.
 
     Raises:
-        UsageError: the file is missing, truncated, of another kind, wants to run code, holds values that are not
-            finite, or does not fit the network.
+        UsageError: the file is missing, truncated or of another kind; it holds several sets of weights and nothing
+            says which to take; or they are not finite, or do not fit the network.
     """
     path = Path(path)
-    title = f"checkpoint {str(path)!r}"  # begins every message
-    data = _read(path, title)
-    notes: list[str] = []
-    metadata = None
-    if path.suffix.lower() == ".safetensors":
-        content, metadata = _parse_safetensors(data, title)
-    else:
-        content = _parse_pickle(data, title)
-    state = _normalise(_unwrap(content, title, notes), title, notes)
+    title = title_of(path)
+    file = read_weights(path, lambda name: _OWN_NAME.match(name) is not None, weights_key)
+    state, notes = file.state, list(file.notes)
+    metadata = None if file.metadata is None else _parse_metadata(file.metadata, title)
     try:
         config = _decide_config(state, metadata, arch, options or {}, fallback or {}, notes)
     except UsageError as error:
@@ -196,7 +185,7 @@ def load_checkpoint(
         state=state,
         preprocessing=preprocessing,
         classes=classes,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=file.sha256,
         notes=tuple(notes),
         training=metadata.training if metadata else {},
         described=metadata is not None,
@@ -215,35 +204,6 @@ def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
     return Preprocessing(**size)
 
 
-def _read(path: Path, title: str) -> bytes:
-    """Read the file, of a kind that is known by its suffix."""
-    if path.suffix.lower() not in (".safetensors", ".pt", ".pth"):
-        raise UsageError(f"{title} ends in {path.suffix!r}; expected .safetensors, .pt or .pth")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{title} cannot be read: {error.strerror}; expected a file") from error
-    if _PAGE.match(data):
-        raise UsageError(f"{title} is an HTML or XML page, not weights: download it again")
-    return data
-
-
-def _parse_safetensors(data: bytes, title: str) -> tuple[dict[str, Tensor], Metadata | None]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        state = load(data)
-        # The format: the header's length as a little-endian u64, then the header in JSON.
-        header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, msgspec.DecodeError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UsageError(
-            f"{title} is no whole .safetensors file ({first_line(error)}): copy or download it again"
-        ) from error
-    text = (header.get("__metadata__") or {}).get(METADATA_KEY)
-    return state, None if text is None else _parse_metadata(text, title)
-
-
 def _parse_metadata(text: str, title: str) -> Metadata:
     try:
         metadata = msgspec.json.decode(text, type=Metadata)
@@ -256,91 +216,6 @@ def _parse_metadata(text: str, title: str) -> Metadata:
             "use the version of dmformer that wrote it"
         )
     return metadata
-
-
-def _parse_pickle(data: bytes, title: str) -> Any:
-    import pickle
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice to programmers
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise whatever the code that they reach raises
-        if isinstance(error, pickle.UnpicklingError) and _WANTS_CODE.search(str(error)):
-            raise UsageError(
-                f"{title} holds more than weights and wants to run code while loading; "
-                "it was not loaded: save only its state_dict"
-            ) from error
-        raise UsageError(
-            f"{title} is truncated, damaged or no PyTorch checkpoint ({_reason(error)}): copy or download it again"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return what PyTorch says is wrong, without the advice around it."""
-    _, marker, reason = str(error).partition("WeightsUnpickler error: ")
-    lines = reason.strip().splitlines() if marker else []
-    return _shown(lines[0] if lines else first_line(error))[:120]
-
-
-def _unwrap(content: Any, title: str, notes: list[str]) -> dict[str, Any]:
-    """Return the mapping of tensors inside whatever a training script saved."""
-    current, seen = content, set()
-    while isinstance(current, dict) and id(current) not in seen:
-        seen.add(id(current))  # a pickle may hold itself
-        wrappers = [key for key in _WRAPPERS if isinstance(current.get(key), dict)]
-        if not wrappers:
-            break
-        if len(wrappers) > 1:
-            notes.append(f"the checkpoint holds {', '.join(wrappers)}: {wrappers[0]} was taken")
-        current = current[wrappers[0]]
-    if not isinstance(current, dict) or not any(isinstance(value, Tensor) for value in current.values()):
-        received = str(type(current))
-        if isinstance(current, dict):
-            received = f"keys {', '.join(map(_shown, list(current)[:_MOST_LISTED]))}"
-        raise UsageError(
-            f"{title} holds no weights ({received}); expected tensors by name, or them under {', '.join(_WRAPPERS)}"
-        )
-    return current
-
-
-def _is_dense_float(value: Tensor) -> bool:
-    """Return whether the file holds every value of the tensor, in a type that converts to float32."""
-    return (
-        value.is_floating_point()
-        and value.dtype != torch.float4_e2m1fn_x2  # two values in one byte
-        and value.layout == torch.strided
-        and not (value.is_meta or value.is_nested)
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # not repeated by its strides
-    )
-
-
-def _normalise(tensors: dict[str, Any], title: str, notes: list[str]) -> dict[str, Tensor]:
-    """Return the weights under plain names, in float32; refuse what is no tensor, repeated or not finite."""
-    state: dict[str, Tensor] = {}
-    converted = set()
-    for name, value in tensors.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UsageError(f"{title}: entry {name!r} is of type {type(value).__name__}; expected tensors only")
-        plain = _PREFIXES.sub("", name)
-        if plain in state:
-            raise UsageError(f"{title} holds {plain!r} twice, under different prefixes")
-        if plain.endswith(_COUNTER):
-            continue
-        if not _is_dense_float(value):
-            raise UsageError(f"{title}: {_shown(plain)} is {value.dtype}, {value.layout}; expected dense floats")
-        if value.dtype != torch.float32:
-            converted.add(str(value.dtype).removeprefix("torch."))
-        state[plain] = value.detach().to(torch.float32)
-    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise UsageError(
-            f"{title}: NaN or infinite values in {_some(broken)}; expected finite weights: "
-            "the training diverged or the file is damaged"
-        )
-    if converted:
-        notes.append(f"weights of type {', '.join(sorted(converted))} were converted to float32")
-    return state
 
 
 def _decide_config(
@@ -385,7 +260,7 @@ def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> 
             network = build_network(config)
     except (RuntimeError, TypeError) as error:  # a size that no tensor can have
         raise UsageError(f"{title}: its configuration asks for a network beyond all memory") from error
-    expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(_COUNTER)}
+    expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(COUNTER)}
     received = {name: tuple(value.shape) for name, value in state.items()}
     differences = {
         "missing": sorted(set(expected) - set(received)),
@@ -396,15 +271,5 @@ def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> 
             if received[name] != expected[name]
         ],
     }
-    if parts := [f"{len(names)} {kind}: {_some(names)}" for kind, names in differences.items() if names]:
+    if parts := [f"{len(names)} {kind}: {listed(names)}" for kind, names in differences.items() if names]:
         raise UsageError(f"{title} does not fit {variant_name(config) or 'the network'}: {'; '.join(parts)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(map(_shown, names[:_MOST_LISTED])) + more
-
-
-def _shown(name: Any) -> str:
-    """Write a text from the file on one line, whatever it holds."""
-    return ascii(str(name))[1:-1]
