@@ -234,6 +234,7 @@ class Model(Struct, frozen=True, kw_only=True):
         checkpoint_sha256: of the source checkpoint; ``null`` for random weights.
         notes: what was assumed while reading the checkpoint.
         training: recipe and accuracy, as the checkpoint's metadata has them.
+        overridden: fields of the preprocessing, and ``classes``, that the export was given instead of the checkpoint's.
     """
 
     arch: str
@@ -248,6 +249,7 @@ class Model(Struct, frozen=True, kw_only=True):
     checkpoint_sha256: Sha256 | None = None
     notes: tuple[str, ...] = ()
     training: dict[str, Any] = {}
+    overridden: tuple[str, ...] = ()
 
 
 class Simplification(Struct, frozen=True, kw_only=True):

@@ -314,6 +314,7 @@ class _Export(Loop):
                 checkpoint_sha256=checkpoint.sha256,
                 notes=checkpoint.notes,
                 training=dict(checkpoint.training),
+                overridden=checkpoint.overridden,
             ),
             preprocessing=checkpoint.preprocessing,
             inputs=(given,),
