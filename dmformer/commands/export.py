@@ -14,7 +14,7 @@ from dmformer.commands._options import parse_numbers, parse_pairs
 from dmformer.data.preprocessing import Interpolation
 from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export.options import ChannelOrder, EngineOptions, ExportOptions
-from dmformer.task import Task
+from dmformer.task import Task, class_count
 
 if TYPE_CHECKING:
     from dmformer.bundle.manifest import Model
@@ -150,7 +150,7 @@ def _say_source(weights: str, seed: int | None, model: Checkpoint | Model) -> No
 def _show_plan(plan: ExportPlan) -> None:
     checkpoint = plan.network.checkpoint
     size, config = checkpoint.preprocessing.image_size, checkpoint.config
-    classes = f", {config.num_classes} classes" if config.task != "features" else ""
+    classes = f", {class_count(config.task, config.num_classes)} classes" if config.task != "features" else ""
     present.say(f"{checkpoint.arch}, {config.task}{classes}, {size}x{size} pixels")
     present.say(f"would write to {plan.output}:")
     for path in plan.files:

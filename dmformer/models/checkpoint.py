@@ -31,7 +31,7 @@ from dmformer.models.dmformer import (
     variant_config,
 )
 from dmformer.models.infer import HIDDEN_FIELDS, infer_config, variant_name
-from dmformer.task import INPUT_NAME
+from dmformer.task import INPUT_NAME, THRESHOLD, class_count
 
 METADATA_KEY = "dmformer"
 METADATA_VERSION = 1
@@ -196,6 +196,8 @@ def load_checkpoint(
             f"expected as many as the network's {config.in_channels}"
         )
     named = checked_classes(classes or named, config)
+    if config.task == "classification" and config.num_classes == 1:
+        notes.append(f"one output: its sigmoid is the probability of class 1 of two, with the threshold {THRESHOLD}")
     overridden = {*given, *(description.fields if description else ())} - {"image_size"}
     if classes or (description is not None and description.classes):
         overridden.add("classes")
@@ -222,14 +224,14 @@ def _decide_input(
     notes: list[str],
 ) -> tuple[Preprocessing, tuple[str, ...]]:
     """Return preprocessing and names of classes: as given, else as described, else of the file, else the usual."""
-    named = metadata.classes if metadata and len(metadata.classes) == config.num_classes else ()
+    named = metadata.classes if metadata and _fits(metadata.classes, config) else ()
     usual = metadata.preprocessing if metadata else default_preprocessing(config)
     assumed = set() if metadata else set(msgspec.to_builtins(usual)) - set(given)
     if description is not None:
         usual = usual.with_fields(description.fields)
         assumed -= set(description.fields)
         notes += [f"preprocessing was read from {str(description.source)!r}", *description.notes]
-        if len(description.classes) == config.num_classes:
+        if _fits(description.classes, config):
             named = description.classes
         elif description.classes:
             count = f"{len(description.classes)} names of classes for {config.num_classes} outputs"
@@ -246,16 +248,22 @@ def _decide_input(
 
 
 def checked_classes(classes: Sequence[str], config: DMFormerConfig) -> tuple[str, ...]:
-    """Return names of classes that are as many as a network's outputs, or none.
+    """Return a name for each class that a network tells apart, or none; one output tells two, and may have one name.
 
     Raises:
         UsageError: there are more or fewer.
     """
-    if classes and len(classes) != config.num_classes:
-        raise UsageError(
-            f"{len(classes)} names of classes; expected one for each of the network's {config.num_classes}"
-        )
-    return tuple(classes)
+    if not classes or _fits(classes, config):
+        names = tuple(classes)
+        return (f"not {names[0]}", *names) if len(names) == 1 and config.task == "classification" else names
+    expected = f"one for each of the network's {config.num_classes}"
+    if config.num_classes == 1:
+        expected = "one or two for the network's only output, the name of class 1 last"
+    raise UsageError(f"{len(classes)} names of classes; expected {expected}")
+
+
+def _fits(classes: Sequence[str], config: DMFormerConfig) -> bool:
+    return len(classes) in (config.num_classes, class_count(config.task, config.num_classes))
 
 
 def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
