@@ -15,7 +15,7 @@ from dmformer.errors import UsageError
 from dmformer.files import Sha256, hash_file, indented_json
 from dmformer.machine import Processor
 from dmformer.runtimes.target import Target
-from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, Task
+from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, THRESHOLD, Task, class_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -234,6 +234,9 @@ class Model(Struct, frozen=True, kw_only=True):
         checkpoint_sha256: of the source checkpoint; ``null`` for random weights.
         notes: what was assumed while reading the checkpoint.
         training: recipe and accuracy, as the checkpoint's metadata has them.
+        threshold: where the network has one output: the probability, its sigmoid, above which an image is of the
+            second of two classes. ``null`` for other networks, and in older bundles, where it is 0.5.
+        overridden: fields of the preprocessing, and ``classes``, that the export was given instead of the checkpoint's.
     """
 
     arch: str
@@ -248,6 +251,8 @@ class Model(Struct, frozen=True, kw_only=True):
     checkpoint_sha256: Sha256 | None = None
     notes: tuple[str, ...] = ()
     training: dict[str, Any] = {}
+    threshold: float | None = None
+    overridden: tuple[str, ...] = ()
 
 
 class Simplification(Struct, frozen=True, kw_only=True):
@@ -339,6 +344,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
                     f"output {output.name!r} of shape {output.shape}; expected {rank} dimensions, a number of channels"
                     + (f", and sides that go with an input of {self.inputs[0].shape}" if rank == 4 else "")
                 )
+        if self.model.threshold not in (None, THRESHOLD):
+            raise UsageError(f"threshold {self.model.threshold}; expected {THRESHOLD}, the only one that is applied")
         if self.model.classes and self.class_count not in (0, len(self.model.classes)):
             raise UsageError(f"{len(self.model.classes)} class names for an output of shape {self.outputs[0].shape}")
 
@@ -359,8 +366,14 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def class_count(self) -> int:
-        """Number of classes that the network tells apart; 0 where it gives features."""
-        return 0 if self.model.task == "features" else int(self.outputs[0].shape[1])
+        """Number of classes that the network tells apart: two with one output; 0 where it gives features."""
+        task = self.model.task
+        return 0 if task == "features" else class_count(task, int(self.outputs[0].shape[1]))
+
+    @property
+    def one_logit(self) -> bool:
+        """Whether the network has one output, whose sigmoid is the probability of the second of two classes."""
+        return self.model.task == "classification" and self.outputs[0].shape[1] == 1
 
     @property
     def open_size(self) -> bool:

@@ -139,6 +139,18 @@ def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:
     return values
 
 
+def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Parse numbers that are parted by commas; ``None`` where there is no text.
+
+    Raises:
+        UsageError: a part is no number.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}; expected numbers parted by commas, for instance 0.5,0.5,0.5") from error
+
+
 def remember_bundle(folder: Path) -> None:
     """Note the bundle that was just written from this working folder; a home that cannot be written is no failure."""
     try:

@@ -11,10 +11,11 @@ import typer
 
 from dmformer.commands import _options
 from dmformer.commands import _present as present
-from dmformer.commands._options import parse_pairs
+from dmformer.commands._options import parse_numbers, parse_pairs
+from dmformer.data.preprocessing import Interpolation
 from dmformer.errors import CheckFailed, StageFailed
-from dmformer.export.options import EngineOptions, ExportOptions
-from dmformer.task import Task
+from dmformer.export.options import ChannelOrder, EngineOptions, ExportOptions
+from dmformer.task import Task, class_count
 
 if TYPE_CHECKING:
     from dmformer.bundle.manifest import Model
@@ -34,6 +35,15 @@ def export(
     precisions: Annotated[list[str] | None, _option("precisions", "--precision", metavar="NAME")] = None,
     output: Annotated[Path, _option("output", "--output", metavar="DIR")] = Path(ExportOptions.output),
     image_size: Annotated[int | None, _option("image_size", "--image-size")] = ExportOptions.image_size,
+    preprocessing: Annotated[Path | None, _option("preprocessing", "--preprocessing", metavar="FILE")] = None,
+    mean: Annotated[str | None, _option("mean", "--mean", metavar="A,B,C")] = None,
+    std: Annotated[str | None, _option("std", "--std", metavar="A,B,C")] = None,
+    interpolation: Annotated[Interpolation | None, _option("interpolation", "--interpolation", metavar="NAME")] = None,
+    crop_fraction: Annotated[float | None, _option("crop_fraction", "--crop-fraction", metavar="F")] = None,
+    channel_order: Annotated[
+        ChannelOrder | None, _option("channel_order", "--channel-order", case_sensitive=False)
+    ] = None,
+    classes: Annotated[Path | None, _option("classes", "--classes", metavar="FILE")] = None,
     open_size: Annotated[bool, _option("open_size", "--dynamic-size")] = ExportOptions.open_size,
     images: Annotated[Path | None, _option("images", "--images", metavar="DIR")] = None,
     calibration: Annotated[Path | None, _option("calibration", "--calibration", metavar="DIR")] = None,
@@ -81,6 +91,13 @@ def export(
         precisions=precisions or ExportOptions.precisions,
         output=output,
         image_size=image_size,
+        preprocessing=preprocessing,
+        mean=parse_numbers(mean, "--mean"),
+        std=parse_numbers(std, "--std"),
+        interpolation=interpolation,
+        crop_fraction=crop_fraction,
+        channel_order=channel_order,
+        classes=classes,
         open_size=open_size,
         images=images,
         calibration=calibration,
@@ -135,7 +152,7 @@ def _say_source(weights: str, seed: int | None, model: Checkpoint | Model) -> No
 def _show_plan(plan: ExportPlan) -> None:
     checkpoint = plan.network.checkpoint
     size, config = checkpoint.preprocessing.image_size, checkpoint.config
-    classes = f", {config.num_classes} classes" if config.task != "features" else ""
+    classes = f", {class_count(config.task, config.num_classes)} classes" if config.task != "features" else ""
     present.say(f"{checkpoint.arch}, {config.task}{classes}, {size}x{size} pixels")
     present.say(f"would write to {plan.output}:")
     for path in plan.files:

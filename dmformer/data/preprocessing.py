@@ -15,11 +15,15 @@ from msgspec import Meta, Struct
 from dmformer.errors import UsageError, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from numpy.typing import NDArray
     from PIL.Image import Image, Resampling
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Interpolation = Literal["bicubic", "bilinear"]
 
 _LARGEST = 1e30  # float32 holds it, and its inverse
 _PILLOW_MODE = {"RGB": "RGB", "BGR": "RGB", "L": "L"}
@@ -41,7 +45,7 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     image_size: Annotated[int, Meta(ge=32, le=4096)] = 224
     crop_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.875
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     channels: Literal["RGB", "BGR", "L"] = "RGB"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[Annotated[float, Meta(gt=0)], ...] = IMAGENET_STD
@@ -75,7 +79,36 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Raises:
             UsageError: the size is out of range.
         """
-        return Preprocessing.from_dict(msgspec.to_builtins(self) | {"image_size": image_size})
+        return self.with_fields({"image_size": image_size})
+
+    def with_fields(self, fields: Mapping[str, Any]) -> Preprocessing:
+        """Return the same preprocessing with other values of some fields, in JSON types.
+
+        One mean or deviation stands for all channels. Where the order of the channels is exchanged and means or
+        deviations are not given, each stays with its colour.
+
+        Raises:
+            UsageError: a field is unknown, or a value is not of its type or range.
+        """
+        values: dict[str, Any] = msgspec.to_builtins(self) | dict(fields)
+        exchanged = {self.channels, values["channels"]} == {"RGB", "BGR"}
+        for name in ("mean", "std"):
+            if name not in fields and exchanged:
+                values[name] = values[name][::-1]
+            if len(values[name]) == 1:
+                values[name] = values[name] * len(values["channels"])
+        return Preprocessing.from_dict(values)
+
+    def describe(self, names: Iterable[str]) -> str:
+        """Return the values of some fields as one text: ``mean 0.5, 0.5, 0.5; std 0.5, 0.5, 0.5``."""
+        values = msgspec.to_builtins(self)
+        each = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in values.items()}
+        return "; ".join(
+            f"{name.replace('_', ' ')} "
+            + ", ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in each[name])
+            for name in values
+            if name in set(names)
+        )
 
     def pixels(self, image: Image) -> NDArray[np.uint8]:
         """Orient by EXIF, convert, resize and crop: a Pillow image -> uint8 (H, W, C), channels in RGB (or L) order.

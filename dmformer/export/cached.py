@@ -15,6 +15,7 @@ import msgspec
 from dmformer.bundle.manifest import MANIFEST, Manifest
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.writer import staged
+from dmformer.data.description import description_beside
 from dmformer.data.images import list_images
 from dmformer.errors import UsageError
 from dmformer.export.formats import is_compiled
@@ -75,7 +76,11 @@ def key_of(cache: Cache, options: ExportOptions) -> str:
                 given[name] = [(path.relative_to(folder).as_posix(), path) for path in list_images(folder)]
         if options.weights is not None:
             path = Path(options.weights)
-            given["weights"] = (path.suffix, *checkpoint_files(path))
+            beside = description_beside(path)
+            given["weights"] = (path.suffix, *checkpoint_files(path), None if beside is None else beside.source)
+        for name in ("preprocessing", "classes"):
+            if given[name] is not None:
+                given[name] = Path(given[name])
         return cache.key(_WHOLE, given)
     except (OSError, UsageError):
         return ""

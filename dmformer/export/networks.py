@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from dmformer.assets import DEMONSTRATIONS
+from dmformer.data.description import read_class_names, read_description
 from dmformer.data.images import ImageSet, list_images
 from dmformer.errors import UsageError
-from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint
+from dmformer.models.checkpoint import Checkpoint, checked_classes, default_preprocessing, load_checkpoint
 from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, LayerScale, create_model
 from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from dmformer.data.description import InputDescription
     from dmformer.export.options import ExportOptions
 
 
@@ -122,19 +124,20 @@ def find_network(options: ExportOptions) -> Network:
         UsageError: the checkpoint, the architecture, an option or a folder of images cannot be used, or the task is
             another than the network's.
     """
-    size, seed, folder = options.image_size, None, options.calibration
+    seed, folder = None, options.calibration
+    given = _given_preprocessing(options)
     images = tuple(list_images(Path(options.images))) if options.images is not None else ()
     config = {**(options.options or {}), **(FEATURES_ONLY if options.task == "features" else {})}
     weights: Literal["checkpoint", "demonstration", "random"]
     if options.weights is not None:
         weights = "checkpoint"
-        checkpoint = load_checkpoint(options.weights, options.arch, config, size, weights_key=options.weights_key)
+        checkpoint = load_checkpoint(options.weights, options.arch, config, weights_key=options.weights_key, **given)
     elif options.arch is not None:
         weights, seed = "random", options.seed
-        checkpoint = random_checkpoint(options.arch, config, size, seed)
+        checkpoint = random_checkpoint(options.arch, config, seed=seed, **given)
     else:
         shipped = DEMONSTRATIONS[options.task or "classification"]
-        weights, checkpoint = "demonstration", load_checkpoint(shipped.checkpoint, None, config, size)
+        weights, checkpoint = "demonstration", load_checkpoint(shipped.checkpoint, None, config, **given)
         images = images or tuple(list_images(shipped.samples))
         folder = folder or shipped.calibration
     own = checkpoint.config.task
@@ -146,6 +149,23 @@ def find_network(options: ExportOptions) -> Network:
     return Network(checkpoint, weights, seed, images, _calibration(folder, checkpoint))
 
 
+def _given_preprocessing(options: ExportOptions) -> dict[str, Any]:
+    """What the options say of preprocessing and classes, by the arguments of :func:`load_checkpoint`."""
+    fields = {
+        name: getattr(options, name)
+        for name in ("mean", "std", "interpolation", "crop_fraction")
+        if getattr(options, name) is not None
+    }
+    if options.channel_order is not None:
+        fields["channels"] = options.channel_order.upper()
+    return {
+        "image_size": options.image_size,
+        "preprocessing": fields,
+        "description": None if options.preprocessing is None else read_description(Path(options.preprocessing)),
+        "classes": () if options.classes is None else read_class_names(Path(options.classes)),
+    }
+
+
 def _calibration(folder: str | Path | None, checkpoint: Checkpoint) -> ImageSet | None:
     config = checkpoint.config
     if folder is None or config.task == "features":
@@ -154,21 +174,29 @@ def _calibration(folder: str | Path | None, checkpoint: Checkpoint) -> ImageSet 
     return measure.images(Path(folder), checkpoint.preprocessing, checkpoint.classes, "training")
 
 
-def random_checkpoint(arch: str, options: Mapping[str, Any], image_size: int | None, seed: int) -> Checkpoint:
-    """Untrained weights, loud enough for parity checks to mean something.
+def random_checkpoint(
+    arch: str,
+    options: Mapping[str, Any],
+    image_size: int | None,
+    seed: int,
+    preprocessing: Mapping[str, Any] | None = None,
+    description: InputDescription | None = None,
+    classes: Sequence[str] = (),
+) -> Checkpoint:
+    """Untrained weights, loud enough for parity checks to mean something; the arguments as for :func:`load_checkpoint`.
 
     Raises:
-        UsageError: no such architecture or option.
+        UsageError: no such architecture or option, or a preprocessing or names that do not fit it.
     """
     with torch.device("meta"):  # lively_ writes every value, so that nothing needs to be drawn before
         model = create_model(arch, **options)
     room = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
     model.load_state_dict(room, assign=True)
     lively_(model, seed)
-    preprocessing = default_preprocessing(model.config)
-    if image_size is not None:
-        preprocessing = preprocessing.resized_to(image_size)
-    return Checkpoint(arch, model.config, model.state_dict(), preprocessing)
+    given = dict(preprocessing or {}) | ({} if image_size is None else {"image_size": image_size})
+    usual = default_preprocessing(model.config).with_fields(description.fields if description else {})
+    named = checked_classes(classes, model.config)
+    return Checkpoint(arch, model.config, model.state_dict(), usual.with_fields(given), named)
 
 
 def count_macs(model: DMFormerBackbone, image_size: int) -> int:

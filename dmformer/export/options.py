@@ -10,9 +10,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from dmformer.bundle.manifest import DEFAULT_BUNDLE, SAFE_WEIGHT_BITS, WEIGHT_BITS
+from dmformer.data.preprocessing import Interpolation
 from dmformer.errors import UsageError
 from dmformer.progress import Progress, silent
 from dmformer.runtimes.target import AUTO, compute_capability
@@ -22,8 +23,11 @@ P = ParamSpec("P")
 Options = TypeVar("Options")
 Result = TypeVar("Result")
 
+ChannelOrder = Literal["rgb", "bgr"]
+
 _MOST_BATCH = 4096
 _MOST_WORKSPACE_MB = 1 << 20
+_LARGEST_SHIFT = 2.0  # of means and deviations on the scale 0..1; larger ones are meant for pixels of 0..255
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,28 @@ class ExportOptions:
     ] = ("fp32",)
     output: Annotated[str | Path, "Folder of the bundle; a bundle that is there is replaced."] = DEFAULT_BUNDLE
     image_size: Annotated[int | None, "Side of the input in pixels; otherwise the checkpoint's."] = None
+    preprocessing: Annotated[
+        str | Path | None,
+        "File that says how images are prepared: timm's config.json, Hugging Face's preprocessor_config.json, or "
+        "OpenMMLab's configuration; otherwise the checkpoint's metadata, or such a file beside it.",
+    ] = None
+    mean: Annotated[
+        Sequence[float] | None,
+        "Subtracted from each channel, on the scale 0..1, in the order in which the network sees them; one number "
+        "stands for all.",
+    ] = None
+    std: Annotated[Sequence[float] | None, "Then divides each channel, as the mean is given."] = None
+    interpolation: Annotated[Interpolation | None, "How images are resized: bicubic or bilinear."] = None
+    crop_fraction: Annotated[
+        float | None, "Part of the resized image's shorter side that the centre crop keeps, up to 1."
+    ] = None
+    channel_order: Annotated[
+        ChannelOrder | None, "Order in which the network sees the channels: rgb, or bgr as OpenCV reads images."
+    ] = None
+    classes: Annotated[
+        str | Path | None,
+        "File of the classes' names in the order of the outputs: one a line, or a JSON list or dictionary by index.",
+    ] = None
     open_size: Annotated[bool, "Leave height and width open (segmentation: multiples of 32)."] = False
     images: Annotated[str | Path | None, "Folder of real images to compare on; noise fills up."] = None
     calibration: Annotated[
@@ -130,6 +156,23 @@ class ExportOptions:
             raise UsageError(f"`max_accuracy_drop` is {self.max_accuracy_drop:g}; expected percentage points, 0 to 100")
         if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
             raise UsageError(f"`weight_bits` is {self.weight_bits!r}; expected 7, right on every processor, or 8")
+        self._check_preprocessing()
+
+    def _check_preprocessing(self) -> None:
+        for name, least in (("mean", -_LARGEST_SHIFT), ("std", 1e-6)):
+            values = getattr(self, name)
+            if values is not None and not (len(values) in (1, 3) and all(least <= v <= _LARGEST_SHIFT for v in values)):
+                shown = ",".join(f"{value:g}" for value in values)
+                above = " above 0" if name == "std" else ""
+                raise UsageError(
+                    f"`{name}` {shown}; expected one number or one for each channel{above}, on the scale 0..1: "
+                    "divide by 255 what is meant for 0..255"
+                )
+        if self.crop_fraction is not None and not 1 / 64 <= self.crop_fraction <= 1:
+            raise UsageError(f"`crop_fraction` {self.crop_fraction:g}; expected 1/64 to 1")
+        for name, kind in (("interpolation", Interpolation), ("channel_order", ChannelOrder)):
+            if getattr(self, name) not in (None, *get_args(kind)):
+                raise UsageError(f"`{name}` {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
 
 
 @functools.cache

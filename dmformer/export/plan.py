@@ -133,6 +133,11 @@ def _check_task(network: Network, options: ExportOptions) -> None:
     task, image_size = network.checkpoint.config.task, network.checkpoint.preprocessing.image_size
     if task == "segmentation" and image_size % STRIDES[-1]:
         raise UsageError(f"`image_size` {image_size} for segmentation; expected a multiple of {STRIDES[-1]}")
+    if task == "segmentation" and network.checkpoint.config.num_classes < 2:
+        raise UsageError(
+            "a segmentation network with one output map; expected a map for each of two classes or more, the "
+            "background included: give its last layer a second channel of zeros in front"
+        )
     wanted = {name.lower() for name in options.precisions}
     if task == "features" and (options.calibration is not None or {"int8", AUTO} & wanted):
         raise UsageError(

@@ -43,6 +43,7 @@ from dmformer.export.options import ExportOptions, keywords_of
 from dmformer.export.precisions import Calibration, PrecisionFile, PrecisionSource, Reduced
 from dmformer.export.steps import TimedArtifacts, VerifiedArtifact, Work
 from dmformer.runtimes import registry
+from dmformer.task import THRESHOLD
 from dmformer.verify.report import ParityReport, failure, parity_report
 from dmformer.verify.tasks import measure_of
 
@@ -286,6 +287,7 @@ class _Export(Loop):
         from dmformer.export.networks import count_macs
 
         checkpoint, network = self.checkpoint, self.plan.network
+        one_output = checkpoint.config.num_classes == 1
         given, *outputs = (
             written.Tensor(name=name, dtype="float32", shape=shape) for name, shape in checkpoint.shapes.items()
         )
@@ -314,6 +316,8 @@ class _Export(Loop):
                 checkpoint_sha256=checkpoint.sha256,
                 notes=checkpoint.notes,
                 training=dict(checkpoint.training),
+                threshold=THRESHOLD if checkpoint.config.task == "classification" and one_output else None,
+                overridden=checkpoint.overridden,
             ),
             preprocessing=checkpoint.preprocessing,
             inputs=(given,),

@@ -8,7 +8,7 @@ configuration.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from dmformer.data.description import InputDescription, description_beside
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint_file import METADATA_KEY, read_weights, title_of
@@ -29,7 +30,7 @@ from dmformer.models.dmformer import (
 )
 from dmformer.models.infer import HIDDEN_FIELDS, infer_config, variant_name
 from dmformer.models.state_dict import COUNTER, listed
-from dmformer.task import INPUT_NAME
+from dmformer.task import INPUT_NAME, THRESHOLD, class_count
 
 METADATA_VERSION = 1
 
@@ -53,6 +54,7 @@ class Checkpoint:
         described: whether the file has metadata, so that configuration, preprocessing and classes come from it.
         open_size: whether the network is for images of any height and width (for segmentation, of multiples of 32),
             and not only for the size of the preprocessing.
+        overridden: fields of the preprocessing, and ``classes``, that were given instead of the file's.
     """
 
     arch: str
@@ -65,6 +67,7 @@ class Checkpoint:
     training: Mapping[str, Any] = field(default_factory=dict)
     described: bool = False
     open_size: bool = False
+    overridden: tuple[str, ...] = ()
 
     @property
     def side(self) -> int | None:
@@ -130,11 +133,16 @@ def load_checkpoint(
     image_size: int | None = None,
     fallback: Mapping[str, Any] | None = None,
     weights_key: str | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    description: InputDescription | None = None,
+    classes: Sequence[str] = (),
 ) -> Checkpoint:
     """Read a checkpoint and check it against the network it is for.
 
     The configuration comes, in this order, from ``options``, from the file's metadata, from ``arch``, from the names
-    and shapes of the tensors, and from the defaults; what was left to the defaults is listed in ``notes``.
+    and shapes of the tensors, and from the defaults; what was left to the defaults is listed in ``notes``. So do
+    preprocessing and names of classes: from the arguments, from the file's metadata, where it has none from a file
+    beside it (:mod:`dmformer.data.description`), and from the defaults.
 
     Args:
         path: a file of safetensors or PyTorch (``.safetensors``, ``.pth``, ``.ckpt``, ``.bin`` …; its content counts,
@@ -145,10 +153,14 @@ def load_checkpoint(
         fallback: fields of :class:`DMFormerConfig` to take instead of the defaults where nothing tells them.
         weights_key: where in the file the weights are, like ``ema`` or ``model``, where it holds several; by default
             averaged weights are taken.
+        preprocessing: fields of :class:`Preprocessing` that override what the file says, in JSON types.
+        description: what another library's file says of the preprocessing, instead of metadata and files beside it.
+        classes: a name for each output, instead of those in the file.
 
     Raises:
         UsageError: the file is missing, truncated or of another kind; it holds several sets of weights and nothing
-            says which to take; or they are not finite, or do not fit the network.
+            says which to take; they are not finite, or do not fit the network; or the network has not as many outputs
+            as classes are named.
     """
     path = Path(path)
     title = title_of(path)
@@ -165,32 +177,83 @@ def load_checkpoint(
             notes.append(f"task features: {len(state) - len(stages)} tensors of the head were left out")
         state = stages
     _check_fit(state, config, title)
-    preprocessing = metadata.preprocessing if metadata else default_preprocessing(config)
-    if metadata is None:
-        notes.append(
-            "preprocessing is not in the checkpoint: ImageNet's was assumed "
-            f"({preprocessing.image_size} pixels, {preprocessing.interpolation})"
-        )
-    if len(preprocessing.channels) != config.in_channels:
+    beside = description_beside(path) if description is None and metadata is None else None
+    given = dict(preprocessing or {}) | ({} if image_size is None else {"image_size": image_size})
+    decided, named = _decide_input(config, metadata, description or beside, given, notes)
+    if len(decided.channels) != config.in_channels:
         raise UsageError(
-            f"{title}: its preprocessing gives channels {preprocessing.channels!r}; "
+            f"{title}: its preprocessing gives channels {decided.channels!r}; "
             f"expected as many as the network's {config.in_channels}"
         )
-    if image_size is not None:
-        preprocessing = preprocessing.resized_to(image_size)
-    classes = metadata.classes if metadata and len(metadata.classes) == config.num_classes else ()
+    named = checked_classes(classes or named, config)
+    if config.task == "classification" and config.num_classes == 1:
+        notes.append(f"one output: its sigmoid is the probability of class 1 of two, with the threshold {THRESHOLD}")
+    overridden = {*given, *(description.fields if description else ())} - {"image_size"}
+    if classes or (description is not None and description.classes):
+        overridden.add("classes")
     return Checkpoint(
         arch=variant_name(config) or "custom",
         config=config,
         state=state,
-        preprocessing=preprocessing,
-        classes=classes,
+        preprocessing=decided,
+        classes=named,
         sha256=file.sha256,
         notes=tuple(notes),
         training=metadata.training if metadata else {},
         described=metadata is not None,
         open_size=metadata.open_size if metadata else False,
+        overridden=tuple(sorted(overridden)),
     )
+
+
+def _decide_input(
+    config: DMFormerConfig,
+    metadata: Metadata | None,
+    description: InputDescription | None,
+    given: Mapping[str, Any],
+    notes: list[str],
+) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Return preprocessing and names of classes: as given, else as described, else of the file, else the usual."""
+    named = metadata.classes if metadata and _fits(metadata.classes, config) else ()
+    usual = metadata.preprocessing if metadata else default_preprocessing(config)
+    assumed = set() if metadata else set(msgspec.to_builtins(usual)) - set(given)
+    if description is not None:
+        usual = usual.with_fields(description.fields)
+        assumed -= set(description.fields)
+        notes += [f"preprocessing was read from {str(description.source)!r}", *description.notes]
+        if _fits(description.classes, config):
+            named = description.classes
+        elif description.classes:
+            count = f"{len(description.classes)} names of classes for {config.num_classes} outputs"
+            notes.append(f"{description.source.name} has {count}: they were left out")
+    decided = usual.with_fields(given)
+    if assumed:
+        notes.append(
+            f"preprocessing is not in the checkpoint, so the usual was assumed: {decided.describe(assumed)}; "
+            f"images are seen with {decided.image_size} pixels a side"
+        )
+    if told := set(given) - {"image_size"}:
+        notes.append(f"preprocessing as it was given: {decided.describe(told)}")
+    return decided, named
+
+
+def checked_classes(classes: Sequence[str], config: DMFormerConfig) -> tuple[str, ...]:
+    """Return a name for each class that a network tells apart, or none; one output tells two, and may have one name.
+
+    Raises:
+        UsageError: there are more or fewer.
+    """
+    if not classes or _fits(classes, config):
+        names = tuple(classes)
+        return (f"not {names[0]}", *names) if len(names) == 1 and config.task == "classification" else names
+    expected = f"one for each of the network's {config.num_classes}"
+    if config.num_classes == 1:
+        expected = "one or two for the network's only output, the name of class 1 last"
+    raise UsageError(f"{len(classes)} names of classes; expected {expected}")
+
+
+def _fits(classes: Sequence[str], config: DMFormerConfig) -> bool:
+    return len(classes) in (config.num_classes, class_count(config.task, config.num_classes))
 
 
 def default_preprocessing(config: DMFormerConfig) -> Preprocessing:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.writer import staged
 from dmformer.errors import UsageError
-from dmformer.task import STRIDES
+from dmformer.task import STRIDES, THRESHOLD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,9 +132,17 @@ def _write_triton(folder: Path, manifest: Manifest, named: dict[str, Artifact], 
         (folder / name / "config.pbtxt").write_text(
             _config(manifest, artifact, name, max_batch), encoding="utf-8", newline="\n"
         )
-        if manifest.model.task == "classification" and manifest.model.classes:
+        if _is_labelled(manifest):
             lines = (" ".join(label.split()) for label in manifest.model.classes)
             (folder / name / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _is_labelled(manifest: Manifest) -> bool:
+    """Whether Triton can name the answers: it puts labels to the largest values of a whole output.
+
+    That names classes of an image, but neither those of pixels nor the two that one output tells apart.
+    """
+    return manifest.model.task == "classification" and bool(manifest.model.classes) and not manifest.one_logit
 
 
 def _config(manifest: Manifest, artifact: Artifact, name: str, max_batch: int) -> str:
@@ -143,9 +151,7 @@ def _config(manifest: Manifest, artifact: Artifact, name: str, max_batch: int) -
     (given,) = manifest.inputs
     bound = artifact.target.max_batch if artifact.target is not None else max_batch
     comment = f"# {_tied(artifact)}\n" if artifact.target is not None else ""
-    # Triton appends labels to the largest values of a whole output: classes of an image, and not of pixels.
-    labelled = manifest.model.task == "classification" and manifest.model.classes
-    label = f'\n    label_filename: "{LABELS}"' if labelled else ""
+    label = f'\n    label_filename: "{LABELS}"' if _is_labelled(manifest) else ""
 
     def tensor(spec: Tensor, more: str = "") -> str:
         dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:])
@@ -254,6 +260,10 @@ _MEANING = {
     "segmentation": "logits of every pixel that was sent; the largest of a pixel's is its class.",
     "features": "the map of a stage.",
 }
+_ONE_LOGIT = (
+    f"one logit; its sigmoid is the probability of class 1, which an image is of above {THRESHOLD}, and otherwise of "
+    "class 0."
+)
 _COMPARE = {
     "classification": "`dmformer predict` does all of this, to compare with.",
     "segmentation": "`dmformer predict` does all of this, to compare with.",
@@ -266,7 +276,8 @@ def _answers(manifest: Manifest) -> list[str]:
     task = manifest.model.task
     return [
         *(
-            f"Back comes `{output.name}`, {output.dtype}, {list(output.shape)}: {_MEANING[task]}"
+            f"Back comes `{output.name}`, {output.dtype}, {list(output.shape)}: "
+            f"{_ONE_LOGIT if manifest.one_logit else _MEANING[task]}"
             for output in manifest.outputs
         ),
         _COMPARE[task],

@@ -18,7 +18,7 @@ from dmformer.data.images import load_pixels, load_uncropped, open_image
 from dmformer.data.overlay import LegendEntry, overlay
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import StageFailed, UsageError
-from dmformer.task import OUTPUT_NAME, STRIDES
+from dmformer.task import OUTPUT_NAME, STRIDES, class_logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,7 +31,10 @@ _BATCH = 8
 
 
 class ClassProbability(Struct, frozen=True, kw_only=True):
-    """One class: its index, its name where the checkpoint has names, and the softmax of its logit (0..1)."""
+    """One class: its index, its name where the checkpoint has names, and its probability (0..1).
+
+    That is the softmax of the logits; where the network has one, its sigmoid for class 1, and the rest for class 0.
+    """
 
     index: int
     name: str | None
@@ -151,7 +154,7 @@ class Predictor:
         predictions = []
         for start in range(0, len(paths), self.batch):
             batch = paths[start : start + self.batch]
-            logits = self.outputs(batch)[OUTPUT_NAME]
+            logits = class_logits(self.outputs(batch)[OUTPUT_NAME])
             predictions += [self._top(path, row, top_k) for path, row in zip(batch, logits, strict=True)]
         return predictions
 

@@ -230,14 +230,15 @@ def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, extra: Im
 
 
 def _check_description(bundle: Bundle, checkpoint: Checkpoint) -> Check:
-    """Compare what the checkpoint says of itself with the manifest; the input's size is the exporter's to choose."""
+    """Compare what the checkpoint says of itself with the manifest, but for what the export was given instead."""
     model, ours = bundle.manifest.model, checkpoint.config.to_dict()
     differing = [name for name in ours if name not in _FOR_TRAINING and ours[name] != model.config.get(name)]
     if checkpoint.described:
-        size = bundle.manifest.preprocessing.image_size
-        if checkpoint.preprocessing.resized_to(size) != bundle.manifest.preprocessing:
+        exported = bundle.manifest.preprocessing
+        chosen = {name: getattr(exported, name) for name in ("image_size", *model.overridden) if name != "classes"}
+        if checkpoint.preprocessing.with_fields(chosen) != exported:
             differing.append("preprocessing")
-        if checkpoint.classes != model.classes:
+        if checkpoint.classes != model.classes and "classes" not in model.overridden:
             differing.append("classes")
     reason = f"checkpoint and manifest differ in {', '.join(differing)}" if differing else None
     comparison = Comparison(not differing, reason=reason)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dmformer.errors import StageFailed, UsageError
+from dmformer.task import class_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -197,5 +198,5 @@ def measure_of(task: Task, classes: int) -> Measure:
             f"task {task}: accuracy needs classes; expected a network with its head (verify compares maps)"
         )
     module, _, name = _MEASURES[task].partition(":")
-    measure: Measure = getattr(importlib.import_module(module), name)(classes)
+    measure: Measure = getattr(importlib.import_module(module), name)(class_count(task, classes))
     return measure

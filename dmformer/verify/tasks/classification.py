@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from dmformer.bundle.manifest import Accuracy
 from dmformer.data.images import image_set
-from dmformer.task import OUTPUT_NAME
+from dmformer.task import OUTPUT_NAME, class_logits
 from dmformer.verify.tasks import Measure, RunningScore
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ class _ClassScore(RunningScore):
 def score(
     logits: NDArray[np.float32], labels: NDArray[np.int64] | None, torch_logits: NDArray[np.float32] | None
 ) -> Accuracy:
-    """Compare logits (N, classes) with labels (N,), and with PyTorch's logits, where there are such."""
-    count, agreement = len(logits), None
+    """Compare logits (N, outputs) with labels (N,), and with PyTorch's logits, where there are such."""
+    logits, count, agreement = class_logits(logits), len(logits), None
     if torch_logits is not None:
-        agreement = float((logits.argmax(1) == torch_logits.argmax(1)).mean())
+        agreement = float((logits.argmax(1) == class_logits(torch_logits).argmax(1)).mean())
     if labels is None:
         return Accuracy(images=count, agreement_with_torch=agreement)
     # Ties go to the lower index, as in argmax.
@@ -134,7 +134,8 @@ class Paired(Struct, frozen=True, kw_only=True):
 
 
 def paired(logits: NDArray[np.float32], torch_logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Paired:
-    """Compare the decisions of a runtime and of PyTorch, logits (N, classes), with labels (N,)."""
+    """Compare the decisions of a runtime and of PyTorch, logits (N, outputs), with labels (N,)."""
+    logits, torch_logits = class_logits(logits), class_logits(torch_logits)
     right, torch_right = logits.argmax(1) == labels, torch_logits.argmax(1) == labels
     torch_only, runtime_only = int((torch_right & ~right).sum()), int((right & ~torch_right).sum())
     return Paired(torch_only=torch_only, runtime_only=runtime_only, p_value=mcnemar(torch_only, runtime_only))
@@ -193,7 +194,7 @@ class Decisions(Struct, frozen=True, kw_only=True):
 
 
 def decide(candidate: NDArray[Any], expected: NDArray[Any], limit: float) -> Decisions:
-    """Compare the decisions of two sets of outputs (N, classes).
+    """Compare the decisions of two sets of outputs (N, outputs).
 
     Args:
         candidate: a runtime's.
@@ -201,6 +202,7 @@ def decide(candidate: NDArray[Any], expected: NDArray[Any], limit: float) -> Dec
         limit: how far any value may be from PyTorch's; two values may part by twice as much.
     """
     count = len(expected)
+    candidate, expected = class_logits(candidate), class_logits(expected)
     # Ties go to the lower index, as in argmax.
     best = np.argsort(-candidate, axis=1, kind="stable")[:, :5]
     chosen, wanted = best[:, 0], expected.argmax(1)
