@@ -1,9 +1,9 @@
 """Packages that only some installations have, imported so that they report to nobody.
 
-Two of them call home where nothing stops them, from the moment of their import on. onnxruntime (its packages from PyPI, since
-1.29) writes an identifier of the device and queued events below the home folder and looks up its maker's host;
-``ORT_DISABLE_TELEMETRY`` is its switch. OpenVINO's Python package counts imports and conversions through the package
-``openvino_telemetry``, and uses a stub of its own where that package is not to be found.
+Two of them call home where nothing stops them, from the moment of their import on. onnxruntime (its packages from
+PyPI, since 1.29) writes an identifier of the device and queued events below the home folder and looks up its maker's
+host; ``ORT_DISABLE_TELEMETRY`` is its switch. OpenVINO's Python package counts imports and conversions through the
+package ``openvino_telemetry``, and uses a stub of its own where that package is not to be found.
 """
 
 from __future__ import annotations
