@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from dmformer._optional import require
 from dmformer.errors import StageFailed
 from dmformer.process import Child
 
@@ -38,14 +39,14 @@ def import_onnxsim() -> None:
     onnxsim imports them where they are installed, for parts that are not used here; that takes seconds.
     """
     sys.modules["torch"] = sys.modules["sympy"] = None  # type: ignore[assignment]
-    import onnxsim  # noqa: F401
+    require("onnxsim", extra="export", purpose="simplification")
 
 
 def simplify_file(order: tuple[str, str]) -> None:
     """Read the first file, write the simplified graph to the second."""
     import onnx
-    import onnxsim
 
+    onnxsim = require("onnxsim", extra="export", purpose="simplification")
     source, destination = order
     # onnxsim's own numerical check draws random inputs; ours compares on the golden images.
     simplified, _ = onnxsim.simplify(onnx.load(source), check_n=0)

@@ -4,12 +4,19 @@ A runtime is a context manager. Entering loads the artifact, leaving frees it; :
 between, any number of times, with any batch size. A runtime never falls back to another device, provider or precision:
 where it cannot have what was asked, entering raises.
 
+``os.fork()`` copies an engine without its threads. A child process that used such a copy, or only freed it at its end,
+would wait for them for good: there :meth:`Runtime.run` raises, and the copy is never freed.
+
 An adapter has three classes: a :class:`Runtime`, the :class:`~dmformer.runtimes.inspector.Inspector` that looks inside
 one that is open, and the :class:`~dmformer.runtimes.support.Support` that answers for the machine without an artifact.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,12 +67,17 @@ class Details:
     version: str
 
 
+_loaded: weakref.WeakSet[Runtime] = weakref.WeakSet()  # those that are open, whose copies a forked process has
+
+
 class Runtime(ABC):
     """Loads one artifact and runs it.
 
     Attributes:
         support: what the runtime can do on this machine.
         inspector: the class that looks inside an open runtime.
+        runs_after_fork: whether a copy in a forked process answers without the engine's threads.
+        turn: a lock for callers with several threads; held while one of them is in :meth:`run`.
 
     Args:
         path: the artifact's main file.
@@ -80,6 +92,7 @@ class Runtime(ABC):
 
     support: ClassVar[Support]
     inspector: ClassVar[type[Inspector]]
+    runs_after_fork: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -96,8 +109,10 @@ class Runtime(ABC):
         self.precision = precision
         self.target = target
         self.taps = tuple(taps)
+        self.turn = threading.Lock()
         self._open = False
         self._expected: dict[str, tuple[TensorSpec, np.dtype[Any]]] = {}
+        self._forked = False
         self._checked: dict[str, tuple[Any, Any]] = {}  # shapes and types that were checked last
 
     @property
@@ -157,10 +172,10 @@ class Runtime(ABC):
 
         Raises:
             UsageError: an input is missing, unknown, or of another type or shape.
-            StageFailed: the runtime is not open, or the engine failed.
+            StageFailed: the runtime is not open, or was opened before this process was forked, or the engine failed.
         """
         if not self._open:
-            raise StageFailed(f"runtime {self.name} is not open; expected run() inside its 'with' block")
+            self.check_open()
         if not self._same_as_checked(inputs):
             self.check_inputs(inputs)
             self._checked = {name: (array.shape, array.dtype) for name, array in inputs.items()}
@@ -170,6 +185,20 @@ class Runtime(ABC):
             raise
         except Exception as error:
             raise self._failed("running", error) from error
+
+    def check_open(self) -> None:
+        """Refuse to go on where :meth:`run` is not legal.
+
+        Raises:
+            StageFailed: the runtime is not open, or was opened before this process was forked.
+        """
+        if self._forked:
+            raise StageFailed(
+                f"runtime {self.name} was loaded before this process ({os.getpid()}) was forked, and its threads "
+                "stayed behind; expected it to be loaded after the fork: in each worker, or with gunicorn without --preload"
+            )
+        if not self._open:
+            raise StageFailed(f"runtime {self.name} is not open; expected run() inside its 'with' block")
 
     def run_rows(
         self,
@@ -221,17 +250,29 @@ class Runtime(ABC):
             raise
         self._checked = {}
         self._open = True
+        self._forked = False
+        _loaded.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._open = False
+        if self._forked:
+            return
+        _loaded.discard(self)
         if kind is None:
             self.close()
             return
         with suppress(Exception):
             self.close()
+
+    def after_fork(self) -> None:
+        """Give a copy up in the child of a fork, unless it answers without threads and no thread was in it."""
+        held, self.turn = self.turn.locked(), threading.Lock()
+        if held or not self.runs_after_fork:
+            self._open, self._forked = False, True
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # freeing the engine would wait for its threads
 
     def _check_taps(self) -> None:
         shown = {spec.name for spec in self.outputs} if self.taps else set()
@@ -281,6 +322,15 @@ class Runtime(ABC):
     def _failed(self, doing: str, error: Exception) -> StageFailed:
         """Put whatever an engine raised into one line of ours."""
         return StageFailed(f"{self.name} failed while {doing} {self.path.name}: {first_line(error)}")
+
+
+def _give_copies_up() -> None:
+    for runtime in list(_loaded):
+        runtime.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_give_copies_up)
 
 
 def symbolic(shape: list[Any] | tuple[Any, ...]) -> tuple[int | str, ...]:

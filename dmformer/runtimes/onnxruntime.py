@@ -111,6 +111,7 @@ class OnnxRuntime(Runtime):
 
     support = OnnxSupport()
     inspector = OnnxInspector
+    runs_after_fork = True  # the calling thread takes back what no other began
     _session: Any = None
 
     def load(self) -> None:

@@ -178,7 +178,8 @@ class OpenVinoRuntime(Runtime):
             "INFERENCE_PRECISION_HINT": _PRECISION_HINT[computed],
             "INFERENCE_NUM_THREADS": self.threads,
         }
-        self.source = core().read_model(str(self.path))
+        self._core = core()  # lives as long as this, after a fork too
+        self.source = self._core.read_model(str(self.path))
         known = {name for port in self.source.outputs for name in port.get_names()}
         self.source.add_outputs([name for name in self.taps if name not in known])
         weights = self.path.with_suffix(".bin")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +129,6 @@ class Predictor:
         self.manifest = choice.bundle.manifest
         self.notes = (choice.caveat,) if choice.caveat else ()
         self.runtime = choice.runtime(threads)
-        self._turn = threading.Lock()  # an engine's request or execution context is one thread's at a time
 
     def __enter__(self) -> Self:
         self.runtime.__enter__()
@@ -139,7 +137,7 @@ class Predictor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._turn:
+        with self.runtime.turn:
             self.runtime.__exit__(kind, error, traceback)
 
     def predict(self, images: str | Path | Sequence[str | Path], top_k: int = 5) -> list[Prediction]:
@@ -193,7 +191,8 @@ class Predictor:
 
     def _run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         inputs = self.manifest.preprocessing.normalize(pixels)
-        with self._turn:
+        self.runtime.check_open()
+        with self.runtime.turn:  # an engine's request or execution context is one thread's at a time
             return self.runtime.run_rows({self.manifest.inputs[0].name: inputs})
 
     def _check_task(self, wanted: str) -> None:
