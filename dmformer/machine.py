@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from dmformer import __version__
 from dmformer.errors import UsageError
+from dmformer.procfs import cpu_quota, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,11 +102,17 @@ def without_vnni() -> str | None:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
+    """Return the number of cores that this process may run on, and has the time for in its control group's quota.
+
+    Whole cores of a quota count, and one at least: a further thread would use the others' time up, and then all of them
+    would wait for the next period.
+    """
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def check_threads(threads: int | None) -> None:
@@ -131,8 +138,8 @@ def describe_machine() -> dict[str, Any]:
     return {
         **msgspec.structs.asdict(describe_processor()),
         "cores": usable_cores(),
-        "cpu_quota_cores": _cpu_quota(),
-        "governor": _read(_FREQUENCY / "scaling_governor"),
+        "cpu_quota_cores": cpu_quota(),
+        "governor": read_text(_FREQUENCY / "scaling_governor"),
         "frequency_mhz": _frequencies(),
         "available_memory_mb": None if memory is None else memory // 1_000_000,
         "os": f"{platform.system()} {platform.release()}",
@@ -141,19 +148,9 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _cpu_quota() -> float | None:
-    """Return how many cores' worth of time the control group allows; ``None`` where it sets no bound.
-
-    A process that has used it up is put to sleep for the rest of the period, which shows as latencies of tens of
-    milliseconds now and then.
-    """
-    quota, _, period = (_read(_CONTROL_GROUP / "cpu.max") or "max").partition(" ")
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def _frequencies() -> dict[str, float] | None:
     """Return the first core's frequency in MHz, now and at most. Virtual machines tell at best the first."""
-    told = {"now": _read(_FREQUENCY / "scaling_cur_freq"), "most": _read(_FREQUENCY / "cpuinfo_max_freq")}
+    told = {"now": read_text(_FREQUENCY / "scaling_cur_freq"), "most": read_text(_FREQUENCY / "cpuinfo_max_freq")}
     found = {name: int(khz) / 1000 for name, khz in told.items() if khz}
     if mhz := _cpuinfo("cpu MHz"):
         found.setdefault("now", float(mhz))
@@ -175,11 +172,11 @@ def available_memory() -> int | None:
 
     ``None`` where the system does not tell.
     """
-    told = re.search(r"^MemAvailable: *(\d+)", _read(Path("/proc/meminfo")) or "", re.MULTILINE)
+    told = re.search(r"^MemAvailable: *(\d+)", read_text(Path("/proc/meminfo")) or "", re.MULTILINE)
     if told is None:
         return None
     available = int(told[1]) * 1024
-    limit, used = (_read(_CONTROL_GROUP / name) or "" for name in ("memory.max", "memory.current"))
+    limit, used = (read_text(_CONTROL_GROUP / name) or "" for name in ("memory.max", "memory.current"))
     if limit.isdecimal() and used.isdecimal():  # else no container, no limit ("max"), or the older hierarchy
         return min(available, max(0, int(limit) - int(used)))
     return available
@@ -187,15 +184,8 @@ def available_memory() -> int | None:
 
 def _cpuinfo(*keys: str) -> str:
     """Return the first value in Linux's description of the processor whose name begins with a key; else nothing."""
-    lines = (_read(Path("/proc/cpuinfo")) or "").splitlines()
+    lines = (read_text(Path("/proc/cpuinfo")) or "").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
 
 
 def give_memory_back() -> None:

@@ -64,6 +64,14 @@ def test_rounds_are_pooled() -> None:
     assert [len(samples) for samples in found.samples_ns] == [4, 4, 2]
 
 
+def test_a_row_whose_processes_were_throttled_says_so() -> None:
+    found = summarise(PLANNED, [measurement([1] * 10, throttled_ms=40.0), measurement([1] * 10, throttled_ms=2.0)])
+    assert (found.status, found.throttled_ms) == ("ok", 42.0)
+    assert found.reason is not None
+    assert found.reason.startswith("throttled: the kernel held it back for 42 ms")
+    assert summarise(PLANNED, [measurement([1] * 10)]).reason is None
+
+
 def test_one_round_that_did_not_settle_makes_the_row_unstable() -> None:
     found = summarise(PLANNED, [measurement([1] * 10), measurement([1] * 10, stable=False)])
     assert found.status == "unstable"

@@ -220,6 +220,7 @@ LAYERS = (
     "files",
     "process",
     "machine",
+    "procfs",
     "progress",
     "task",
     "_optional",

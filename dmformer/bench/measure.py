@@ -24,6 +24,7 @@ from msgspec import Struct
 from dmformer.bench.plan import WARM_UP, TimingOrder, WarmUp
 from dmformer.errors import StageFailed
 from dmformer.machine import gpu_state
+from dmformer.procfs import throttled_ms
 from dmformer.runtimes.inspector import shortfall
 from dmformer.serve.predictor import Predictor
 
@@ -58,6 +59,8 @@ class Measurement(Struct, frozen=True, kw_only=True):
         device_ns: each timed call on the device alone, without transfers; empty on a CPU, and for several streams.
         layers: compute layers by the precision in which they ran; empty where that was not read back.
         peak_rss_mb: largest resident memory of the whole process, Python included, in MiB.
+        throttled_ms: for how long the kernel held the process's control groups back for their CPU quotas, from the first
+            call to the last.
     """
 
     device: str
@@ -73,6 +76,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
     layers: dict[str, int] = {}
     device_ns: list[int] = []
     gpu: dict[str, Any] | None = None
+    throttled_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
         loaded_mb = _peak_rss_mb()
         layers = _proven_layers(runtime, promised) if promised is not None else {}
         _forget_peak_rss()  # the proof may have loaded the model once more
+        throttled_before_ms = throttled_ms()
         first_ns = _timed(ask)
         for other, _ in others:
             opened.enter_context(other)
@@ -178,6 +183,7 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
             layers=layers,
             device_ns=steady.device_ns,
             gpu=gpu_state() if runtime.device_ns is not None else None,
+            throttled_ms=throttled_ms() - throttled_before_ms,
         )
 
 

@@ -37,7 +37,8 @@ class Result(Configuration, frozen=True, kw_only=True):
     one call cannot do without, ``attainable_ms`` the least time that this machine's limits admit for them, all threads
     used, and ``share_of_limit`` that time over the measured one, the median over rounds with limits measured in the
     same round. Both are ``null`` on a GPU, and where the rate at the row's precision is not known. ``profile_reason``
-    says why there is no profile where one was asked for.
+    says why there is no profile where one was asked for. ``throttled_ms`` is for how long the kernel held the processes
+    back, in all, because their control group had used its CPU quota up.
     """
 
     status: Literal["ok", "unstable", "failed", "not run"]
@@ -59,6 +60,7 @@ class Result(Configuration, frozen=True, kw_only=True):
     samples_ns: tuple[tuple[int, ...], ...] = ()
     wall_ns: tuple[int, ...] = ()
     gpu: tuple[dict[str, Any], ...] = ()
+    throttled_ms: float | None = None
     profile: Profile | None = None
     profile_reason: str | None = None
 
@@ -169,6 +171,10 @@ def summarise(
     reason = None if stable else "the warm-up did not settle within 3 %: the machine is busy or its clock changes"
     if any(measured.cut for measured in rounds):
         stable, reason = False, "the time limit ended it early: give it a longer time limit"
+    throttled = sum(measured.throttled_ms for measured in rounds)
+    if throttled:
+        held = f"throttled: the kernel held it back for {throttled:.0f} ms, its control group's CPU quota being used up"
+        reason = held if reason is None else f"{reason}; {held}"
     result = msgspec.structs.replace(
         planned,
         status="ok" if stable else "unstable",
@@ -186,6 +192,7 @@ def summarise(
         gpu=tuple(measured.gpu for measured in rounds if measured.gpu is not None),
         samples_ns=tuple(tuple(measured.latencies_ns) for measured in rounds),
         wall_ns=tuple(measured.wall_ns for measured in rounds),
+        throttled_ms=throttled,
     )
     on_gpu = any(measured.gpu is not None or measured.device_ns for measured in rounds)
     return result if work is None or on_gpu else _with_limit(result, limits, work)

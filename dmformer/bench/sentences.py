@@ -27,13 +27,15 @@ def summary(report: BenchReport) -> list[str]:
     gpu = [_gpu(row) for row in report.results if row.device_latency_ms is not None]
     profiles = [where_time_goes(row, row.profile) for row in report.results if row.profile is not None]
     machine = report.environment
+    quota = machine.get("cpu_quota_cores")
+    held = "" if quota is None else f", a CPU quota of {digits(quota)} cores"
     return [
         *verdicts(report),
         *(line for line in (noise(report), limits(report)) if line is not None),
         *gpu,
         *profiles,
         *comparison(report),
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}",
+        f"{machine['cpu']}, {machine['cores']} cores{held}, {machine['os']}",
     ]
 
 

@@ -195,7 +195,7 @@ class Runtime(ABC):
         if self._forked:
             raise StageFailed(
                 f"runtime {self.name} was loaded before this process ({os.getpid()}) was forked, and its threads "
-                "stayed behind; expected it to be loaded after the fork: in each worker (gunicorn without --preload)"
+                "stayed behind; expected it to be loaded in each worker, after the fork (gunicorn: without --preload)"
             )
         if not self._open:
             raise StageFailed(f"runtime {self.name} is not open; expected run() inside its 'with' block")
