@@ -14,6 +14,7 @@ from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.files import Sha256, hash_file, indented_json
 from dmformer.machine import Processor
+from dmformer.models.specification import ModuleOrigin
 from dmformer.runtimes.target import Target
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, Task
 
@@ -222,18 +223,20 @@ class Model(Struct, frozen=True, kw_only=True):
     """The network, and where its weights came from.
 
     Attributes:
-        arch: name of the variant, or ``custom``.
-        config: every field of the network's configuration.
+        arch: name of the variant, or ``custom``; of a network of one's own, the name of its class.
+        config: every field of the network's configuration; of a network of one's own, what it takes and gives.
         task: what the outputs mean.
         classes: a name for each output; empty where the checkpoint has none.
         parameters: number of trained values.
         macs: multiply-accumulates for one image.
-        weights: ``random`` marks a model that was never trained.
+        weights: ``random`` marks a model that was never trained, ``module`` weights that a network of one's own came
+            with.
         deploy_form: whether the artifacts compute the folded form of the network.
         seed: of random weights.
         checkpoint_sha256: of the source checkpoint; ``null`` for random weights.
         notes: what was assumed while reading the checkpoint.
         training: recipe and accuracy, as the checkpoint's metadata has them.
+        module: where a network of one's own came from; ``null`` for a DMFormer of this project.
     """
 
     arch: str
@@ -242,12 +245,13 @@ class Model(Struct, frozen=True, kw_only=True):
     classes: tuple[str, ...]
     parameters: int
     macs: int
-    weights: Literal["checkpoint", "demonstration", "random"]
+    weights: Literal["checkpoint", "demonstration", "random", "module"]
     deploy_form: bool = False
     seed: int | None = None
     checkpoint_sha256: Sha256 | None = None
     notes: tuple[str, ...] = ()
     training: dict[str, Any] = {}
+    module: ModuleOrigin | None = None
 
 
 class Simplification(Struct, frozen=True, kw_only=True):
@@ -330,7 +334,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
     def _check_outputs(self) -> None:
         task = self.model.task
         names = tuple(output.name for output in self.outputs)
-        if names != _OUTPUTS[task]:
+        named_by_network = task == "features" and self.model.module is not None
+        if names != _OUTPUTS[task] and not (named_by_network and names and len({*names}) == len(names)):
             raise UsageError(f"outputs {', '.join(names)}; expected {', '.join(_OUTPUTS[task])}")
         rank = 2 if task == "classification" else 4
         for output in self.outputs:

@@ -18,18 +18,18 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError, first_line
 from dmformer.models.dmformer import (
     FEATURES_ONLY,
-    DMFormerBackbone,
     DMFormerConfig,
     build_network,
     variant_config,
 )
 from dmformer.models.infer import HIDDEN_FIELDS, infer_config, variant_name
+from dmformer.models.specification import NetworkSpecification
 from dmformer.task import INPUT_NAME
 
 METADATA_KEY = "dmformer"
@@ -53,8 +53,8 @@ class Checkpoint:
 
     Attributes:
         arch: name of the variant, or ``custom`` where the configuration is none of them.
-        config: the network's configuration.
-        state: float32 tensors by name, ready for ``load_state_dict``.
+        config: the network's configuration, or the specification of a network of one's own.
+        state: tensors by name, ready for ``load_state_dict``.
         preprocessing: how an image becomes the network's input.
         classes: a name for each output; empty where nobody gave names.
         sha256: SHA-256 of the file; ``None`` for weights that came from no file.
@@ -66,7 +66,7 @@ class Checkpoint:
     """
 
     arch: str
-    config: DMFormerConfig
+    config: NetworkSpecification
     state: dict[str, Tensor] = field(repr=False)
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
@@ -92,16 +92,9 @@ class Checkpoint:
             shapes[name] = ("batch", channels, *((f"{name}_height", f"{name}_width") if is_open else fixed))
         return shapes
 
-    def model(self) -> DMFormerBackbone:
+    def model(self) -> nn.Module:
         """Return the network with these weights, in evaluation mode."""
-        with torch.device("meta"):  # initial weights, which take a second to draw, would only be overwritten
-            model = build_network(self.config)
-        counters = {
-            k: torch.zeros(v.shape, dtype=v.dtype) for k, v in model.state_dict().items() if k.endswith(_COUNTER)
-        }
-        weights = {name: tensor.clone() for name, tensor in self.state.items()}
-        model.load_state_dict(counters | weights, assign=True)
-        return model.eval()
+        return self.config.build(self.state)
 
 
 class Metadata(msgspec.Struct, kw_only=True):
@@ -204,7 +197,7 @@ def load_checkpoint(
     )
 
 
-def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
+def default_preprocessing(config: NetworkSpecification) -> Preprocessing:
     """Return ImageNet's evaluation transform; for segmentation with 512 pixels uncropped, as on ADE20K.
 
     A network of one input channel gets values scaled to -1..1.
@@ -385,7 +378,12 @@ def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> 
             network = build_network(config)
     except (RuntimeError, TypeError) as error:  # a size that no tensor can have
         raise UsageError(f"{title}: its configuration asks for a network beyond all memory") from error
-    expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(_COUNTER)}
+    _check_names(state, network.state_dict(), title, variant_name(config) or "the network")
+
+
+def _check_names(state: Mapping[str, Tensor], network: Mapping[str, Tensor], title: str, network_title: str) -> None:
+    """Compare names and shapes of weights with those of a network; counters of batches are not missed."""
+    expected = {k: tuple(v.shape) for k, v in network.items() if not k.endswith(_COUNTER)}
     received = {name: tuple(value.shape) for name, value in state.items()}
     differences = {
         "missing": sorted(set(expected) - set(received)),
@@ -397,7 +395,42 @@ def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> 
         ],
     }
     if parts := [f"{len(names)} {kind}: {_some(names)}" for kind, names in differences.items() if names]:
-        raise UsageError(f"{title} does not fit {variant_name(config) or 'the network'}: {'; '.join(parts)}")
+        raise UsageError(f"{title} does not fit {network_title}: {'; '.join(parts)}")
+
+
+def load_weights_(network: nn.Module, path: Path, network_title: str) -> tuple[str, tuple[str, ...]]:
+    """Load the weights of a file into a network of one's own, in place; all of them have to fit.
+
+    Args:
+        network: whose names and shapes are expected.
+        path: a ``.safetensors``, ``.pt`` or ``.pth`` file, as :func:`load_checkpoint` takes it.
+        network_title: what the network is called in messages.
+
+    Returns:
+        The file's SHA-256, and what was chosen or converted while reading, one sentence each.
+
+    Raises:
+        UsageError: the file cannot be used, or does not fit the network.
+    """
+    title = f"checkpoint {str(path)!r}"
+    data = _read(path, title)
+    notes: list[str] = []
+    is_plain = path.suffix.lower() == ".safetensors"
+    content = _parse_safetensors(data, title)[0] if is_plain else _parse_pickle(data, title)
+    tensors = _unwrap(content, title, notes)
+    own = network.state_dict()
+    # Tables of indices and the like, of which a DMFormer has none.
+    numbers = {
+        plain: value
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and (plain := _PREFIXES.sub("", str(name))) in own
+        if not (plain.endswith(_COUNTER) or own[plain].is_floating_point() or value.is_floating_point())
+    }
+    rest = {name: value for name, value in tensors.items() if _PREFIXES.sub("", str(name)) not in numbers}
+    state = {**_normalise(rest, title, notes), **numbers}
+    _check_names(state, own, title, network_title)
+    network.load_state_dict(state, strict=False)  # counters of batches may be missing
+    return hashlib.sha256(data).hexdigest(), tuple(notes)
 
 
 def _some(names: list[str]) -> str:
