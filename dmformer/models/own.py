@@ -186,7 +186,9 @@ def _imported(reference: str, title: str) -> tuple[Any, Path | None]:
         raise UsageError(f"{title}; expected FILE.py:NAME or package.module:NAME")
     if where.endswith(".py") and not Path(where).is_file():
         raise UsageError(f"{title}: there is no file {where!r}; expected a Python file and a name in it, FILE.py:NAME")
-    with _running_user_code(title, "while it was imported"):
+    with _running_user_code(
+        title, "while it was imported", "a file that Python can import, with what it needs installed"
+    ):
         imported = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     found: Any = imported
     for part in name.split("."):
@@ -236,7 +238,7 @@ def _is_network(value: object) -> bool:
 
 
 @contextlib.contextmanager
-def _running_user_code(title: str, when: str) -> Iterator[None]:
+def _running_user_code(title: str, when: str, expected: str) -> Iterator[None]:
     """Turn whatever somebody's code raises into one line; what it prints is no output of a command."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -245,7 +247,7 @@ def _running_user_code(title: str, when: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{title} raised {when}: {reason}; expected one that does so without an error") from error
+        raise UsageError(f"{title} raised {when}: {reason}; expected {expected}") from error
 
 
 def _made(found: Any, options: dict[str, Any], title: str, seed: int) -> nn.Module:
@@ -256,13 +258,15 @@ def _made(found: Any, options: dict[str, Any], title: str, seed: int) -> nn.Modu
         return found
     if not callable(found):
         raise UsageError(f"{title} is of type {type(found).__name__}; expected a function, a class or an nn.Module")
-    with contextlib.suppress(ValueError):  # a signature that Python cannot tell
-        try:
-            inspect.signature(found).bind(**options)
-        except TypeError as error:
-            given = ", ".join(options) or "no arguments"
-            raise UsageError(f"{title} with {given}: {error}; expected `module_options` that it takes") from error
-    with _running_user_code(title, "while it made the network"), torch.random.fork_rng(devices=[]):
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        given = ", ".join(options) or "no arguments"
+        raise UsageError(f"{title} with {given}: {error}; expected `module_options` that it takes") from error
+    except ValueError:  # of what is written in C, Python knows no signature: calling it tells
+        pass
+    expected = "a network: look at `module_options`"
+    with _running_user_code(title, "while it made the network", expected), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = found(**options)
     if not isinstance(network, nn.Module):
@@ -364,7 +368,10 @@ def _answers_to(network: nn.Module, shape: tuple[int, ...], title: str) -> Calla
 
     def answer(images: Tensor) -> object:
         when = f"when it was asked with {shape[1]} channels of {shape[2]} pixels a side"
-        with _running_user_code(title, when), torch.no_grad():
+        expected = (
+            f"a network that takes (N, {', '.join(map(str, shape[1:]))}): `image_size` tells the size it is made for"
+        )
+        with _running_user_code(title, when, expected), torch.no_grad():
             return asked(images)
 
     return answer
