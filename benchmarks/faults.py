@@ -117,6 +117,7 @@ class Bench:
             weight_bits=SAFE_WEIGHT_BITS,
             scratch=self.scratch,
             stage=silent,
+            block_of=self.checkpoint.config.block_of,
         )
 
 
@@ -197,6 +198,7 @@ def clean(seed: int, scratch: Path) -> tuple[list[str], list[str]]:
         weight_bits=SAFE_WEIGHT_BITS,
         scratch=scratch / f"scratch-{seed}",
         stage=silent,
+        block_of=checkpoint.config.block_of,
     )
     source.scratch.mkdir()
     for name in ("fp16", "int8"):

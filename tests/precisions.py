@@ -58,6 +58,7 @@ def source_of(
         weight_bits=7,
         scratch=scratch,
         stage=silent,
+        block_of=checkpoint.config.block_of,
     )
 
 

@@ -14,7 +14,7 @@ from dmformer.export.networks import random_checkpoint
 from dmformer.graph.trace import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes.inspector import module_path
-from dmformer.verify.executors import Emulation, emulated, exact, input_peaks, quantized, round_layers_
+from dmformer.verify.executors import Emulation, by_reference, emulated, exact, input_peaks, quantized, round_layers_
 from dmformer.verify.inner import ModuleTruth
 from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
 from dmformer.verify.report import Check
@@ -54,12 +54,23 @@ def test_the_interpreter_is_the_network(other: Checkpoint, form: bool, tmp_path:
     assert 0 < np.abs(single["logits"] - values["logits"]).max() < 1e-4 * spread
 
 
-def test_the_interpreter_refuses_what_it_does_not_know() -> None:
-    node = onnx.helper.make_node("Softmax", ["image"], ["logits"], "strange")
+def one_node(operator: str, domain: str = "") -> onnx.ModelProto:
+    node = onnx.helper.make_node(operator, ["image"], ["logits"], "strange", domain=domain)
     values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 2]) for n in ("image", "logits")]
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]))
-    with pytest.raises(StageFailed, match="node 'strange' is Softmax; expected one of Add"):
-        dict(exact(model, {"image": np.zeros((1, 2), np.float32)}))
+    return onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]))
+
+
+def test_operators_of_other_networks_are_left_to_onnxs_reference() -> None:
+    model, image = one_node("Softmax"), np.array([[1.0, 3.0]], np.float32)
+    assert by_reference(model) == ["Softmax"]
+    ((_, found),) = exact(model, {"image": image})
+    assert found.dtype == np.float64
+    assert np.allclose(found, np.exp(image) / np.exp(image).sum(), rtol=1e-12)
+
+
+def test_the_interpreter_refuses_what_nobody_knows() -> None:
+    with pytest.raises(StageFailed, match="node 'strange' is Sofa, which ONNX's reference implementation cannot"):
+        dict(exact(one_node("Sofa"), {"image": np.zeros((1, 2), np.float32)}))
 
 
 def test_int8_has_a_symmetric_grid() -> None:

@@ -20,6 +20,7 @@ from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export.precisions import int8, tensor_peaks
 from dmformer.export.precisions.int8 import quantizable, to_int8
 from dmformer.graph.onnx_file import typed_share
+from dmformer.models.dmformer import DMFormerConfig
 from dmformer.runtimes.openvino import OpenVinoRuntime
 from dmformer.verify.tasks.classification import Classification
 from tests.bundles import one_line
@@ -122,7 +123,9 @@ def test_int8_runs_in_as_many_layers_as_were_promised(reduced: ExportResult, qua
 
 def test_int8_has_measured_every_block(reduced: ExportResult, quantized: onnx.ModelProto) -> None:
     (made,) = [m for m in reduced.manifest.artifacts if (m.format, m.precision) == ("onnx", "int8")]
-    assert set(made.sensitivity) == set(quantizable(onnx.load(reduced.output / "onnx/fp32/model.onnx")))
+    assert set(made.sensitivity) == set(
+        quantizable(onnx.load(reduced.output / "onnx/fp32/model.onnx"), DMFormerConfig().block_of)
+    )
     assert len(made.sensitivity) == 9
     assert all(0 < error < 1 for error in made.sensitivity.values())
 
@@ -134,7 +137,7 @@ def test_int8_has_measured_every_block(reduced: ExportResult, quantized: onnx.Mo
 def test_int8_keeps_the_most_sensitive_blocks_until_the_budget_holds(
     source: PrecisionSource, losses: list[float], kept: int
 ) -> None:
-    blocks = quantizable(onnx.load(source.onnx))
+    blocks = quantizable(onnx.load(source.onnx), source.block_of)
     with simulated(losses) as said:
         made = to_int8(source)
     assert f"int8 accuracy, {kept} of 9 blocks in fp32" in said

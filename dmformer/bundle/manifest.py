@@ -14,6 +14,7 @@ from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.files import Sha256, hash_file, indented_json
 from dmformer.machine import Processor
+from dmformer.models.specification import ModuleOrigin
 from dmformer.runtimes.target import Target
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, THRESHOLD, Task, class_count
 
@@ -222,13 +223,14 @@ class Model(Struct, frozen=True, kw_only=True):
     """The network, and where its weights came from.
 
     Attributes:
-        arch: name of the variant, or ``custom``.
-        config: every field of the network's configuration.
+        arch: name of the variant, or ``custom``; of a network of one's own, the name of its class.
+        config: every field of the network's configuration; of a network of one's own, what it takes and gives.
         task: what the outputs mean.
         classes: a name for each output; empty where the checkpoint has none.
         parameters: number of trained values.
         macs: multiply-accumulates for one image.
-        weights: ``random`` marks a model that was never trained.
+        weights: ``random`` marks a model that was never trained, ``module`` weights that a network of one's own came
+            with.
         deploy_form: whether the artifacts compute the folded form of the network.
         seed: of random weights.
         checkpoint_sha256: of the source checkpoint; ``null`` for random weights.
@@ -237,6 +239,7 @@ class Model(Struct, frozen=True, kw_only=True):
         threshold: where the network has one output: the probability, its sigmoid, above which an image is of the
             second of two classes. ``null`` for other networks, and in older bundles, where it is 0.5.
         overridden: fields of the preprocessing, and ``classes``, that the export was given instead of the checkpoint's.
+        module: where a network of one's own came from; ``null`` for a DMFormer of this project.
     """
 
     arch: str
@@ -245,7 +248,7 @@ class Model(Struct, frozen=True, kw_only=True):
     classes: tuple[str, ...]
     parameters: int
     macs: int
-    weights: Literal["checkpoint", "demonstration", "random"]
+    weights: Literal["checkpoint", "demonstration", "random", "module"]
     deploy_form: bool = False
     seed: int | None = None
     checkpoint_sha256: Sha256 | None = None
@@ -253,6 +256,7 @@ class Model(Struct, frozen=True, kw_only=True):
     training: dict[str, Any] = {}
     threshold: float | None = None
     overridden: tuple[str, ...] = ()
+    module: ModuleOrigin | None = None
 
 
 class Simplification(Struct, frozen=True, kw_only=True):
@@ -335,7 +339,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
     def _check_outputs(self) -> None:
         task = self.model.task
         names = tuple(output.name for output in self.outputs)
-        if names != _OUTPUTS[task]:
+        named_by_network = task == "features" and self.model.module is not None
+        if names != _OUTPUTS[task] and not (named_by_network and names and len({*names}) == len(names)):
             raise UsageError(f"outputs {', '.join(names)}; expected {', '.join(_OUTPUTS[task])}")
         rank = 2 if task == "classification" else 4
         for output in self.outputs:

@@ -30,6 +30,10 @@ def export(
     weights: Annotated[Path | None, _option("weights", "--weights", metavar="FILE")] = None,
     weights_key: Annotated[str | None, _option("weights_key", "--weights-key", metavar="KEY")] = None,
     arch: Annotated[str | None, _option("arch", "--arch", metavar="NAME")] = ExportOptions.arch,
+    module: Annotated[str | None, _option("module", "--module", metavar="FILE.py:NAME")] = ExportOptions.module,
+    module_options: Annotated[
+        list[str] | None, _option("module_options", "--module-option", metavar="KEY=VALUE")
+    ] = None,
     task: Annotated[Task | None, _option("task", "--task", metavar="NAME", case_sensitive=False)] = ExportOptions.task,
     formats: Annotated[list[str] | None, _option("formats", "--format", metavar="NAME")] = None,
     precisions: Annotated[list[str] | None, _option("precisions", "--precision", metavar="NAME")] = None,
@@ -86,6 +90,8 @@ def export(
         weights=weights,
         weights_key=weights_key,
         arch=arch,
+        module=module,
+        module_options=parse_pairs(module_options or [], "--module-option", "num_classes=10"),
         task=task,
         formats=formats or ExportOptions.formats,
         precisions=precisions or ExportOptions.precisions,

@@ -28,6 +28,22 @@ def verify(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Compare with this checkpoint; needs PyTorch."),
     ] = None,
+    module: Annotated[
+        str | None,
+        typer.Option(
+            "--module",
+            metavar="FILE.py:NAME",
+            help="Compare with this network of one's own, as dmformer export takes it. This runs the file's code.",
+        ),
+    ] = None,
+    module_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--module-option",
+            metavar="KEY=VALUE",
+            help="Arguments of what makes that network; otherwise those of the export. Repeatable.",
+        ),
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option("--images", metavar="DIR", help="Compare on these images too; needs PyTorch."),
@@ -56,7 +72,7 @@ def verify(
     from dmformer.verify.report import failure
 
     if case is not None:
-        if bundle is not None or runtimes or weights or images or bisect:
+        if bundle is not None or runtimes or weights or module or images or bisect:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
         report = run_case(case)
     else:
@@ -66,6 +82,8 @@ def verify(
                 opened,
                 runtimes=runtimes or [],
                 weights=weights,
+                module=module,
+                module_options=options.parse_pairs(module_options or [], "--module-option", "num_classes=10"),
                 images=images,
                 bisect=Path(CASES) if bisect else None,
                 stage=shown.stage,

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from torch import nn
 
 from dmformer.bundle.golden import FIRST_AND_LAST, Golden
 from dmformer.bundle.manifest import Simplification
@@ -20,7 +22,6 @@ from dmformer.graph.trace import onnx_metadata, trace
 from dmformer.machine import give_memory_back
 from dmformer.models.checkpoint import Checkpoint
 from dmformer.models.deploy import deploy
-from dmformer.models.dmformer import DMFormerBackbone
 from dmformer.progress import Progress
 from dmformer.runtimes import registry
 from dmformer.runtimes.torch import ModuleRuntime
@@ -30,9 +31,6 @@ from dmformer.verify.inner import ModuleTruth
 from dmformer.verify.parity import check_answers, check_other_size, references
 from dmformer.verify.reference import golden_at_other_size, golden_pixels, make_golden
 from dmformer.verify.report import Check
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class GraphSource:
     """
 
     checkpoint: Checkpoint
-    model: DMFormerBackbone
+    model: nn.Module
     deploy_form: bool
     images: Sequence[Path]
     scratch: Path

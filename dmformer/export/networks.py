@@ -22,6 +22,7 @@ from dmformer.data.images import ImageSet, list_images
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, checked_classes, default_preprocessing, load_checkpoint
 from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, LayerScale, create_model
+from dmformer.models.own import load_own
 from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
@@ -102,21 +103,24 @@ class Network:
 
     Attributes:
         checkpoint: weights, configuration and preprocessing.
-        weights: where they came from; ``random`` is marked in the manifest.
+        weights: where they came from; ``random`` is marked in the manifest, and ``module`` came with a network of
+            one's own.
         seed: of random weights.
         images: real images for the golden set; noise fills it up.
         calibration: images that stand for what the device will see.
     """
 
     checkpoint: Checkpoint
-    weights: Literal["checkpoint", "demonstration", "random"]
+    weights: Literal["checkpoint", "demonstration", "random", "module"]
     seed: int | None
     images: tuple[Path, ...]
     calibration: ImageSet | None
 
 
 def find_network(options: ExportOptions) -> Network:
-    """A file where one is named; random weights where only an architecture is; the task's demonstration otherwise.
+    """Find what is named: a network of one's own, a file, or an architecture with random weights.
+
+    Where nothing is named, it is the demonstration of the task.
 
     Task ``features`` takes any network's stages; the others have to be the network's own.
 
@@ -128,8 +132,18 @@ def find_network(options: ExportOptions) -> Network:
     given = _given_preprocessing(options)
     images = tuple(list_images(Path(options.images))) if options.images is not None else ()
     config = {**(options.options or {}), **(FEATURES_ONLY if options.task == "features" else {})}
-    weights: Literal["checkpoint", "demonstration", "random"]
-    if options.weights is not None:
+    weights: Literal["checkpoint", "demonstration", "random", "module"]
+    tasks = ["features"]
+    if options.module is not None:
+        path = Path(options.weights) if options.weights is not None else None
+        key = options.weights_key
+        own_network = load_own(
+            options.module, options.module_options, path, seed=options.seed, weights_key=key, **given
+        )
+        checkpoint, tasks = own_network.checkpoint, []
+        weights = "random" if own_network.random else "module" if path is None else "checkpoint"
+        seed = options.seed if own_network.random else None
+    elif options.weights is not None:
         weights = "checkpoint"
         checkpoint = load_checkpoint(options.weights, options.arch, config, weights_key=options.weights_key, **given)
     elif options.arch is not None:
@@ -142,9 +156,8 @@ def find_network(options: ExportOptions) -> Network:
         folder = folder or shipped.calibration
     own = checkpoint.config.task
     if options.task not in (None, own):
-        raise UsageError(
-            f"`task` {options.task} for {checkpoint.arch}, which is for {own}; expected `task` {own} or features"
-        )
+        expected = " or ".join([own, *tasks])
+        raise UsageError(f"`task` {options.task} for {checkpoint.arch}, which is for {own}; expected `task` {expected}")
     checkpoint = replace(checkpoint, open_size=options.open_size)
     return Network(checkpoint, weights, seed, images, _calibration(folder, checkpoint))
 
@@ -199,7 +212,7 @@ def random_checkpoint(
     return Checkpoint(arch, model.config, model.state_dict(), usual.with_fields(given), named)
 
 
-def count_macs(model: DMFormerBackbone, image_size: int) -> int:
+def count_macs(model: nn.Module, image_size: int) -> int:
     """Multiply-accumulates of convolutions and linear layers for one image of ``image_size`` pixels a side.
 
     The network is run once, on the device of its weights; on ``meta`` nothing is computed.
@@ -214,9 +227,10 @@ def count_macs(model: DMFormerBackbone, image_size: int) -> int:
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(add) for layer in layers]
+    first = next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
     try:
         with torch.inference_mode():
-            model(torch.zeros(1, model.config.in_channels, image_size, image_size, device=layers[0].weight.device))
+            model(torch.zeros(1, first, image_size, image_size, device=next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()

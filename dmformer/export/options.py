@@ -71,10 +71,18 @@ class ExportOptions:
     weights: Annotated[
         str | Path | None,
         "Checkpoint (safetensors, or what torch.save wrote); otherwise the demonstration's or, with an architecture "
-        "alone, random weights.",
+        "alone, random weights. In Python an nn.Module may stand here, as at module.",
     ] = None
     _: KW_ONLY
     arch: Annotated[str | None, "dmformer_nano, _t, _s or _l; with _fpn or _upernet after nano or s too."] = None
+    module: Annotated[
+        Any,
+        "Network of one's own, FILE.py:NAME or package.module:NAME: a function or class that makes it, or the network "
+        "itself. This runs the file's code. In Python an nn.Module as well.",
+    ] = None
+    module_options: Annotated[
+        Mapping[str, Any] | None, "Arguments of the function or class that makes a network of one's own."
+    ] = None
     task: Annotated[Task | None, "features: the four stage maps, without a head. Otherwise the network's own."] = None
     formats: Annotated[Sequence[str], "onnx, openvino (ov), tensorrt (trt), torch or all that can be made here."] = (
         "onnx",
@@ -152,6 +160,13 @@ class ExportOptions:
         object.__setattr__(self, "engine", self.engine or EngineOptions())
         if self.task not in (None, *TASKS):
             raise UsageError(f"`task` is {self.task!r}; expected one of {', '.join(TASKS)}")
+        if self.module is None and self.weights is not None and not isinstance(self.weights, (str, Path)):
+            object.__setattr__(self, "module", self.weights)
+            object.__setattr__(self, "weights", None)
+        if self.module is None and self.module_options:
+            raise UsageError("`module_options` without `module`; expected the network that they are for as well")
+        if self.module is not None and (self.arch is not None or self.options):
+            raise UsageError("`module` with `arch` or `options`, which are of a DMFormer; expected `module_options`")
         if not 0 <= self.max_accuracy_drop <= 100:
             raise UsageError(f"`max_accuracy_drop` is {self.max_accuracy_drop:g}; expected percentage points, 0 to 100")
         if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:

@@ -6,7 +6,7 @@ No step is run here.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,8 @@ def make_plan(options: ExportOptions) -> ExportPlan:
         UsageError: an option or a file cannot be used.
     """
     network = find_network(options)
+    if options.module is not None:  # folding knows the layers of a DMFormer
+        options = replace(options, deploy_form=False)
     _check_task(network, options)
     automatic = any(name.lower() == AUTO for name in options.precisions)
     precisions = _precisions(options.precisions, automatic, calibrated=network.calibration is not None)
@@ -175,6 +177,7 @@ def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[s
         if name.lower() != "all":
             row = registry.entry_of_format(name)
             check_size(row, options.open_size)
+            _check_kept(row, options)
             _check_taken(row, precisions)
             formats.append(row.format)
             continue
@@ -183,6 +186,7 @@ def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[s
                 continue
             try:
                 check_size(row, options.open_size)
+                _check_kept(row, options)
                 check_convertible(row, options.engine)
                 formats.append(row.format)
             except (UnavailableError, UsageError) as error:
@@ -200,4 +204,13 @@ def _check_taken(row: registry.RuntimeEntry, precisions: Sequence[str]) -> None:
         raise UsageError(
             f"format {row.format} at {', '.join(precisions)}; expected {', '.join(taken)}: "
             f"leave `formats` {row.format} out, or add `precisions` {taken[0]}"
+        )
+
+
+def _check_kept(row: registry.RuntimeEntry, options: ExportOptions) -> None:
+    """Refuse the format of checkpoints for a network of one's own: the code that it needs is not in a bundle."""
+    if row.format == "torch" and options.module is not None:
+        raise UsageError(
+            "format torch holds the weights of a DMFormer alone, and not the code of a network of one's own; expected "
+            "another format: verify compares with PyTorch by `module` and `weights`"
         )

@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+    from torch import nn
 
     from dmformer.export.graph import GraphSource, VerifiedGraph
     from dmformer.export.plan import ExportPlan
-    from dmformer.models.dmformer import DMFormerBackbone
 
 _MOST_CALIBRATION = 512
 
@@ -74,7 +74,8 @@ def export(options: ExportOptions) -> ExportResult:
 
 def run_export(options: ExportOptions, announce: Callable[[ExportPlan], object] = lambda _: None) -> ExportResult:
     """As :func:`export`; ``announce`` is told the plan before its first step, unless the cache has the whole export."""
-    cache = open_cache() if options.use_cache else Cache()
+    # What the code of a network of one's own imports and reads is not known, and so no key stands for it.
+    cache = open_cache() if options.use_cache and options.module is None else Cache()
     key = cached.key_of(cache, options)
     result = cached.find(cache, key, Path(options.output))
     if result is not None:
@@ -148,7 +149,7 @@ class _Export(Loop):
             raise StageFailed("; ".join(self.broken))
         return self.finish(source.model, work, artifacts, graph.simplification)
 
-    def calibrate(self, model: DMFormerBackbone) -> Calibration | None:
+    def calibrate(self, model: nn.Module) -> Calibration | None:
         """PyTorch's answers to the calibration images, where a reduced precision is asked for."""
         if not self.plan.reduces:
             return None
@@ -208,6 +209,7 @@ class _Export(Loop):
             weight_bits=self.options.weight_bits,
             scratch=self.scratch,
             stage=self.stage,
+            block_of=self.checkpoint.config.block_of,
         )
 
         def reduce() -> Reduced:
@@ -255,7 +257,7 @@ class _Export(Loop):
         return [artifact]
 
     def finish(
-        self, model: DMFormerBackbone, work: Work, artifacts: list[Artifact], simplification: Simplification
+        self, model: nn.Module, work: Work, artifacts: list[Artifact], simplification: Simplification
     ) -> ExportResult:
         """Write golden answers, reports and manifest, once every check is known; time what can be timed here."""
         runnable = (cannot_run(registry.entry_of_format(one.format), one) is None for one in artifacts)
@@ -277,7 +279,7 @@ class _Export(Loop):
 
     def manifest(
         self,
-        model: DMFormerBackbone,
+        model: nn.Module,
         parity: ParityReport,
         calibration: Calibration | None,
         artifacts: Sequence[Artifact],
@@ -318,6 +320,7 @@ class _Export(Loop):
                 training=dict(checkpoint.training),
                 threshold=THRESHOLD if checkpoint.config.task == "classification" and one_output else None,
                 overridden=checkpoint.overridden,
+                module=checkpoint.config.origin,
             ),
             preprocessing=checkpoint.preprocessing,
             inputs=(given,),

@@ -19,6 +19,7 @@ from dmformer import __version__
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.graph import onnx_file
+from dmformer.models.dmformer import outputs_by_name
 from dmformer.runtimes.inspector import module_path
 from dmformer.task import INPUT_NAME
 
@@ -42,7 +43,7 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
 
     Args:
         checkpoint: what the file says of itself.
-        model: the network, in its training form or in its deploy form for the checkpoint's side.
+        model: the network, in its training form or in its deploy form for the checkpoint's side; used up.
         destination: the file.
 
     Nodes are named ``MODULE/OPERATOR``, for instance ``stages.2.blocks.4.dma.expand/Conv``.
@@ -54,6 +55,7 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
     require("onnx", extra="export", purpose="export to ONNX")
     size = checkpoint.preprocessing.image_size
     example = torch.zeros(_TRACED_BATCH, checkpoint.config.in_channels, size, size)
+    model.register_forward_hook(lambda _module, _given, result: tuple(outputs_by_name(result).values()))
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
@@ -92,12 +94,21 @@ def onnx_metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _name_after_modules(graph: GraphProto, modules: set[str]) -> None:
-    """The exporter's ``/stages.2/blocks/blocks.4/dma/expand/Conv`` -> ``stages.2.blocks.4.dma.expand/Conv``."""
+    """The exporter's ``/stages.2/blocks/blocks.4/dma/expand/Conv`` -> ``stages.2.blocks.4.dma.expand/Conv``.
+
+    A node whose module has no name of its own in the network belongs to the nearest one around it that has.
+    """
+    taken: set[str] = set()
     for node in graph.node:
         if re.fullmatch(r"Identity_\d+", node.name):  # stands for a parameter that equals another one
             module, operator = node.output[0].rpartition(".")[0], "Identity_" + node.output[0].rpartition(".")[2]
         else:
             module, operator = module_path(node.name), node.name.rpartition("/")[2]
-        if module not in modules:
-            raise StageFailed(f"ONNX node {node.name!r} leads to module {module!r}, which the network does not have")
-        node.name = f"{module}/{operator}"
+        while module not in modules:
+            module = module.rpartition(".")[0]
+        name, count = f"{module}/{operator}", 0
+        while name in taken:
+            count += 1
+            name = f"{module}/{operator}_{count}"
+        taken.add(name)
+        node.name = name

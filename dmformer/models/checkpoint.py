@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmformer.data.description import InputDescription, description_beside
 from dmformer.data.preprocessing import Preprocessing
@@ -23,12 +23,12 @@ from dmformer.errors import UsageError
 from dmformer.models.checkpoint_file import METADATA_KEY, read_weights, title_of
 from dmformer.models.dmformer import (
     FEATURES_ONLY,
-    DMFormerBackbone,
     DMFormerConfig,
     build_network,
     variant_config,
 )
 from dmformer.models.infer import HIDDEN_FIELDS, infer_config, variant_name
+from dmformer.models.specification import NetworkSpecification
 from dmformer.models.state_dict import COUNTER, listed
 from dmformer.task import INPUT_NAME, THRESHOLD, class_count
 
@@ -44,8 +44,8 @@ class Checkpoint:
 
     Attributes:
         arch: name of the variant, or ``custom`` where the configuration is none of them.
-        config: the network's configuration.
-        state: float32 tensors by name, ready for ``load_state_dict``.
+        config: the network's configuration, or the specification of a network of one's own.
+        state: tensors by name, ready for ``load_state_dict``.
         preprocessing: how an image becomes the network's input.
         classes: a name for each output; empty where nobody gave names.
         sha256: SHA-256 of the file; ``None`` for weights that came from no file.
@@ -58,7 +58,7 @@ class Checkpoint:
     """
 
     arch: str
-    config: DMFormerConfig
+    config: NetworkSpecification
     state: dict[str, Tensor] = field(repr=False)
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
@@ -85,16 +85,9 @@ class Checkpoint:
             shapes[name] = ("batch", channels, *((f"{name}_height", f"{name}_width") if is_open else fixed))
         return shapes
 
-    def model(self) -> DMFormerBackbone:
+    def model(self) -> nn.Module:
         """Return the network with these weights, in evaluation mode."""
-        with torch.device("meta"):  # initial weights, which take a second to draw, would only be overwritten
-            model = build_network(self.config)
-        counters = {
-            k: torch.zeros(v.shape, dtype=v.dtype) for k, v in model.state_dict().items() if k.endswith(COUNTER)
-        }
-        weights = {name: tensor.clone() for name, tensor in self.state.items()}
-        model.load_state_dict(counters | weights, assign=True)
-        return model.eval()
+        return self.config.build(self.state)
 
 
 class Metadata(msgspec.Struct, kw_only=True):
@@ -179,15 +172,14 @@ def load_checkpoint(
     _check_fit(state, config, title)
     beside = description_beside(path) if description is None and metadata is None else None
     given = dict(preprocessing or {}) | ({} if image_size is None else {"image_size": image_size})
-    decided, named = _decide_input(config, metadata, description or beside, given, notes)
+    decided, named = decide_input(config, metadata, description or beside, given, notes)
     if len(decided.channels) != config.in_channels:
         raise UsageError(
             f"{title}: its preprocessing gives channels {decided.channels!r}; "
             f"expected as many as the network's {config.in_channels}"
         )
     named = checked_classes(classes or named, config)
-    if config.task == "classification" and config.num_classes == 1:
-        notes.append(f"one output: its sigmoid is the probability of class 1 of two, with the threshold {THRESHOLD}")
+    notes += sigmoid_note(config)
     overridden = {*given, *(description.fields if description else ())} - {"image_size"}
     if classes or (description is not None and description.classes):
         overridden.add("classes")
@@ -206,8 +198,8 @@ def load_checkpoint(
     )
 
 
-def _decide_input(
-    config: DMFormerConfig,
+def decide_input(
+    config: NetworkSpecification,
     metadata: Metadata | None,
     description: InputDescription | None,
     given: Mapping[str, Any],
@@ -237,7 +229,14 @@ def _decide_input(
     return decided, named
 
 
-def checked_classes(classes: Sequence[str], config: DMFormerConfig) -> tuple[str, ...]:
+def sigmoid_note(config: NetworkSpecification) -> list[str]:
+    """Return what is to be said of a classifier with one output; nothing of others."""
+    if config.task == "classification" and config.num_classes == 1:
+        return [f"one output: its sigmoid is the probability of class 1 of two, with the threshold {THRESHOLD}"]
+    return []
+
+
+def checked_classes(classes: Sequence[str], config: NetworkSpecification) -> tuple[str, ...]:
     """Return a name for each class that a network tells apart, or none; one output tells two, and may have one name.
 
     Raises:
@@ -252,11 +251,11 @@ def checked_classes(classes: Sequence[str], config: DMFormerConfig) -> tuple[str
     raise UsageError(f"{len(classes)} names of classes; expected {expected}")
 
 
-def _fits(classes: Sequence[str], config: DMFormerConfig) -> bool:
+def _fits(classes: Sequence[str], config: NetworkSpecification) -> bool:
     return len(classes) in (config.num_classes, class_count(config.task, config.num_classes))
 
 
-def default_preprocessing(config: DMFormerConfig) -> Preprocessing:
+def default_preprocessing(config: NetworkSpecification) -> Preprocessing:
     """Return ImageNet's evaluation transform; for segmentation with 512 pixels uncropped, as on ADE20K.
 
     A network of one input channel gets values scaled to -1..1.
@@ -323,7 +322,12 @@ def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> 
             network = build_network(config)
     except (RuntimeError, TypeError) as error:  # a size that no tensor can have
         raise UsageError(f"{title}: its configuration asks for a network beyond all memory") from error
-    expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(COUNTER)}
+    _check_names(state, network.state_dict(), title, variant_name(config) or "the network")
+
+
+def _check_names(state: Mapping[str, Tensor], network: Mapping[str, Tensor], title: str, network_title: str) -> None:
+    """Compare names and shapes of weights with those of a network; counters of batches are not missed."""
+    expected = {k: tuple(v.shape) for k, v in network.items() if not k.endswith(COUNTER)}
     received = {name: tuple(value.shape) for name, value in state.items()}
     differences = {
         "missing": sorted(set(expected) - set(received)),
@@ -335,4 +339,30 @@ def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> 
         ],
     }
     if parts := [f"{len(names)} {kind}: {listed(names)}" for kind, names in differences.items() if names]:
-        raise UsageError(f"{title} does not fit {variant_name(config) or 'the network'}: {'; '.join(parts)}")
+        raise UsageError(f"{title} does not fit {network_title}: {'; '.join(parts)}")
+
+
+def load_weights_(
+    network: nn.Module, path: Path, network_title: str, weights_key: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """Load the weights of a file into a network of one's own, in place; all of them have to fit.
+
+    Args:
+        network: whose names and shapes are expected.
+        path: a file as :func:`load_checkpoint` takes it.
+        network_title: what the network is called in messages.
+        weights_key: where in the file the weights are, where it holds several sets.
+
+    Returns:
+        The file's SHA-256, and what was chosen or converted while reading, one sentence each.
+
+    Raises:
+        UsageError: the file cannot be used, or does not fit the network.
+    """
+    own = network.state_dict()
+    # Tables of indices and the like stay what they are; a DMFormer has none.
+    integers = {name for name, value in own.items() if not value.is_floating_point()}
+    file = read_weights(path, own.__contains__, weights_key, integers.__contains__)
+    _check_names(file.state, own, title_of(path), network_title)
+    network.load_state_dict(file.state, strict=False)  # counters of batches may be missing
+    return file.sha256, file.notes

@@ -90,13 +90,16 @@ class FileWeights:
     notes: tuple[str, ...]
 
 
-def read_weights(path: Path, own: Callable[[str], bool], key: str | None = None) -> FileWeights:
+def read_weights(
+    path: Path, own: Callable[[str], bool], key: str | None = None, integers: Callable[[str], bool] = lambda _: False
+) -> FileWeights:
     """Read the weights of a network, however they were saved.
 
     Args:
         path: a file, the index of shards, or the folder of one.
         own: whether the network has a tensor of this name; it may know some of the names only.
         key: takes the weights under this key, where the file holds several; ``None`` takes averaged ones.
+        integers: whether the network has whole numbers under this name, which stay what they are.
 
     Raises:
         UsageError: the file cannot be read or is something else; it holds no weights of dense, finite numbers, or
@@ -114,7 +117,7 @@ def read_weights(path: Path, own: Callable[[str], bool], key: str | None = None)
             parts.append(_parse(data, file))
     pickled, metadata = parts[0] if len(files) == 1 else (_join(files, [part for part, _ in parts]), None)
     notes: list[str] = []
-    state = find_state(pickled, own, title_of(path), key, notes)
+    state = find_state(pickled, own, title_of(path), key, notes, integers)
     if pickled.names:
         names = listed(sorted(pickled.names))
         notes.append(f"only tensors were loaded, not the classes and functions that the file names: {names}")

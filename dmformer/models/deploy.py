@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmformer.models.dmformer import DMFormer, LayerScale, Stem
+from dmformer.models.dmformer import DMFormer, DMFormerBackbone, LayerScale, Stem
 from dmformer.models.segmentation import ConvNormReLU, PixelClassifier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dmformer.models.dmformer import Block, DMFormerBackbone, DynamicMultilevelAttention, FeedForward, Stage
+    from dmformer.models.dmformer import Block, DynamicMultilevelAttention, FeedForward, Stage
 
 
 class DeployGate(nn.Module):
@@ -120,16 +120,17 @@ class DeployDMFormer(DMFormer):
 
 
 @torch.no_grad()
-def deploy(model: DMFormerBackbone, image_size: int | None = None) -> DMFormerBackbone:
+def deploy(model: nn.Module, image_size: int | None = None) -> DMFormerBackbone:
     """Return the deploy form of a network, which is left as it is.
 
     Everything is folded in float64; the result has the type of the network's weights.
 
     Args:
-        model: a network of any configuration.
+        model: a DMFormer of any configuration.
         image_size: side of the input in pixels; the result is then right for this size only, and has shorter kernels
             where they reach beyond the last stages' maps.
     """
+    assert isinstance(model, DMFormerBackbone)
     dtype = next(model.parameters()).dtype
     form = copy.deepcopy(model).double()
     side = image_size

@@ -12,6 +12,7 @@ Shapes are written (N, C, H, W): batch, channels, height, width; E stands for th
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Decoder = Literal["fpn", "upernet"]
 DECODER_WIDTHS: dict[str, tuple[str, ...]] = {"fpn": ("pyramid", "head"), "upernet": ("all convolutions",)}
+
+_BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)|decoder\.\w+(?:\.\d+)?")
 
 Count = Annotated[int, Meta(ge=1, le=65536)]
 Depth = Annotated[int, Meta(ge=1, le=1024)]
@@ -113,6 +116,28 @@ class DMFormerConfig:
         # The stem's convolutions of stride 2 round up, then down; those between stages down.
         rows, columns = (height + 1) // 2 // 2, (width + 1) // 2 // 2
         return tuple((channels, rows >> index, columns >> index) for index, channels in enumerate(self.widths))
+
+    @property
+    def origin(self) -> None:
+        """It is no network of somebody's own: this file defines it."""
+
+    def build(self, state: Mapping[str, Tensor]) -> DMFormerBackbone:
+        """The network of this configuration with these weights, which it does not share, in evaluation mode."""
+        with torch.device("meta"):  # initial weights, which take a second to draw, would only be overwritten
+            model = build_network(self)
+        counters = {
+            name: torch.zeros(value.shape, dtype=value.dtype)
+            for name, value in model.state_dict().items()
+            if name.endswith(".num_batches_tracked")
+        }
+        weights = {name: tensor.clone() for name, tensor in state.items()}
+        model.load_state_dict(counters | weights, assign=True)
+        return model.eval()
+
+    def block_of(self, node: str) -> str | None:
+        """The block that an ONNX node belongs to, by its name: a block of a stage, or a part of the decoder."""
+        found = _BLOCK.match(node)
+        return found.group() if found else None
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON types; :meth:`from_dict` reads it back."""
@@ -425,10 +450,12 @@ def build_network(config: DMFormerConfig) -> DMFormerBackbone:
 FEATURES_ONLY: Mapping[str, Any] = {"task": "features", "decoder": None, "decoder_widths": ()}
 
 
-def outputs_by_name(result: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """What a network of any task gives, under the names of the exported formats."""
+def outputs_by_name(result: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a network of any task gives, under the names of the exported formats; one of somebody's own has names."""
     if isinstance(result, Tensor):
         return {OUTPUT_NAME: result}
+    if isinstance(result, dict):
+        return result
     return dict(zip(FEATURE_NAMES, result, strict=True))
 
 

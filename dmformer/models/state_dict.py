@@ -79,7 +79,12 @@ class _Set:
 
 
 def find_state(
-    pickled: Pickled, own: Callable[[str], bool], title: str, key: str | None, notes: list[str]
+    pickled: Pickled,
+    own: Callable[[str], bool],
+    title: str,
+    key: str | None,
+    notes: list[str],
+    integers: Callable[[str], bool] = lambda _: False,
 ) -> dict[str, Tensor]:
     """Return the weights by their plain names, in float32.
 
@@ -92,6 +97,7 @@ def find_state(
         title: begins every message.
         key: takes the set under this key, where the file holds several.
         notes: gets a sentence for each choice and each conversion.
+        integers: whether the network has whole numbers under this name, which stay what they are.
 
     Raises:
         UsageError: there are no weights, or several sets of them and no reason to take one, or they are not dense,
@@ -116,7 +122,7 @@ def find_state(
             notes.append(f"left out, as no weights of the network: {listed(left)}")
     else:  # whoever compares the names with the network's says what is missing
         tensors = {entry.path: entry.value for entry in entries if entry.is_tensor and not _is_counter(entry.path)}
-    return _normalise(tensors, title, notes)
+    return _normalise(tensors, title, notes, integers)
 
 
 def listed(names: list[str]) -> str:
@@ -240,7 +246,7 @@ def _ranked(sets: list[_Set], entries: list[_Entry]) -> tuple[list[_Set], list[_
 
 
 def _same(first: _Set, second: _Set, title: str) -> bool:
-    a, b = (_normalise(_tensors(each, title), title, []) for each in (first, second))
+    a, b = (_normalise(_tensors(each, title), title, [], lambda _: True) for each in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -320,7 +326,9 @@ def _is_dense_float(value: Tensor) -> bool:
     )
 
 
-def _normalise(tensors: Mapping[str, Any], title: str, notes: list[str]) -> dict[str, Tensor]:
+def _normalise(
+    tensors: Mapping[str, Any], title: str, notes: list[str], integers: Callable[[str], bool]
+) -> dict[str, Tensor]:
     """Return the weights in float32; refuse what is no dense tensor or not finite."""
     state: dict[str, Tensor] = {}
     converted = set()
@@ -334,6 +342,9 @@ def _normalise(tensors: Mapping[str, Any], title: str, notes: list[str]) -> dict
                 f"{title} is damaged: {shown(name)} is no tensor ({shown(first_line(error))[:120]}): copy or download "
                 "it again"
             ) from error
+        if integers(name) and not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized):
+            state[name] = tensor.detach()
+            continue
         if not _is_dense_float(tensor):
             raise UsageError(f"{title}: {shown(name)} is {tensor.dtype}, {tensor.layout}; expected dense floats")
         if tensor.dtype != torch.float32:

@@ -167,6 +167,7 @@ def find_start(recipe: Recipe, weights: Path | None) -> Start:
 def _config_for(checkpoint: Checkpoint, arch: str | None, options: dict[str, object]) -> DMFormerConfig:
     """Return the checkpoint's configuration, with the head of the architecture where one is named."""
     config = checkpoint.config
+    assert isinstance(config, DMFormerConfig)
     if arch is not None:
         wanted = variant_config(arch)
         if (wanted.widths, wanted.depths) != (config.widths, config.depths):

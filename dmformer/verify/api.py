@@ -28,14 +28,14 @@ from dmformer.verify.parity import (
     check_preprocessing,
     references,
 )
-from dmformer.verify.reference import form_in, golden_at_other_size, make_golden, reference_checkpoint
+from dmformer.verify.reference import OwnModule, form_in, golden_at_other_size, make_golden, reference_checkpoint
 from dmformer.verify.report import PYTORCH, Check, ParityReport, add_cause, parity_report
 from dmformer.verify.tasks import measure_of
 from dmformer.verify.tasks.classification import paired
 from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -54,6 +54,8 @@ def verify(
     *,
     runtimes: Sequence[str] = (),
     weights: str | Path | None = None,
+    module: Any = None,
+    module_options: Mapping[str, Any] | None = None,
     images: str | Path | None = None,
     layers: bool = False,
     bisect: str | Path | None = None,
@@ -69,6 +71,9 @@ def verify(
         bundle: a bundle's folder.
         runtimes: names of runtimes; otherwise every one that can run on this machine.
         weights: a checkpoint to compare with; the golden outputs are compared with it too.
+        module: a network of one's own to compare with, ``FILE.py:NAME``, ``package.module:NAME`` or an ``nn.Module``;
+            with ``weights``, where it was exported with some. This runs the file's code.
+        module_options: arguments of the function or class that makes it; otherwise those of the export.
         images: a folder of images to compare on beside the golden ones, at most 64 of them, spread evenly over the
             folder; needs PyTorch, and ``weights`` or a bundle with the ``torch`` format.
         layers: compare with the checkpoint of the ``torch`` format, layer by layer, where the bundle has it.
@@ -84,6 +89,9 @@ def verify(
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     weights = Path(weights) if weights is not None else None
+    if module is None and module_options:
+        raise UsageError("`module_options` without `module`; expected the network that they are for as well")
+    own = OwnModule(module, module_options) if module is not None else None
     if bisect is not None:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="`bisect`")
@@ -96,6 +104,7 @@ def verify(
         chosen,
         skipped,
         weights,
+        own,
         Path(images) if images is not None else None,
         layers or bisect is not None,
         stage,
@@ -104,7 +113,7 @@ def verify(
         return report
     from dmformer.verify.localize import localize
 
-    return localize(opened, report, weights=weights, folder=Path(bisect), stage=stage)
+    return localize(opened, report, weights=weights, folder=Path(bisect), stage=stage, module=own)
 
 
 def _compare(
@@ -112,6 +121,7 @@ def _compare(
     chosen: Sequence[Choice],
     skipped: list[str],
     weights: Path | None,
+    module: OwnModule | None,
     images: Path | None,
     layers: bool,
     stage: Progress,
@@ -125,12 +135,12 @@ def _compare(
     extra: ImageSet | None = None
     reference = golden
     truth: ModuleTruth | None = None
-    if weights is not None or images is not None or (layers and bundle.artifacts("torch")):
+    if weights is not None or module is not None or images is not None or (layers and bundle.artifacts("torch")):
         if images is not None:
             extra, reason = _image_set(bundle, images)
             skipped += [reason] if reason else []
         with stage("PyTorch reference"):
-            checkpoint = reference_checkpoint(bundle, weights)
+            checkpoint = reference_checkpoint(bundle, weights, module)
             reference = _recompute(bundle, checkpoint, golden, extra)
             checks.append(_check_description(bundle, checkpoint))
             checks += [_check_golden(part, reference.sizes[size], size) for size, part in golden.sizes.items()]

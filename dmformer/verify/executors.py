@@ -3,8 +3,9 @@
 :func:`exact` computes in float64 with PyTorch: the truth that inner tensors are judged by. :func:`emulated` computes in
 float32 with PyTorch and rounds as a precision rounds; its error against the truth is a measure for files and engines at
 that precision. Both know the operators that a DMFormer in float32 consists of and owe nothing to the engines or to the
-tool that made the file; what computes with shapes and positions, where height and width are open, is left to ONNX's
-reference implementation. :func:`round_layers_` emulates a precision in the network itself, without any graph.
+tool that made the file. What computes with shapes and positions, and every operator of other networks, is left to
+ONNX's reference implementation, in the same type; :func:`by_reference` names these. :func:`round_layers_` emulates a
+precision in the network itself, without any graph.
 
 :func:`literal` takes a file at any precision by its word: onnxruntime runs one operator at a time, and each result is
 rounded to its type. An engine that runs the whole graph may fuse operators, and may skip the rounding to float16
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
     from torch import Tensor, nn
 
-    Operator = Callable[[list[Tensor], dict[str, Any]], Tensor]
+    Operator = Callable[[list[Tensor], dict[str, Any]], Tensor | None]  # None: a use of it that is not ours
     Inputs = Mapping[str, NDArray[Any]]
     Tensors = Iterator[tuple[str, NDArray[Any]]]
 
@@ -43,7 +44,7 @@ T = TypeVar("T")
 # Steps of a symmetric int8 scale on each side of zero, by the bits that it uses, as onnxruntime's quantiser has them.
 _STEPS = {8: 127, 7: 64}
 _ERRORS_ONLY = 3  # onnxruntime's level of messages
-# Operators that compute with the sizes of tensors.
+# Operators that compute with the sizes of tensors, or move values and leave them as they are.
 _ON_SHAPES = (
     "And", "Cast", "ConstantOfShape", "Div", "Expand", "Gather", "GreaterOrEqual", "Less", "Not", "Range", "Reshape",
     "Shape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
@@ -109,7 +110,7 @@ def emulated(model: ModelProto, inputs: Inputs, emulation: Emulation | None = No
         Every tensor with its name, in the order of the nodes; it is held no longer than nodes need it.
 
     Raises:
-        StageFailed: the graph has an operator that no DMFormer has.
+        StageFailed: the graph has an operator that ONNX's reference implementation cannot compute either.
     """
     import torch
 
@@ -203,25 +204,27 @@ def _in_pytorch(model: ModelProto, inputs: Inputs, dtype: torch.dtype, emulation
     operators = _operators()
 
     def compute(node: NodeProto, values: dict[str, Tensor]) -> list[Tensor]:
-        if node.op_type not in operators and node.op_type not in _ON_SHAPES:
-            raise StageFailed(
-                f"node {node.name!r} is {node.op_type}; expected one of {', '.join((*operators, *_ON_SHAPES))}"
-            )
         given = [values[name] for name in node.input if name]
         with torch.inference_mode():
             if node.name in emulation.layers:
                 given = _reduced(given, emulation, node.name)
+            result = None
             if node.op_type in operators and all(tensor.is_floating_point() for tensor in given):
                 attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
                 result = operators[node.op_type](given, attributes)
-            else:
-                result = _as(dtype, _by_reference(node, given, model))
+            results = _by_reference(node, given, model, dtype) if result is None else [result]
             rounded = emulation.precision == "fp16" and node.name not in emulation.exact
-            return [result.half().to(dtype) if rounded and result.is_floating_point() else result]
+            return [one.half().to(dtype) if rounded and one.is_floating_point() else one for one in results]
 
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values = {name: _as(dtype, array.copy()) for name, array in {**weights, **inputs}.items()}
     return ((name, tensor.numpy()) for name, tensor in _walk(model, values, compute))
+
+
+def by_reference(model: ModelProto) -> list[str]:
+    """Names of a graph's operators whose arithmetic is ONNX's reference implementation's, in :func:`exact` too."""
+    own = {*_operators(), *_ON_SHAPES, "Constant"}
+    return sorted({node.op_type for node in model.graph.node} - own)
 
 
 def _as(dtype: torch.dtype, array: NDArray[Any]) -> Tensor:
@@ -232,13 +235,19 @@ def _as(dtype: torch.dtype, array: NDArray[Any]) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _by_reference(node: NodeProto, given: list[Tensor], model: ModelProto) -> NDArray[Any]:
+def _by_reference(node: NodeProto, given: list[Tensor], model: ModelProto, dtype: torch.dtype) -> list[Tensor]:
     reference = require("onnx.reference", extra="export", purpose="reading ONNX files")
-    evaluator = reference.ReferenceEvaluator(node, opsets={opset.domain: opset.version for opset in model.opset_import})
     names = [name for name in node.input if name]
     arrays = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
-    (result,) = evaluator.run(None, arrays)
-    return np.asarray(result)
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    try:
+        results = reference.ReferenceEvaluator(node, opsets=opsets).run(None, arrays)
+    except Exception as error:
+        raise StageFailed(
+            f"node {node.name!r} is {node.op_type}, which ONNX's reference implementation cannot compute: "
+            f"{first_line(error)}"
+        ) from error
+    return [_as(dtype, np.asarray(result)) for result in results]
 
 
 def _reduced(given: list[Tensor], emulation: Emulation, node: str) -> list[Tensor]:
@@ -263,8 +272,8 @@ def _operators() -> dict[str, Operator]:
         "Conv": _conv,
         "Flatten": lambda x, a: x[0].flatten(a.get("axis", 1)),
         "Gelu": lambda x, a: F.gelu(x[0], approximate=a.get("approximate", b"none").decode()),
-        "Gemm": lambda x, a: x[0] @ (x[1].T if a.get("transB") else x[1]) + x[2],
-        "GlobalAveragePool": lambda x, _: x[0].mean((2, 3), keepdim=True),
+        "Gemm": _gemm,
+        "GlobalAveragePool": lambda x, _: x[0].mean(tuple(range(2, x[0].ndim)), keepdim=True),
         "Identity": lambda x, _: x[0],
         "MatMul": lambda x, _: x[0] @ x[1],
         "Mul": lambda x, _: x[0] * x[1],
@@ -274,7 +283,14 @@ def _operators() -> dict[str, Operator]:
     }
 
 
-def _resize(given: list[Tensor], attributes: dict[str, Any]) -> Tensor:
+def _gemm(given: list[Tensor], attributes: dict[str, Any]) -> Tensor | None:
+    if attributes.get("transA") or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
+        return None
+    product = given[0] @ (given[1].T if attributes.get("transB") else given[1])
+    return product + given[2] if len(given) > 2 else product
+
+
+def _resize(given: list[Tensor], attributes: dict[str, Any]) -> Tensor | None:
     """To twice and more the size: positions of samples are those of their centres, or the nearest below."""
     from torch.nn import functional as F
 
@@ -284,19 +300,20 @@ def _resize(given: list[Tensor], attributes: dict[str, Any]) -> Tensor:
         return F.interpolate(x, scale_factor=scales, mode="bilinear", align_corners=False)
     if how == (b"nearest", b"asymmetric", b"floor"):
         return F.interpolate(x, scale_factor=scales, mode="nearest")
-    raise StageFailed(
-        f"a Resize by {b', '.join(how).decode()}; expected linear, half_pixel or nearest, asymmetric, floor"
-    )
+    return None
 
 
-def _conv(given: list[Tensor], attributes: dict[str, Any]) -> Tensor:
+def _conv(given: list[Tensor], attributes: dict[str, Any]) -> Tensor | None:
     from torch.nn import functional as F
 
     x, weight, bias = given[0], given[1], given[2] if len(given) > 2 else None
     groups, dilations = attributes.get("group", 1), attributes.get("dilations", [1, 1])
     strides, pads = attributes.get("strides", [1, 1]), attributes.get("pads", [0, 0, 0, 0])
+    if weight.ndim != 4 or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        return None
+    square = weight.shape[-1] == weight.shape[-2]
     even = len({*pads}) == 1 and len({*dilations}) == 1 and pads[0] == dilations[0] * (weight.shape[-1] // 2)
-    if groups == len(weight) == x.shape[1] and even and {*strides} == {1}:
+    if groups == len(weight) == x.shape[1] and square and even and {*strides} == {1} and weight.shape[-1] % 2:
         return depthwise(x, weight, bias, pads[0], dilations[0])
     top, left, bottom, right = pads
     padded = F.pad(x, (left, right, top, bottom))
@@ -362,7 +379,15 @@ def _round_to_float16(model: nn.Module, layers: dict[str, nn.Module], unrounded:
         computes = next(module.parameters(recurse=False), None) is not None
         rounded = module in layers.values() if computes else module not in unrounded
         if next(module.children(), None) is None and rounded:
-            module.register_forward_hook(lambda _module, _inputs, output: output.half().float())
+            module.register_forward_hook(_round_output)
+
+
+def _round_output(_module: nn.Module, _given: object, output: Any) -> Any:
+    """Round a tensor to float16; what is none has parts that other modules round."""
+    import torch
+
+    is_number = isinstance(output, torch.Tensor) and output.is_floating_point()
+    return output.half().float() if is_number else output
 
 
 def _round_to_int8(layers: dict[str, nn.Module], peaks: Mapping[str, float], weight_bits: int | None) -> None:

@@ -28,6 +28,7 @@ from dmformer.verify.compare import (
 )
 from dmformer.verify.executors import (
     Emulation,
+    by_reference,
     emulated,
     exact,
     graph_outputs,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
     from dmformer.runtimes.base import Runtime
 
-_LEAST_SHOWN = 0.8  # of the layers; what has no tensor of its own (identities, what was folded) is not missed
+_LEAST_SHOWN = 0.8  # of the layers with weights; what has no tensor of its own (identities) is not missed
 
 
 class ModuleTruth:
@@ -75,8 +76,13 @@ class ModuleTruth:
                 self.truth[name] = in_float64.astype(np.float32)
 
         _watch_layers(in_double(model), rows.astype(np.float64), measure)
+        if not self.truth:
+            raise StageFailed("no layer of the network gives one tensor; expected some that can be compared")
         self.limits = limits_from_errors(peaks, errors, TENSOR_FACTORS["fp32"])
         modules = dict(model.named_modules())
+        self._weighted = {
+            name for name in self.truth if next(modules[name].parameters(recurse=False), None) is not None
+        }
         self._fused_after = {
             name: following
             for name, following in itertools.pairwise(self.truth)
@@ -93,8 +99,10 @@ class ModuleTruth:
         try:
             with plain:
                 tensors = self._tensors(plain.inspect().inner_tensors())
-            if len(tensors) < _LEAST_SHOWN * len(self.truth):
-                return f"layers in {plain.name}: {len(tensors)} of {len(self.truth)} can be seen"
+            shown = set(tensors.values())
+            shown |= {module for module, after in self._fused_after.items() if after in shown}
+            if not shown or len(self._weighted & shown) < _LEAST_SHOWN * len(self._weighted):
+                return f"layers in {plain.name}: {len(shown)} of {len(self.truth)} can be seen"
             with runtime(tuple(tensors)) as opened:
                 (name,) = (spec.name for spec in opened.inputs)
                 answered = opened.run_rows({name: self.rows}, opened.batches[0])
@@ -102,16 +110,18 @@ class ModuleTruth:
             return f"layers in {plain.name}: {error}"
         except DMFormerError as error:
             return Check.of("layers", plain.name, "fp32", len(self.rows), Comparison(False, reason=str(error)))
-        shown = {module: answered[tensor] for tensor, module in tensors.items()}
-        distances = {
-            name: largest_difference(shown[name], truth) for name, truth in self.truth.items() if name in shown
-        }
+        distances, scaled = self._distances(tensors, answered)
+        folded = self._folded(distances, scaled)
+        distances = {module: distance for module, distance in distances.items() if module not in folded}
+        if not distances:
+            return f"layers in {plain.name}: 0 of {len(self.truth)} can be seen"
+        left_out = f"; {len(folded)} layers have a scale folded into them" if folded else ""
         return _check_each(
             ("layers", plain.name, "fp32", len(self.rows), PYTORCH),
             distances,
             self.limits,
-            lambda module, beyond: f"{beyond} of {len(shown)} layers differ, the first is module {module}: by",
-            f"float32 noise of module {{}} in PyTorch, {len(self.rows)} images",
+            lambda module, beyond: f"{beyond} of {len(distances)} layers differ, the first is module {module}: by",
+            f"float32 noise of module {{}} in PyTorch, {len(self.rows)} images{left_out}",
         )
 
     def _tensors(self, inner: frozenset[str]) -> dict[str, str]:
@@ -124,6 +134,55 @@ class ModuleTruth:
         shown = set(found.values())
         fused = {module: after for module, after in self._fused_after.items() if after not in shown}
         return {name: fused.get(module, module) for name, module in found.items()}
+
+    def _distances(
+        self, tensors: Mapping[str, str], answered: Mapping[str, NDArray[Any]]
+    ) -> tuple[dict[str, float], set[str]]:
+        """How far each layer is from the truth, in the order in which layers run, and which are a multiple of it.
+
+        A layer of several operators has several tensors, of which one is what it gives: the nearest to the truth among
+        those of its shape. A layer without one, whose tensors have other shapes, is left out.
+        """
+        found: dict[str, float] = {}
+        scaled: set[str] = set()
+        for tensor, module in tensors.items():
+            truth, array, limit = self.truth[module], answered[tensor], self.limits[module]
+            if array.shape == truth.shape and array.dtype.kind == "f":
+                distance = largest_difference(array, truth)
+                if module not in found or not found[module] <= distance:
+                    found[module] = distance
+                if not distance <= limit and _is_scaled(array, truth, limit):
+                    scaled.add(module)
+        return {module: found[module] for module in self.truth if module in found}, scaled
+
+    def _folded(self, distances: Mapping[str, float], scaled: set[str]) -> set[str]:
+        """The layers into which a scale was folded that lies outside of any module, and follows them.
+
+        They give a multiple of the truth in each channel, and what follows is right. After a fault that multiplies
+        channels it is not, or there is nothing.
+        """
+        folded: set[str] = set()
+        followed = False
+        for module in reversed(list(distances)):
+            if distances[module] <= self.limits[module]:
+                followed = True
+            elif followed and module in scaled:
+                folded.add(module)
+            else:
+                return set()
+        return folded
+
+
+def _is_scaled(array: NDArray[Any], truth: NDArray[Any], limit: float) -> bool:
+    """Whether maps are the true ones times a scale and plus a shift for each channel, within a limit."""
+    if array.ndim != 4 or not np.isfinite(array).all():
+        return False
+    ours, exact_maps = (np.moveaxis(one, 1, 0).reshape(one.shape[1], -1).astype(np.float64) for one in (array, truth))
+    centred = exact_maps - exact_maps.mean(1, keepdims=True)
+    spread = np.maximum((centred**2).sum(1, keepdims=True), np.finfo(np.float64).tiny)
+    scale = (ours * centred).sum(1, keepdims=True) / spread
+    rest = np.abs(ours - ours.mean(1, keepdims=True) - scale * centred)
+    return bool((rest <= limit * np.maximum(1.0, np.abs(scale))).all())
 
 
 def _layer_outputs(model: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -141,11 +200,18 @@ def _layer_outputs(model: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[An
 
 
 def _watch_layers(model: nn.Module, rows: NDArray[Any], watch: Callable[[str, NDArray[Any]], None]) -> None:
-    """Run a network, and call ``watch`` with the name and the output of each module without children."""
+    """Run a network, and call ``watch`` with the name and the output of each module without children.
+
+    Modules that give no tensor of floating-point numbers, or several, are passed over.
+    """
     import torch
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, _given, output: watch(name, output.numpy())
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
+        def look(_module: nn.Module, _given: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                watch(name, output.numpy())
+
+        return look
 
     hooks = [
         module.register_forward_hook(hook(name))
@@ -256,8 +322,14 @@ def check_tensors(
         distances,
         limits_from_errors(peaks, errors, TENSOR_FACTORS[precision]),
         lambda name, _beyond: f"{nodes[name]}: tensor {name} differs by",
-        f"the error of tensor {{}} at {precision}, emulated in PyTorch",
+        f"the error of tensor {{}} at {precision}, emulated in PyTorch{_helped(float32)}",
     )
+
+
+def _helped(graph: ModelProto) -> str:
+    """Name the operators that are not emulated in PyTorch."""
+    operators = by_reference(graph)
+    return f" ({', '.join(operators)} by ONNX's reference implementation)" if operators else ""
 
 
 def _check_each(

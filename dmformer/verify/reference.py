@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ from dmformer.task import STRIDES
 from dmformer.verify.answers import batch_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from dmformer.data.images import ImageSet
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.models.checkpoint import Checkpoint
-    from dmformer.models.dmformer import DMFormerBackbone, DMFormerConfig
     from dmformer.verify.tasks import Measure
 
 
@@ -40,8 +39,20 @@ _SEED = 20230604
 _MOST_KEPT = 1 << 18  # values of one output for one image; 21 MB for all golden images in float32 and float64
 
 
-def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
-    """Load a checkpoint file, or the one in the bundle's ``torch`` format.
+class OwnModule(NamedTuple):
+    """A network of one's own, as :func:`dmformer.models.own.load_own` takes it; importing it runs its code.
+
+    Attributes:
+        module: ``FILE.py:NAME``, ``package.module:NAME`` or an ``nn.Module``.
+        options: arguments that it is made with; otherwise those in the manifest.
+    """
+
+    module: Any
+    options: Mapping[str, Any] | None
+
+
+def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule | None = None) -> Checkpoint:
+    """Load a checkpoint file, a network of one's own, or the checkpoint in the bundle's ``torch`` format.
 
     Raises:
         CheckFailed: the bundle's file is not what its manifest says.
@@ -53,6 +64,14 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
     from dmformer.models.dmformer import FEATURES_ONLY
     from dmformer.models.infer import HIDDEN_FIELDS
 
+    origin = bundle.manifest.model.module
+    if module is not None:
+        return _own_checkpoint(bundle, weights, module)
+    if origin is not None:
+        raise UsageError(
+            f"the bundle's network is {origin.reference}, and its code is not in the bundle; expected `module` as "
+            "well, and the `weights` that it was made with"
+        )
     config = bundle.manifest.model.config
     options = FEATURES_ONLY if bundle.manifest.model.task == "features" else {}
     if weights is not None:
@@ -75,7 +94,19 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None) -> Checkpoint:
     )
 
 
-def form_in(bundle: Bundle, model: DMFormerBackbone) -> nn.Module:
+def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule) -> Checkpoint:
+    from dmformer.models.own import load_own
+
+    manifest = bundle.manifest
+    origin = manifest.model.module
+    options = own.options if own.options or origin is None else origin.options
+    if not isinstance(own.module, str):
+        options = None  # it is made already
+    size, seed = manifest.preprocessing.image_size, manifest.model.seed or 0
+    return load_own(own.module, options, weights, size, seed).checkpoint
+
+
+def form_in(bundle: Bundle, model: nn.Module) -> nn.Module:
     """The form of a network that a bundle's artifacts compute."""
     from dmformer.models.deploy import deploy
 
@@ -108,7 +139,7 @@ def source_images(preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], ...]
     return wide[:side], tall[:, : side // 2]
 
 
-def make_golden(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
+def make_golden(model: nn.Module, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     """Run the network on preprocessed images, in float32 in the largest batches and in float64 image by image."""
     sources = source_images(preprocessing)
     return replace(
@@ -118,16 +149,16 @@ def make_golden(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: N
     )
 
 
-def golden_at_other_size(model: DMFormerBackbone, preprocessing: Preprocessing) -> Golden:
+def golden_at_other_size(model: nn.Module, preprocessing: Preprocessing) -> Golden:
     """Noise images of another height and width, wider than high, and what PyTorch answers: for inputs of open size."""
     side = preprocessing.image_size + STRIDES[-1] * 2
     noise = synthetic_pixels(_OTHER_SIZE_IMAGES, side, len(preprocessing.channels), seed=_SEED + 2)
     return _answered(model, preprocessing, np.ascontiguousarray(noise[:, : side - STRIDES[-1]]))
 
 
-def _answered(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
+def _answered(model: nn.Module, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     inputs = preprocessing.normalize(pixels)
-    strides = _strides(model.config, *inputs.shape[2:])
+    strides = {name: _stride(array.shape[1:]) for name, array in torch_outputs(model, inputs[:1]).items()}
 
     def run(network: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return thinned(torch_outputs(network, rows), strides)
@@ -143,15 +174,13 @@ def _answered(model: DMFormerBackbone, preprocessing: Preprocessing, pixels: NDA
     )
 
 
-def _strides(config: DMFormerConfig, height: int, width: int) -> dict[str, int]:
-    """For each output how many rows and columns go by for one that is kept, so that no image has too many values."""
-    found = {}
-    for name, (channels, *sides) in zip(config.output_names, config.output_shapes(height, width), strict=True):
-        stride = 1
-        while sides and stride < min(sides) and channels * math.prod(-(-side // stride) for side in sides) > _MOST_KEPT:
-            stride += 2
-        found[name] = stride
-    return found
+def _stride(shape: tuple[int, ...]) -> int:
+    """How many rows and columns of an output go by for one that is kept, so that no image has too many values."""
+    channels, *sides = shape
+    stride = 1
+    while sides and stride < min(sides) and channels * math.prod(-(-side // stride) for side in sides) > _MOST_KEPT:
+        stride += 2
+    return stride
 
 
 def _joined(parts: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -168,9 +197,7 @@ def torch_outputs(model: nn.Module, inputs: NDArray[Any]) -> dict[str, NDArray[A
         return {name: output.numpy() for name, output in outputs_by_name(model(torch.from_numpy(inputs))).items()}
 
 
-def torch_answers(
-    model: DMFormerBackbone, images: ImageSet, measure: Measure, advance: Callable[[], object]
-) -> NDArray[Any]:
+def torch_answers(model: nn.Module, images: ImageSet, measure: Measure, advance: Callable[[], object]) -> NDArray[Any]:
     """What a measure keeps of the network's float32 outputs for each image.
 
     Raises:
@@ -186,9 +213,24 @@ def in_double(model: nn.Module) -> nn.Module:
 
     double = copy.deepcopy(model).double()
     for module in double.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels == module.out_channels:
+        if type(module) is torch.nn.Conv2d and _keeps_size_by_channel(module):
             module.forward = functools.partial(_depthwise, module)  # type: ignore[method-assign]
     return double
+
+
+def _keeps_size_by_channel(conv: nn.Conv2d) -> bool:
+    """Whether it is what :func:`depthwise` computes: one square kernel a channel, stride 1, zeros around."""
+    (height, width), (dilation, other) = conv.kernel_size, conv.dilation
+    padding = dilation * (height // 2)
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and height == width
+        and height % 2 == 1
+        and dilation == other
+        and (*conv.stride,) == (1, 1)
+        and conv.padding == (padding, padding)
+        and conv.padding_mode == "zeros"
+    )
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, dilation: int) -> Tensor:

@@ -7,6 +7,7 @@ serves every engine: TensorRT's strongly typed networks know no other way.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from dmformer.verify.report import Check
 from dmformer.verify.tasks import Measure, measure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Collection, Iterable
 
     from torch import nn
 
@@ -95,6 +96,7 @@ class PrecisionSource:
         weight_bits: bits that int8 weights use (:data:`dmformer.bundle.manifest.WEIGHT_BITS`).
         scratch: an existing folder for files that do not outlive the export.
         stage: told about each step.
+        block_of: the block of the network that a node belongs to, by the node's name; the blocks are judged one by one.
     """
 
     onnx: Path
@@ -104,6 +106,7 @@ class PrecisionSource:
     weight_bits: int
     scratch: Path
     stage: Progress
+    block_of: Callable[[str], str | None]
 
     @property
     def range_count(self) -> int:

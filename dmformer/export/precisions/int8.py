@@ -14,7 +14,6 @@ in 16 bits that saturate: 2 x 255 x 127 does not fit, 2 x 255 x 64 does.
 from __future__ import annotations
 
 import functools
-import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 # images are within a tenth of those from 8.
 _SENSITIVITY_LOGITS = 4000
 _SENSITIVITY_IMAGES = (4, 16)
-_BLOCK = re.compile(r"stages\.\d+\.(?:downsample|blocks\.\d+)|decoder\.\w+(?:\.\d+)?")
 
 
 def to_int8(source: PrecisionSource) -> PrecisionFile:
@@ -124,7 +122,12 @@ class _Quantizer:
         self.source = source
         self.calibration = calibration
         model = onnx_file.read(source.onnx)
-        self.blocks = quantizable(model)
+        self.blocks = quantizable(model, source.block_of)
+        if not self.blocks:
+            raise CheckFailed(
+                "precision int8: the network has no full convolution in any block, and no other layer is quantised; "
+                "expected `precisions` without int8"
+            )
         self.metadata = metadata_at("int8", model)
         self.graph = source.scratch / "int8-source.onnx"
         self.answers: dict[Path, NDArray[Any]] = {}  # to the calibration images, of the file that was asked last
@@ -192,7 +195,7 @@ class _Quantizer:
         measure = self.calibration.measure
         model = onnx_file.read(self.graph)
         images = self.calibration.images.spread(_images_for(model, measure.classes))
-        borders = {block: _border(model, block) for block in self.blocks}
+        borders = {block: _border(model, block, self.source.block_of) for block in self.blocks}
         made = dict.fromkeys(name for border in borders.values() for name in border.outputs)
         read = dict.fromkeys(name for border in borders.values() for name in border.inputs)
         taps = [name for name in (read | made) if name != INPUT_NAME]
@@ -248,9 +251,9 @@ class _Border(NamedTuple):
     outputs: list[str]
 
 
-def _border(model: ModelProto, block: str) -> _Border:
+def _border(model: ModelProto, block: str, block_of: Callable[[str], str | None]) -> _Border:
     weights = {tensor.name for tensor in model.graph.initializer}
-    inside = [node for node in model.graph.node if (found := _BLOCK.match(node.name)) and found.group() == block]
+    inside = [node for node in model.graph.node if block_of(node.name) == block]
     names = {node.name for node in inside}
     made = [name for node in inside for name in node.output]
     elsewhere = {name for node in model.graph.node if node.name not in names for name in node.input}
@@ -287,19 +290,19 @@ def _add_errors(model: ModelProto, tensors: Sequence[str], destination: Path) ->
     return destination
 
 
-def quantizable(model: ModelProto) -> dict[str, list[str]]:
+def quantizable(model: ModelProto, block_of: Callable[[str], str | None]) -> dict[str, list[str]]:
     """Names of the full convolutions worth quantising, by the block that they belong to, in the graph's order."""
     found: dict[str, list[str]] = {}
     producers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
-        block = _BLOCK.match(node.name)
-        if node.op_type != "Conv" or not block or _groups(node) > 1 or ".gate." in node.name:
+        block = block_of(node.name)
+        if node.op_type != "Conv" or block is None or _groups(node) > 1 or ".gate." in node.name:
             continue
         before = producers.get(node.input[0])
         if before is not None and before.op_type == "Relu":
             before = producers.get(before.input[0])
         if before is None or before.op_type != "Concat":
-            found.setdefault(block.group(), []).append(node.name)
+            found.setdefault(block, []).append(node.name)
     return found
 
 

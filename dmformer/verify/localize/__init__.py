@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Progress
+    from dmformer.verify.reference import OwnModule
     from dmformer.verify.report import Check, ParityReport
 
 _IN_NODES = ("runtime", "layers")  # stages whose failures sit in a node
@@ -63,7 +64,13 @@ _SPREAD = "no tensor is beyond its limit when it is asked for alone: what failed
 
 
 def localize(
-    bundle: Bundle, report: ParityReport, *, weights: Path | None, folder: Path, stage: Progress
+    bundle: Bundle,
+    report: ParityReport,
+    *,
+    weights: Path | None,
+    folder: Path,
+    stage: Progress,
+    module: OwnModule | None = None,
 ) -> ParityReport:
     """Add a finding to a report for each artifact that failed, or a sentence why there is none.
 
@@ -76,6 +83,7 @@ def localize(
             ONNX file is trusted if it answers as PyTorch did.
         folder: where cases are written, one folder each; it is created where there is something to write.
         stage: told about each step.
+        module: a network of one's own, where the bundle is of one.
     """
     failed: dict[tuple[str, str], list[Check]] = {}
     for check in report.checks:
@@ -90,7 +98,7 @@ def localize(
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
         try:
             with stage("the graph that is trusted"):
-                trusted = _trusted(bundle, weights, Path(scratch))
+                trusted = _trusted(bundle, weights, module, Path(scratch))
         except Exception as error:  # noqa: BLE001 - files under suspicion break parsers in ways of their own
             skipped.append(f"bisection: {first_line(error)}")
             failed = {}
@@ -130,7 +138,7 @@ class Trusted:
         return part
 
 
-def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
+def _trusted(bundle: Bundle, weights: Path | None, module: OwnModule | None, scratch: Path) -> Trusted:
     """The checkpoint traced anew, or the bundle's float32 ONNX file.
 
     Raises:
@@ -139,8 +147,8 @@ def _trusted(bundle: Bundle, weights: Path | None, scratch: Path) -> Trusted:
     from dmformer.graph.trace import trace
 
     golden, manifest = bundle.golden(), bundle.manifest
-    if weights is not None or bundle.artifacts("torch"):
-        given = reference_checkpoint(bundle, weights)
+    if weights is not None or module is not None or bundle.artifacts("torch"):
+        given = reference_checkpoint(bundle, weights, module)
         checkpoint = replace(given, preprocessing=manifest.preprocessing, open_size=manifest.open_size)
         path = scratch / "trusted.onnx"
         trace(checkpoint, form_in(bundle, checkpoint.model()), path)
