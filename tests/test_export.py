@@ -190,7 +190,7 @@ def test_a_checkpoint_with_assumptions_says_so(tmp_path: Path) -> None:
     result = dmformer.export(tmp_path / "w.pth", image_size=32, output=tmp_path / "b")
     assert result.manifest.model.weights == "checkpoint"
     assert any("dilations" in note for note in result.manifest.model.notes)
-    assert any("ImageNet" in note for note in result.manifest.model.notes)
+    assert any("assumed" in note and "mean 0.485" in note for note in result.manifest.model.notes)
 
 
 @pytest.mark.usefixtures("quick")
