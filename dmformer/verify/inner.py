@@ -163,7 +163,7 @@ class ModuleTruth:
         """
         folded: set[str] = set()
         followed = False
-        for module in reversed(distances):
+        for module in reversed(list(distances)):
             if distances[module] <= self.limits[module]:
                 followed = True
             elif followed and module in scaled:
