@@ -118,5 +118,9 @@ def lively(model: nn.Module, seed: int = 3) -> nn.Module:
             elif isinstance(module, Block):
                 module.gamma1.copy_(torch.rand(module.gamma1.shape, generator=draw) * 0.4 + 0.3)
                 module.gamma2.copy_(torch.rand(module.gamma2.shape, generator=draw) * 0.4 + 0.3)
-        model.train()(torch.randn(16, 3, 64, 64, generator=draw))
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()  # it draws from a generator that is not ours
+        model(torch.randn(16, 3, 64, 64, generator=draw))
     return model.eval()

@@ -27,7 +27,7 @@ from dmformer.verify.reference import OwnModule
 from tests import own_network
 from tests.bundles import adopt, one_line
 from tests.conftest import made_once, timed_as
-from tests.own_network import Block, OwnDMFormer, build
+from tests.own_network import OwnDMFormer, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,7 +141,7 @@ def test_a_reference_that_leads_nowhere_is_refused(reference: str) -> None:
 
 def test_what_a_file_prints_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "talks.py"
-    path.write_text("print('hello')\n" + SOURCE.read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(SOURCE.read_text(encoding="utf-8") + "\nprint('hello')\n", encoding="utf-8")
     load_own(f"{path}:build", image_size=64)
     assert capsys.readouterr().out == ""
 
@@ -358,7 +358,7 @@ def test_a_scale_is_forgiven_only_where_what_follows_is_right() -> None:
     from dmformer.verify.inner import ModuleTruth
 
     rows = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
-    truth = ModuleTruth(load_own(Block(3), image_size=32).checkpoint.model(), rows)
+    truth = ModuleTruth(load_own(REFERENCE, image_size=32).checkpoint.model(), rows)
     names = list(truth.truth)
     right = dict.fromkeys(names, 0.0)
     assert truth._folded(right | {names[1]: 1.0}, {names[1]}) == {names[1]}

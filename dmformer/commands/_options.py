@@ -68,6 +68,22 @@ RuntimeOption = Annotated[
 PrecisionOption = Annotated[
     list[str] | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8; otherwise all. Repeatable.")
 ]
+ModuleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--module",
+        metavar="FILE.py:NAME",
+        help="Compare with this network of one's own, as dmformer export takes it. This runs the file's code.",
+    ),
+]
+ModuleArgumentsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--module-option",
+        metavar="KEY=VALUE",
+        help="Arguments of what makes that network; otherwise those of the export. Repeatable.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads for one inference; otherwise all cores.")
 ]

@@ -33,6 +33,8 @@ def evaluate(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Checkpoint to agree with; otherwise the bundle's own."),
     ] = None,
+    module: options.ModuleOption = None,
+    module_options: options.ModuleArgumentsOption = None,
     json_file: options.JsonOption = None,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
@@ -44,7 +46,14 @@ def evaluate(
     opened = options.find_bundle(bundle)
     with present.stages() as shown:
         report = run_evaluate(
-            opened, data, runtimes=runtimes or [], precisions=precisions or [], weights=weights, stage=shown.stage
+            opened,
+            data,
+            runtimes=runtimes or [],
+            precisions=precisions or [],
+            weights=weights,
+            module=module,
+            module_options=options.parse_pairs(module_options or [], "--module-option", "num_classes=10"),
+            stage=shown.stage,
         )
     _show(report, json_file)
     present.write_json(report, json_file)

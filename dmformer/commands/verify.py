@@ -28,22 +28,8 @@ def verify(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Compare with this checkpoint; needs PyTorch."),
     ] = None,
-    module: Annotated[
-        str | None,
-        typer.Option(
-            "--module",
-            metavar="FILE.py:NAME",
-            help="Compare with this network of one's own, as dmformer export takes it. This runs the file's code.",
-        ),
-    ] = None,
-    module_options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--module-option",
-            metavar="KEY=VALUE",
-            help="Arguments of what makes that network; otherwise those of the export. Repeatable.",
-        ),
-    ] = None,
+    module: options.ModuleOption = None,
+    module_options: options.ModuleArgumentsOption = None,
     images: Annotated[
         Path | None,
         typer.Option("--images", metavar="DIR", help="Compare on these images too; needs PyTorch."),

@@ -89,9 +89,7 @@ def verify(
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     weights = Path(weights) if weights is not None else None
-    if module is None and module_options:
-        raise UsageError("`module_options` without `module`; expected the network that they are for as well")
-    own = OwnModule(module, module_options) if module is not None else None
+    own = OwnModule.of(module, module_options)
     if bisect is not None:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="`bisect`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
@@ -16,12 +16,12 @@ from dmformer.bundle.select import select
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.progress import silent
 from dmformer.task import Task
-from dmformer.verify.reference import reference_checkpoint, torch_outputs
+from dmformer.verify.reference import OwnModule, reference_checkpoint, torch_outputs
 from dmformer.verify.tasks import finite, measure_of
 from dmformer.verify.tasks.classification import Paired  # noqa: TC001 - the type of a field
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dmformer.bundle.select import Choice
     from dmformer.data.images import ImageSet
@@ -77,6 +77,8 @@ def evaluate(
     runtimes: Sequence[str] = (),
     precisions: Sequence[str] = (),
     weights: str | Path | None = None,
+    module: Any = None,
+    module_options: Mapping[str, Any] | None = None,
     stage: Progress = silent,
 ) -> EvalReport:
     """Measure top-1 and top-5 accuracy or, for segmentation, mean intersection over union; and agreement with PyTorch.
@@ -88,6 +90,8 @@ def evaluate(
         runtimes: names of runtimes; otherwise every one that can run on this machine.
         precisions: of the artifacts; otherwise all.
         weights: the checkpoint for agreement, where the bundle has not the ``torch`` format.
+        module: a network of one's own for agreement, as :func:`dmformer.verify` takes it; this runs its code.
+        module_options: arguments of the function or class that makes it; otherwise those of the export.
         stage: told about each step.
 
     Raises:
@@ -101,7 +105,9 @@ def evaluate(
     chosen, skipped = select(opened, runtimes, precisions)
     measure = measure_of(manifest.model.task, manifest.class_count)
     images = measure.images(Path(data), manifest.preprocessing, manifest.model.classes)
-    checkpoint, reason = _reference(opened, images, Path(weights) if weights is not None else None)
+    checkpoint, reason = _reference(
+        opened, images, Path(weights) if weights is not None else None, OwnModule.of(module, module_options)
+    )
     if reason:
         skipped.append(f"agreement with PyTorch: {reason}")
     names = [*(["PyTorch"] if checkpoint else []), *(choice.title for choice in chosen)]
@@ -160,13 +166,15 @@ def _result(choice: Choice, score: RunningScore) -> EvalResult:
     )
 
 
-def _reference(bundle: Bundle, images: ImageSet, weights: Path | None) -> tuple[Checkpoint | None, str | None]:
+def _reference(
+    bundle: Bundle, images: ImageSet, weights: Path | None, module: OwnModule | None
+) -> tuple[Checkpoint | None, str | None]:
     """What agreement is measured with, or why there is nothing; without either nothing could be measured."""
-    if weights is None and not bundle.artifacts("torch"):
+    if weights is None and module is None and not bundle.artifacts("torch"):
         reason = "the bundle has no torch format; give the checkpoint, or export the format torch as well"
     else:
         try:
-            return reference_checkpoint(bundle, weights), None
+            return reference_checkpoint(bundle, weights, module), None
         except UnavailableError as error:
             if not images.labelled or weights is not None:
                 raise

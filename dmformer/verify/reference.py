@@ -50,6 +50,17 @@ class OwnModule(NamedTuple):
     module: Any
     options: Mapping[str, Any] | None
 
+    @classmethod
+    def of(cls, module: Any, options: Mapping[str, Any] | None) -> OwnModule | None:
+        """What two arguments of a function ask for; ``None`` where neither is given.
+
+        Raises:
+            UsageError: there are options, and no network that they are for.
+        """
+        if module is None and options:
+            raise UsageError("`module_options` without `module`; expected the network that they are for as well")
+        return None if module is None else cls(module, options)
+
 
 def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule | None = None) -> Checkpoint:
     """Load a checkpoint file, a network of one's own, or the checkpoint in the bundle's ``torch`` format.
