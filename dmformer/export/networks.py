@@ -114,6 +114,11 @@ class Network:
     images: tuple[Path, ...]
     calibration: ImageSet | None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what was assumed of the checkpoint, and about files that were passed over."""
+        return (*self.checkpoint.notes, *(self.calibration.notes if self.calibration else ()))
+
 
 def find_network(options: ExportOptions) -> Network:
     """A file where one is named; random weights where only an architecture is; the task's demonstration otherwise.
