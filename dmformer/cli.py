@@ -74,6 +74,7 @@ def _root(
 def main() -> None:
     """Run the command line in this process."""
     invocation = Invocation()
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars and dots in tables, where output is not UTF-8
     signal.signal(signal.SIGTERM, _stop)
@@ -88,6 +89,21 @@ def main() -> None:
             traceback.print_exc()
         sys.exit(_report(error, invocation))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """Let streams that were closed when this process began lead nowhere; files would take their numbers otherwise."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 
 
 def _stop(number: int, _frame: object) -> None:
