@@ -326,7 +326,13 @@ def open_cache() -> Cache:
     limit = os.environ.get(LIMIT_MB, str(_DEFAULT_LIMIT_MB))
     if not limit.isdecimal():
         raise UsageError(f"{LIMIT_MB} is {limit!r}; expected a whole number of MiB")
-    return Cache(Path(named) if named else platformdirs.user_cache_path("dmformer"), int(limit) << 20)
+    try:
+        folder = Path(named) if named else platformdirs.user_cache_path("dmformer")
+    except RuntimeError:  # a user without a home
+        nowhere = Cache()
+        nowhere.trouble = f"there is no home folder for it; {FOLDER} names another"
+        return nowhere
+    return Cache(folder, int(limit) << 20)
 
 
 def surroundings() -> dict[str, Any]:

@@ -42,8 +42,23 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def indented_json(content: Any) -> bytes:
-    """Encode as every JSON file and report is written."""
-    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+    """Encode as every JSON file and report is written; bytes of file names that are no UTF-8 are escaped."""
+    try:
+        encoded = msgspec.json.encode(content)
+    except UnicodeEncodeError:
+        encoded = msgspec.json.encode(_escaped(msgspec.to_builtins(content)))
+    return msgspec.json.format(encoded, indent=2) + b"\n"
+
+
+def _escaped(value: Any) -> Any:
+    r"""Write halves of surrogate pairs, which stand for such bytes, as text: ``caf\udce9.png``."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(each) for each in value]
+    return value
 
 
 def hash_file(path: Path) -> tuple[str, int]:

@@ -35,12 +35,20 @@ def evaluate(
     ] = None,
     module: options.ModuleOption = None,
     module_options: options.ModuleArgumentsOption = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="End at an image that cannot be read; otherwise it is named and left out."),
+    ] = False,
     json_file: options.JsonOption = None,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
     debug: options.DebugOption = False,
 ) -> None:
-    """Measure accuracy on labelled images, and agreement with PyTorch, for every runtime and precision of a bundle."""
+    """Measure accuracy on labelled images, and agreement with PyTorch, for every runtime and precision of a bundle.
+
+    Images that cannot be read are left out, counted and named, and the exit code is 0; with --strict, the first is an
+    error with exit code 2.
+    """
     from dmformer.verify.evaluate import evaluate as run_evaluate
 
     opened = options.find_bundle(bundle)
@@ -53,6 +61,7 @@ def evaluate(
             weights=weights,
             module=module,
             module_options=options.parse_pairs(module_options or [], "--module-option", "num_classes=10"),
+            skip_unreadable=not strict,
             stage=shown.stage,
         )
     _show(report, json_file)
@@ -77,6 +86,11 @@ def _show(report: EvalReport, json_file: str | None) -> None:
                 f"alone on {pair.runtime_only} (McNemar's exact test: p = {pair.p_value:.2g})",
                 json_file,
             )
+    if report.unreadable:
+        count = f"{len(report.unreadable)} of {len(report.unreadable) + report.images}"
+        present.say(f"note: {count} images cannot be read and were left out:")
+    for reason in report.unreadable[:_MOST_NAMED]:
+        present.say(f"  {reason}")
     for note in report.notes:
         present.say(f"note: {note}")
     for reason in report.skipped:
@@ -105,6 +119,7 @@ def _interval(row: Accuracy) -> str:
 
 
 _WEAKEST = 5
+_MOST_NAMED = 10  # images that cannot be read; the JSON report has all
 _CLASS_COLUMNS: dict[str, Callable[[Accuracy], str]] = {
     "top-1": lambda row: present.percent(row.top1),
     "95 % interval": _interval,

@@ -18,6 +18,8 @@ from dmformer.export.options import ChannelOrder, EngineOptions, ExportOptions
 from dmformer.task import Task, class_count
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dmformer.bundle.manifest import Model
     from dmformer.export.cached import ExportResult
     from dmformer.export.plan import ExportPlan
@@ -82,7 +84,7 @@ def export(
 
     def announce(plan: ExportPlan) -> None:
         planned.append(plan)
-        _say_source(plan.network.weights, plan.network.seed, plan.network.checkpoint)
+        _say_source(plan.network.weights, plan.network.seed, plan.network.checkpoint, plan.network.notes)
         for note in plan.expected_saturation:
             present.say(f"note: {note}")
 
@@ -126,7 +128,7 @@ def export(
         result = run_export(replace(asked, stage=shown.stage), announce)
     if not planned:  # the cache had it
         model = result.manifest.model
-        _say_source(model.weights, model.seed, model)
+        _say_source(model.weights, model.seed, model, model.notes)
     _show_result(result)
     _options.remember_bundle(output)
     if result.broken:
@@ -139,7 +141,7 @@ def export(
         )
 
 
-def _say_source(weights: str, seed: int | None, model: Checkpoint | Model) -> None:
+def _say_source(weights: str, seed: int | None, model: Checkpoint | Model, notes: Sequence[str]) -> None:
     training = model.training
     if weights == "demonstration":
         top1, miou = training.get("held_out_top1"), training.get("held_out_miou")
@@ -151,7 +153,7 @@ def _say_source(weights: str, seed: int | None, model: Checkpoint | Model) -> No
             f"warning: no --weights given: {model.arch} gets random weights (seed {seed}); "
             "good for timing, its answers mean nothing"
         )
-    for note in model.notes:
+    for note in notes:
         present.say(f"note: {note}")
 
 

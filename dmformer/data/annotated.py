@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dmformer.data.images import ImageSet, list_images, open_image
+from dmformer.data.description import plain_name
+from dmformer.data.images import ImageSet, find_images, open_image
 from dmformer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ Part = Literal["training", "validation"]
 
 @dataclass(frozen=True)
 class AnnotatedSet:
-    """Image files, the annotation of each, and the names of the classes."""
+    """Image files, the annotation of each, the names of the classes, and sentences about what was passed over."""
 
     images: tuple[Path, ...]
     annotations: tuple[Path, ...]
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,15 +53,17 @@ def annotated_set(folder: Path, part: Part) -> AnnotatedSet:
         UsageError: no such folder, no names of classes, no image, or an image without an annotation.
     """
     classes = _class_names(folder)
-    images = list_images(folder / "images" / part)
-    annotations = [
-        (folder / "annotations" / part / path.relative_to(folder / "images" / part)).with_suffix(".png")
-        for path in images
-    ]
-    for image, annotation in zip(images, annotations, strict=True):
+    files = find_images(folder / "images" / part)
+    base = folder / "annotations" / part
+    annotations = [(base / path.relative_to(folder / "images" / part)).with_suffix(".png") for path in files.paths]
+    if not all(annotation.is_file() for annotation in annotations):
+        # Accents may be written in another way in the annotations' names.
+        there = {plain_name(str(path)): path for path in base.rglob("*.png")}
+        annotations = [there.get(plain_name(str(annotation)), annotation) for annotation in annotations]
+    for image, annotation in zip(files.paths, annotations, strict=True):
         if not annotation.is_file():
             raise UsageError(f"{image}: no annotation; expected one at {annotation}")
-    return AnnotatedSet(tuple(images), tuple(annotations), classes)
+    return AnnotatedSet(files.paths, tuple(annotations), classes, files.notes)
 
 
 def annotated_images(
@@ -78,14 +82,15 @@ def annotated_images(
         UsageError: no such folder, no image, an image without an annotation, or classes that are not the network's.
     """
     if not (folder / "images").is_dir():
-        return ImageSet(tuple(list_images(folder)), None, preprocessing)
+        files = find_images(folder)
+        return ImageSet(files.paths, None, preprocessing, notes=files.notes)
     found = annotated_set(folder, part)
-    if len(found.classes) != class_count or (classes and tuple(classes) != found.classes):
+    if len(found.classes) != class_count or (classes and tuple(map(plain_name, classes)) != found.classes):
         raise UsageError(
             f"{folder}: {len(found.classes)} classes, {', '.join(found.classes[:3])}, …; expected the network's "
             f"{class_count}{', ' + ', '.join(classes[:3]) + ', …' if classes else ''}"
         )
-    return ImageSet(found.images, None, preprocessing, found.annotations)
+    return ImageSet(found.images, None, preprocessing, found.annotations, found.notes)
 
 
 def label_maps(images: ImageSet, classes: int) -> Iterator[NDArray[np.uint8]]:
@@ -123,9 +128,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     plain, table = folder / "classes.txt", folder / "objectInfo150.txt"
     try:
         if plain.is_file():
-            names = [line.strip() for line in plain.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [line.strip() for line in plain.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         elif table.is_file():  # columns are parted by tabs; the last has the name, after a line of headings
-            lines = table.read_text(encoding="utf-8").splitlines()[1:]
+            lines = table.read_text(encoding="utf-8-sig").splitlines()[1:]
             names = [line.rsplit("\t", 1)[-1].strip() for line in lines if line.strip()]
         else:
             raise UsageError(f"{folder}: no classes.txt and no objectInfo150.txt; expected the classes' names in one")
@@ -133,4 +138,4 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         raise UsageError(f"{folder}: the classes' names cannot be read: {error}") from error
     if not 2 <= len(names) < IGNORED:
         raise UsageError(f"{folder}: {len(names)} names of classes; expected 2 to {IGNORED - 1}")
-    return tuple(names)
+    return tuple(map(plain_name, names))

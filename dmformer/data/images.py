@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -9,8 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dmformer.data.description import plain_name
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError, first_line
+from dmformer.machine import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +23,57 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 # What is decoded, whatever the file is called. Pillow knows dozens more, some of which start other programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# What systems and file servers leave in folders, beside names that begin with a dot.
+_LEFT_BY_SYSTEMS = frozenset(
+    (
+        *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "__pycache__", "lost+found"),
+        *("desktop.ini", "ehthumbs.db", "icon\r", "system volume information", "thumbs.db"),
+    )
+)
+_SLICE = 1024  # images that are read ahead
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files below a folder, sorted by path, and sentences about what was passed over."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set: hidden, or left by a system."""
+    return name.startswith(".") or name.casefold() in _LEFT_BY_SYSTEMS
+
+
+def find_images(folder: Path) -> ImageFiles:
+    """Find the image files below a folder; hidden files and folders, and files of other kinds, are passed over.
+
+    Raises:
+        UsageError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no folder {str(folder)!r}; expected a folder of images")
+    paths: list[Path] = []
+    passed_over: Counter[str] = Counter()
+    for path in _entries(folder):
+        suffix = path.suffix.lower()
+        if is_hidden(path.name):
+            passed_over["hidden"] += 1
+        elif suffix in SUFFIXES and path.is_file():
+            paths.append(path)
+        else:
+            passed_over[suffix or "without a suffix"] += 1
+    if not paths:
+        raise UsageError(f"no image in {str(folder)!r}; expected files that end in {', '.join(SUFFIXES)}")
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+    return ImageFiles(tuple(sorted(paths)), (f"{folder}: passed over what is no image: {counts}",) if counts else ())
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -30,24 +82,56 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UsageError: there is no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise UsageError(f"no folder {str(folder)!r}; expected a folder of images")
-    found = sorted(path for path in _files(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
-        raise UsageError(f"no image in {str(folder)!r}; expected files that end in {', '.join(SUFFIXES)}")
-    return found
+    return list(find_images(folder).paths)
 
 
-def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Walk everything below a folder, through links to folders too: data sets are often linked together."""
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, each once and sorted, as names of classes."""
+    return sorted({plain_name(path.name) for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)})
+
+
+def _entries(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Walk all files below a folder, through links to folders too: data sets are often linked together.
+
+    Of a hidden folder the folder itself is given, and nothing in it.
+    """
     here = folder.resolve()
     if here in above:  # a link back
         return
     for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path, above | {here})
+        if path.is_dir() and not is_hidden(path.name):
+            yield from _entries(path, above | {here})
         else:
             yield path
+
+
+def unreadable(
+    rows: Sequence[int], read: Callable[[int], object], advance: Callable[[], object]
+) -> dict[int, UsageError]:
+    """Read images side by side, and return why each of those cannot be used that cannot.
+
+    Args:
+        rows: numbers of the images.
+        read: reads the image of a number; raises or returns a :class:`UsageError` where it cannot be used.
+        advance: told after each.
+    """
+
+    def attempt(row: int) -> UsageError | None:
+        try:
+            answer = read(row)
+        except UsageError as error:
+            return error
+        return answer if isinstance(answer, UsageError) else None
+
+    found = {}
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow decodes without Python's lock
+        for start in range(0, len(rows), _SLICE):
+            ahead = rows[start : start + _SLICE]
+            for row, error in zip(ahead, pool.map(attempt, ahead), strict=True):
+                if error is not None:
+                    found[row] = error
+                advance()
+    return found
 
 
 def open_image(path: Path) -> Image:
@@ -153,12 +237,14 @@ class ImageSet:
         labels: the index of each one's class, where the folder tells it.
         preprocessing: of the network.
         annotations: a file with a class for every pixel for each image (:mod:`dmformer.data.annotated`); or none.
+        notes: sentences about files that were passed over.
     """
 
     paths: tuple[Path, ...]
     labels: NDArray[np.int64] | None
     preprocessing: Preprocessing
     annotations: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -170,11 +256,14 @@ class ImageSet:
 
     def spread(self, count: int) -> ImageSet:
         """Return at most ``count`` of the images, spread as :func:`spread` does."""
-        chosen = spread(range(len(self)), count)
+        return self.rows(spread(range(len(self)), count))
+
+    def rows(self, chosen: Sequence[int]) -> ImageSet:
+        """Return the images of some numbers, in their order."""
         return replace(
             self,
             paths=tuple(self.paths[i] for i in chosen),
-            labels=None if self.labels is None else self.labels[chosen],
+            labels=None if self.labels is None else self.labels[list(chosen)],
             annotations=tuple(self.annotations[i] for i in chosen) if self.annotations else (),
         )
 
@@ -192,21 +281,24 @@ def image_set(folder: Path, preprocessing: Preprocessing, classes: Sequence[str]
     """Return the images below a folder, labelled where each lies in a subfolder that is named after its class.
 
     A class is named by its name, or by its index; where the network has no class names and there are as many
-    subfolders as classes, they are taken in sorted order (ImageNet's ``n01440764`` ...).
+    subfolders as classes, they are taken in sorted order (ImageNet's ``n01440764`` ...). Names that differ only in how
+    Unicode writes accents are one name.
 
     Raises:
         UsageError: no such folder, no image, or a subfolder that is no class.
     """
-    paths = list_images(folder)
-    tops = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in paths]
+    files = find_images(folder)
+    paths = files.paths
+    tops = [plain_name(path.relative_to(folder).parts[0]) if path.parent != folder else None for path in paths]
     names = sorted({top for top in tops if top is not None})
     if not names:
-        return ImageSet(tuple(paths), None, preprocessing)
+        return ImageSet(paths, None, preprocessing, notes=files.notes)
     if None in tops:
         loose = paths[tops.index(None)]
         raise UsageError(f"{loose}: beside the class folders; expected every image in one, or no subfolders at all")
-    index = _class_indices(folder, names, classes, class_count)
-    return ImageSet(tuple(paths), np.asarray([index[str(top)] for top in tops], np.int64), preprocessing)
+    index = _class_indices(folder, names, [plain_name(name) for name in classes], class_count)
+    labels = np.asarray([index[str(top)] for top in tops], np.int64)
+    return ImageSet(paths, labels, preprocessing, notes=files.notes)
 
 
 def _class_indices(folder: Path, names: list[str], classes: Sequence[str], class_count: int) -> dict[str, int]:

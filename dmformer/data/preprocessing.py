@@ -26,6 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Interpolation = Literal["bicubic", "bilinear"]
 
 _LARGEST = 1e30  # float32 holds it, and its inverse
+_ORIENTATION = 0x0112  # EXIF's tag
 _PILLOW_MODE = {"RGB": "RGB", "BGR": "RGB", "L": "L"}
 # 16-bit and floating-point images have no fixed range that would map to 0..255.
 _UNSUPPORTED_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -114,7 +115,7 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Orient by EXIF, convert, resize and crop: a Pillow image -> uint8 (H, W, C), channels in RGB (or L) order.
 
         Raises:
-            UsageError: an image of 16-bit or floating-point samples, one whose colours or metadata cannot be read, or
+            UsageError: an image of 16-bit or floating-point samples, one whose colours cannot be read, or
                 one so narrow that it cannot be resized.
         """
         cropped = self._fit(self.upright(image), self._resampling())
@@ -182,24 +183,21 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def upright(self, image: Image) -> Image:
         """Orient by EXIF and convert to the channels that the network takes.
 
-        Transparency is dropped, as torchvision's loader of training images does.
+        Transparency is dropped, as torchvision's loader of training images does; EXIF that cannot be read says nothing.
 
         Raises:
-            UsageError: an image of 16-bit or floating-point samples, or one whose colours or metadata cannot be read.
+            UsageError: an image of 16-bit or floating-point samples, or one whose colours cannot be read.
         """
-        from PIL import ImageOps
-
         if image.mode in _UNSUPPORTED_MODES:
             raise UsageError(f"image of mode {image.mode!r}; expected 8 bits a channel: convert it first")
         try:
-            upright = ImageOps.exif_transpose(image)
+            upright = _oriented(image)
             if "transparency" in upright.info:  # a colour of the palette; the other ways to drop it warn
                 upright = upright.convert("RGBA")
             return upright.convert(_PILLOW_MODE[self.channels])
-        except Exception as error:  # metadata is parsed by code that raises whatever its bytes lead it to
+        except Exception as error:  # damaged palettes and profiles raise whatever their bytes lead to
             raise UsageError(
-                f"image of mode {image.mode!r}: its colours or its EXIF orientation cannot be read "
-                f"({first_line(error)}); convert it first"
+                f"image of mode {image.mode!r}: its colours cannot be read ({first_line(error)}); convert it first"
             ) from error
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -209,6 +207,20 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))  # (N, H, W, C) -> (N, C, H, W)
+
+
+def _oriented(image: Image) -> Image:
+    """Turn an image as its EXIF says; metadata that cannot be read, or says something else, turns nothing."""
+    from PIL.Image import Transpose
+
+    try:
+        orientation: Any = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - it is parsed by code that raises whatever its bytes lead it to
+        return image
+    if orientation not in range(2, 9):
+        return image
+    names = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+    return image.transpose(Transpose[names[int(orientation) - 2]])
 
 
 def _not_empty(image: Image) -> Image:

@@ -15,7 +15,7 @@ import msgspec
 from dmformer.bundle.manifest import MANIFEST, Manifest
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.writer import staged
-from dmformer.data.description import description_beside
+from dmformer.data.description import description_beside, plain_name
 from dmformer.data.images import list_images
 from dmformer.errors import UsageError
 from dmformer.export.formats import is_compiled
@@ -73,7 +73,7 @@ def key_of(cache: Cache, options: ExportOptions) -> str:
         for name in ("images", "calibration"):
             if given[name] is not None:
                 folder = Path(given[name])
-                given[name] = [(path.relative_to(folder).as_posix(), path) for path in list_images(folder)]
+                given[name] = [(plain_name(path.relative_to(folder).as_posix()), path) for path in list_images(folder)]
         if options.weights is not None:
             path = Path(options.weights)
             beside = description_beside(path)

@@ -116,6 +116,11 @@ class Network:
     images: tuple[Path, ...]
     calibration: ImageSet | None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what was assumed of the checkpoint, and about files that were passed over."""
+        return (*self.checkpoint.notes, *(self.calibration.notes if self.calibration else ()))
+
 
 def find_network(options: ExportOptions) -> Network:
     """Find what is named: a network of one's own, a file, or an architecture with random weights.

@@ -316,7 +316,7 @@ class _Export(Loop):
                 deploy_form=self.options.deploy_form,
                 seed=network.seed,
                 checkpoint_sha256=checkpoint.sha256,
-                notes=checkpoint.notes,
+                notes=network.notes,
                 training=dict(checkpoint.training),
                 threshold=THRESHOLD if checkpoint.config.task == "classification" and one_output else None,
                 overridden=checkpoint.overridden,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -35,6 +37,10 @@ FIXED_MOST_BYTES = 32 << 20  # of weights
 
 
 def _import() -> Any:
+    try:
+        Path.home()
+    except RuntimeError:  # its telemetry asks for a home as it is imported, and does without one that is no folder
+        os.environ["HOME"] = os.devnull
     return require("openvino", extra="openvino", purpose="it")
 
 

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from dmformer.errors import first_line
+from dmformer.errors import UnavailableError, first_line
 from dmformer.machine import instructions
 
 if TYPE_CHECKING:
@@ -37,13 +37,15 @@ _LIBRARY = re.compile(r"\.(so|pyd|dylib|dll)(\.[\w.]+)?$")
 class Availability:
     """Whether a runtime can work on this machine: its version, or why not and what to do.
 
-    ``untried`` says what was taken on trust, where something was.
+    ``untried`` says what was taken on trust, where something was; ``broken`` marks an engine that failed in a way of
+    its own, where others say that they are not installed or not for this machine.
     """
 
     available: bool
     version: str | None = None
     reason: str | None = None
     untried: str | None = None
+    broken: bool = False
 
 
 class Support(ABC):
@@ -71,8 +73,10 @@ class Support(ABC):
         """Return whether the engine is installed and loads here. Does not raise."""
         try:
             return self.import_engine()
+        except UnavailableError as error:
+            return Availability(False, reason=str(error))
         except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
-            return Availability(False, reason=first_line(error))
+            return Availability(False, reason=first_line(error), broken=True)
 
     def quick_probe(self) -> Availability:
         """Return what :meth:`probe` would, without importing an engine whose files are intact. Does not raise."""

@@ -99,10 +99,12 @@ def train(
             state = load_snapshot(output / SNAPSHOT_NAME, identity, group.device)
             run.restore(state)
             first = state["step"]
+        else:
+            run.check_images(stage if group.first else silent)
         group.wait()  # before the first process writes into the folder
         if group.first:
             _prepare(output, resume=resume)
-            for note in notes:
+            for note in (*images.notes, *notes):
                 say(note)
             say(f"{counts[0]} images to train on, {counts[1]} to validate on, {len(images.classes)} classes")
         row = train_steps(run, first, output, identity, stage if group.first else silent, report)

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from dmformer.data.annotated import annotated_set, load_labels
-from dmformer.data.images import image_set, open_image
+from dmformer.data.description import plain_name
+from dmformer.data.images import class_folders, image_set, open_image
 from dmformer.errors import UsageError
 from dmformer.train.augment import Augmentation, seed_of
 
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from dmformer.data.annotated import Part
     from dmformer.data.preprocessing import Preprocessing
     from dmformer.task import Task
     from dmformer.train.recipe import Recipe
+
+
+_ANNOTATED_PARTS: tuple[Part, Part] = ("training", "validation")
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,18 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set: names of its classes, images to train on and images to validate on."""
+    """A data set: names of its classes, images to train on and to validate on, and sentences about what is no part."""
 
     classes: tuple[str, ...]
     training: LabelledImages
     validation: LabelledImages
+    notes: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """Return the SHA-256 of the names of classes and files, by which two data sets are told apart."""
         names = [*self.classes, *(str(p.name) for p in (*self.training.paths, *self.validation.paths))]
-        return hashlib.sha256("\0".join(names).encode()).hexdigest()
+        return hashlib.sha256("\0".join(map(plain_name, names)).encode()).hexdigest()
 
 
 def find_data_set(folder: Path, task: Task, preprocessing: Preprocessing) -> DataSet:
@@ -62,13 +68,18 @@ def find_data_set(folder: Path, task: Task, preprocessing: Preprocessing) -> Dat
         UsageError: a part is missing or empty, there are fewer than two classes, or validation has a class of its own.
     """
     if task == "segmentation":
-        annotated = [annotated_set(folder, part) for part in ("training", "validation")]
-        return DataSet(annotated[0].classes, *(LabelledImages(each.images, each.annotations) for each in annotated))
+        training, validation = (annotated_set(folder, part) for part in _ANNOTATED_PARTS)
+        return DataSet(
+            training.classes,
+            LabelledImages(training.images, training.annotations),
+            LabelledImages(validation.images, validation.annotations),
+            (*training.notes, *validation.notes),
+        )
     train, val = folder / "train", folder / "val"
     for part in (train, val):
         if not part.is_dir():
             raise UsageError(f"no folder {str(part)!r}; expected train/CLASS/… and val/CLASS/… below {str(folder)!r}")
-    classes, held = (sorted(path.name for path in part.iterdir() if path.is_dir()) for part in (train, val))
+    classes, held = class_folders(train), class_folders(val)
     if len(classes) < 2:
         raise UsageError(f"{train}: {len(classes)} class folders; expected two or more")
     if strange := sorted(set(held) - set(classes)):
@@ -77,14 +88,14 @@ def find_data_set(folder: Path, task: Task, preprocessing: Preprocessing) -> Dat
     if validation_set.labels is None:
         raise UsageError(f"{val}: no class folders; expected them named as in {train}")
     assert training_set.labels is not None
-    training, validation = training_set.labels.tolist(), validation_set.labels.tolist()
-    present = set(training)
+    present = set(training_set.labels.tolist())
     if empty := [name for index, name in enumerate(classes) if index not in present]:
         raise UsageError(f"{train / empty[0]}: no image in it; expected some of every class")
     return DataSet(
         tuple(classes),
-        LabelledImages(training_set.paths, tuple(training)),
-        LabelledImages(validation_set.paths, tuple(validation)),
+        LabelledImages(training_set.paths, tuple(training_set.labels.tolist())),
+        LabelledImages(validation_set.paths, tuple(validation_set.labels.tolist())),
+        (*training_set.notes, *validation_set.notes),
     )
 
 

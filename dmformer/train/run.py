@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from dmformer.data.annotated import IGNORED
+from dmformer.data.images import unreadable
 from dmformer.errors import StageFailed, UsageError
 from dmformer.train.augment import BatchAugmentation, seed_of
 from dmformer.train.images import StepSampler, TrainingImages, ValidationImages
@@ -240,6 +241,21 @@ class Run:
         images = TrainingImages(self.data.training, self.recipe, self.preprocessing, self.pixel_classes)
         sampler = StepSampler(len(images), self.recipe, steps, self.group.rank, self.group.world)
         return iter(self._loader(images, batch_sampler=sampler, pin_memory=self.group.device.type == "cuda"))
+
+    def check_images(self, stage: Progress) -> None:
+        """Read this process's share of all images once: one that cannot be read would end the run much later.
+
+        Raises:
+            UsageError: an image or an annotation cannot be used; the message has the first, and how many there are.
+        """
+        parts = (self.data.training, self.data.validation)
+        with stage("read every image once", sum(map(len, parts))) as advance:
+            for part in parts:
+                images = ValidationImages(part, self.preprocessing, self.pixel_classes)
+                found = unreadable(range(self.group.rank, len(part), self.group.world), images.__getitem__, advance)
+                if found:
+                    more = f" ({len(found)} of {len(part)} such images)" if len(found) > 1 else ""
+                    raise UsageError(f"{found[min(found)]}{more}")
 
     def _loader(self, images: TrainingImages | ValidationImages, **options: Any) -> DataLoader[Any]:
         return DataLoader(images, collate_fn=images.collate, num_workers=self.recipe.workers, **options)

@@ -16,6 +16,7 @@ from dmformer.data.annotated import label_maps
 from dmformer.data.images import ImageSet, list_images, load_pixels
 from dmformer.errors import UsageError
 from dmformer.progress import silent
+from dmformer.runtimes import registry
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.answers import Answers, ask
 from dmformer.verify.compare import Comparison, Reference, float32_limit
@@ -106,6 +107,7 @@ def verify(
         Path(images) if images is not None else None,
         layers or bisect is not None,
         stage,
+        [] if runtimes else _broken_engines(opened),
     )
     if bisect is None or report.passed:
         return report
@@ -123,6 +125,7 @@ def _compare(
     images: Path | None,
     layers: bool,
     stage: Progress,
+    unasked: Sequence[Check],
 ) -> ParityReport:
     """Make every check of the artifacts chosen; arguments as for :func:`verify`."""
     with stage("integrity"):
@@ -152,7 +155,18 @@ def _compare(
                     checks.append(layer_check)
                 else:
                     skipped.append(layer_check)
-    return parity_report(checks, skipped)
+    return parity_report([*checks, *unasked], skipped)
+
+
+def _broken_engines(bundle: Bundle) -> list[Check]:
+    """A failed check for each artifact whose engine is there and cannot be asked: what was not checked did not hold."""
+    checks = []
+    for artifact in bundle.manifest.artifacts:
+        row = registry.reader_of(artifact.format)
+        if row is not None and (status := registry.support(row).probe()).broken:
+            comparison = Comparison(False, reason=f"the engine cannot be asked: {status.reason}")
+            checks.append(Check.of("runtime", row.name, artifact.precision, 1, comparison))
+    return checks
 
 
 def _layers(bundle: Bundle, checkpoint: Checkpoint, golden: Golden) -> ModuleTruth:

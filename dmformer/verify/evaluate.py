@@ -13,6 +13,7 @@ from msgspec import Struct
 from dmformer.bundle.manifest import Accuracy
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.select import select
+from dmformer.data.images import load_pixels, unreadable
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.progress import silent
 from dmformer.task import Task
@@ -55,8 +56,9 @@ class EvalReport(Struct, frozen=True, kw_only=True):
         results: one for each artifact.
         torch: PyTorch's own accuracy, where its weights were at hand.
         skipped: a sentence for whatever was not measured.
-        notes: a sentence for each artifact that is computed in another precision than its own, and one where the
-            labels themselves look wrong.
+        notes: a sentence for each artifact that is computed in another precision than its own, one where the labels
+            themselves look wrong, and one about files that were passed over.
+        unreadable: each image that was left out because it cannot be read, and why.
     """
 
     data: str
@@ -68,6 +70,7 @@ class EvalReport(Struct, frozen=True, kw_only=True):
     torch: Accuracy | None = None
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -79,6 +82,7 @@ def evaluate(
     weights: str | Path | None = None,
     module: Any = None,
     module_options: Mapping[str, Any] | None = None,
+    skip_unreadable: bool = False,
     stage: Progress = silent,
 ) -> EvalReport:
     """Measure top-1 and top-5 accuracy or, for segmentation, mean intersection over union; and agreement with PyTorch.
@@ -92,6 +96,8 @@ def evaluate(
         weights: the checkpoint for agreement, where the bundle has not the ``torch`` format.
         module: a network of one's own for agreement, as :func:`dmformer.verify` takes it; this runs its code.
         module_options: arguments of the function or class that makes it; otherwise those of the export.
+        skip_unreadable: leave images out that cannot be read, and name them in the report; otherwise the first one ends
+            the work.
         stage: told about each step.
 
     Raises:
@@ -105,6 +111,9 @@ def evaluate(
     chosen, skipped = select(opened, runtimes, precisions)
     measure = measure_of(manifest.model.task, manifest.class_count)
     images = measure.images(Path(data), manifest.preprocessing, manifest.model.classes)
+    left_out: tuple[str, ...] = ()
+    if skip_unreadable:
+        images, left_out = _readable(images, stage)
     checkpoint, reason = _reference(
         opened, images, Path(weights) if weights is not None else None, OwnModule.of(module, module_options)
     )
@@ -122,9 +131,26 @@ def evaluate(
         classes=manifest.model.classes,
         results=tuple(_result(choice, score) for choice, score in zip(chosen, scores, strict=True)),
         torch=None if torch is None else torch.accuracy(),
-        notes=(*([doubt] if doubt else []), *(f"{one.title}: {one.caveat}" for one in chosen if one.caveat)),
+        notes=(
+            *images.notes,
+            *([doubt] if doubt else []),
+            *(f"{one.title}: {one.caveat}" for one in chosen if one.caveat),
+        ),
+        unreadable=left_out,
         skipped=tuple(skipped),
     )
+
+
+def _readable(images: ImageSet, stage: Progress) -> tuple[ImageSet, tuple[str, ...]]:
+    """Return the images that can be read, and a sentence about each of the others."""
+    with stage("read the images", len(images)) as advance:
+        found = unreadable(
+            range(len(images)), lambda row: load_pixels([images.paths[row]], images.preprocessing), advance
+        )
+    if len(found) == len(images):
+        raise UsageError(f"none of {len(images)} images can be read, the first: {found[0]}")
+    kept = images.rows([row for row in range(len(images)) if row not in found])
+    return kept, tuple(str(found[row]) for row in sorted(found))
 
 
 def _score(
