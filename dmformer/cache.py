@@ -326,7 +326,13 @@ def open_cache() -> Cache:
     limit = os.environ.get(LIMIT_MB, str(_DEFAULT_LIMIT_MB))
     if not limit.isdecimal():
         raise UsageError(f"{LIMIT_MB} is {limit!r}; expected a whole number of MiB")
-    return Cache(Path(named) if named else platformdirs.user_cache_path("dmformer"), int(limit) << 20)
+    try:
+        folder = Path(named) if named else platformdirs.user_cache_path("dmformer")
+    except RuntimeError:  # neither HOME nor an entry in the table of users
+        cache = Cache()
+        cache.trouble = f"there is no home folder; set HOME, or {FOLDER} to a folder"
+        return cache
+    return Cache(folder, int(limit) << 20)
 
 
 def surroundings() -> dict[str, Any]:

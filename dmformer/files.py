@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from dmformer.errors import StageFailed
 from dmformer.process import announce
+from dmformer.procfs import is_mount_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,8 @@ def whole_file(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise StageFailed(f"{str(target)!r} is no file; expected a new one, or one to be replaced")
+    if is_mount_point(target):
+        raise StageFailed(f"{str(target)!r} is a mount point, which no file can replace; expected a file in a folder")
     staging = announce(target.with_name(f".{target.name}-{secrets.token_hex(8)}"))
     try:
         try:
@@ -42,8 +45,26 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def indented_json(content: Any) -> bytes:
-    """Encode as every JSON file and report is written."""
-    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+    r"""Encode as every JSON file and report is written.
+
+    Bytes of file names that are no UTF-8, which Python keeps as lone surrogates, become text like ``\xe9``.
+    """
+    try:
+        encoded = msgspec.json.encode(content)
+    except UnicodeEncodeError:
+        encoded = msgspec.json.encode(_printable(msgspec.to_builtins(content)))
+    return msgspec.json.format(encoded, indent=2) + b"\n"
+
+
+def _printable(content: Any) -> Any:
+    """Return JSON types with every text fit to be written in UTF-8."""
+    if isinstance(content, str):
+        return content.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if isinstance(content, dict):
+        return {_printable(name): _printable(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_printable(value) for value in content]
+    return content
 
 
 def hash_file(path: Path) -> tuple[str, int]:

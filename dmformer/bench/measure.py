@@ -59,8 +59,8 @@ class Measurement(Struct, frozen=True, kw_only=True):
         device_ns: each timed call on the device alone, without transfers; empty on a CPU, and for several streams.
         layers: compute layers by the precision in which they ran; empty where that was not read back.
         peak_rss_mb: largest resident memory of the whole process, Python included, in MiB.
-        throttled_ms: for how long the kernel held the process's control groups back for their CPU quotas, from the first
-            call to the last.
+        throttled_ms: for how long the kernel held the process's control groups back for their CPU quotas, from the
+            first call to the last.
     """
 
     device: str

@@ -269,7 +269,10 @@ class Policy:
         """The folder of the trusted keys."""
         import platformdirs
 
-        return self.trusted_keys or platformdirs.user_config_path("dmformer") / "trusted-keys"
+        try:
+            return self.trusted_keys or platformdirs.user_config_path("dmformer") / "trusted-keys"
+        except RuntimeError as error:  # neither HOME nor an entry in the table of users
+            raise UsageError(f"no home folder, and so no trusted keys; set {TRUSTED_KEYS} to their folder") from error
 
 
 _chosen: ContextVar[Policy | None] = ContextVar("policy", default=None)

@@ -37,13 +37,15 @@ _LIBRARY = re.compile(r"\.(so|pyd|dylib|dll)(\.[\w.]+)?$")
 class Availability:
     """Whether a runtime can work on this machine: its version, or why not and what to do.
 
-    ``untried`` says what was taken on trust, where something was.
+    ``untried`` says what was taken on trust, where something was. ``broken`` marks an engine that is installed and does
+    not load: a defect of the installation, where one that is not installed is none.
     """
 
     available: bool
     version: str | None = None
     reason: str | None = None
     untried: str | None = None
+    broken: bool = False
 
 
 class Support(ABC):
@@ -72,7 +74,12 @@ class Support(ABC):
         try:
             return self.import_engine()
         except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own
-            return Availability(False, reason=first_line(error))
+            return Availability(False, reason=first_line(error), broken=self._is_installed())
+
+    def _is_installed(self) -> bool:
+        with suppress(ImportError, ValueError):
+            return bool(self.package) and find_spec(self.package[0]) is not None
+        return False
 
     def quick_probe(self) -> Availability:
         """Return what :meth:`probe` would, without importing an engine whose files are intact. Does not raise."""

@@ -16,6 +16,7 @@ from dmformer.data.annotated import label_maps
 from dmformer.data.images import ImageSet, list_images, load_pixels
 from dmformer.errors import UsageError
 from dmformer.progress import silent
+from dmformer.runtimes.registry import reader_of, support
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.answers import Answers, ask
 from dmformer.verify.compare import Comparison, Reference, float32_limit
@@ -91,10 +92,12 @@ def verify(
     for choice in chosen:
         if choice.saturation_risk is not None:
             note(f"{choice.title}: {choice.saturation_risk}")
+    every = not runtimes or any(name.lower() == "all" for name in runtimes)
     report = _compare(
         opened,
         chosen,
         skipped,
+        _check_loading(opened, chosen) if every else [],
         weights,
         Path(images) if images is not None else None,
         layers or bisect is not None,
@@ -111,6 +114,7 @@ def _compare(
     bundle: Bundle,
     chosen: Sequence[Choice],
     skipped: list[str],
+    loading: list[Check],
     weights: Path | None,
     images: Path | None,
     layers: bool,
@@ -122,6 +126,7 @@ def _compare(
     golden = bundle.golden()
     with stage("preprocessing"):
         checks = check_preprocessing(bundle.manifest.preprocessing, golden)
+    checks += loading
     extra: ImageSet | None = None
     reference = golden
     truth: ModuleTruth | None = None
@@ -145,6 +150,20 @@ def _compare(
                 else:
                     skipped.append(layer_check)
     return parity_report(checks, skipped)
+
+
+def _check_loading(bundle: Bundle, chosen: Sequence[Choice]) -> list[Check]:
+    """Fail for each artifact whose engine is installed and does not load: it could not be asked, and is not left out."""
+    checks = []
+    for artifact in bundle.manifest.artifacts:
+        row = reader_of(artifact.format)
+        if row is None or any(choice.artifact is artifact for choice in chosen):
+            continue
+        status = support(row).probe()
+        if status.broken:
+            comparison = Comparison(False, reason=f"it is installed and does not load: {status.reason}")
+            checks.append(Check.of("loading", row.name, artifact.precision, 0, comparison, against="manifest"))
+    return checks
 
 
 def _layers(bundle: Bundle, checkpoint: Checkpoint, golden: Golden) -> ModuleTruth:
