@@ -153,7 +153,7 @@ def _compare(
 
 
 def _check_loading(bundle: Bundle, chosen: Sequence[Choice]) -> list[Check]:
-    """Fail for each artifact whose engine is installed and does not load: it could not be asked, and is not left out."""
+    """Fail for each artifact whose engine is installed and does not load, and so could not be asked."""
     checks = []
     for artifact in bundle.manifest.artifacts:
         row = reader_of(artifact.format)
