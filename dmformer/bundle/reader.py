@@ -176,10 +176,8 @@ class Bundle:
         path = self.root / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as file, target.open("xb") as copy:
-            size = os.fstat(file.fileno()).st_size
-            pieces = read_pieces(file) if size == entry.bytes else iter(())  # no more than what is listed is copied
-            sha256, copied = hash_pieces(pieces, copy.write)
-        self._compare(entry, path, sha256, copied or size)
+            fits = os.fstat(file.fileno()).st_size == entry.bytes  # else nothing is copied
+            self._compare(entry, path, *hash_pieces(read_pieces(file), copy.write if fits else None))
 
     def _compare(self, entry: FileEntry, path: Path, sha256: str, size: int) -> None:
         if (sha256, size) != (entry.sha256, entry.bytes):

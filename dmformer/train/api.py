@@ -109,9 +109,9 @@ def train(
             say(f"{counts[0]} images to train on, {counts[1]} to validate on, {len(images.classes)} classes")
         row = train_steps(run, first, output, identity, stage if group.first else silent, report)
         scores = run.validate() if row is None else row.scores
-        note = None if run.average is None else _average_behind(scores, run.validate(raw=True), recipe)
-        if note is not None and group.first:
-            say(note)
+        behind = None if run.average is None else _average_behind(scores, run.validate(raw=True), recipe)
+        if behind is not None and group.first:
+            say(behind)
         if group.first:
             description = {
                 "data": f"{data.resolve().name}, {counts[0]} images",
