@@ -1,6 +1,7 @@
 """``python -m dmformer``, and the ``dmformer`` script."""
 
 import gc
+import os
 import sys
 import warnings
 
@@ -9,7 +10,18 @@ from dmformer.process import supervise
 
 def main() -> None:
     """Run the command line in a process that may crash."""
+    _open_standard_streams()
     supervise(_command_line)
+
+
+def _open_standard_streams() -> None:
+    """Let what was closed lead nowhere: the next file that is opened would take its number, and be written to."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
 def _command_line() -> None:

@@ -74,7 +74,9 @@ def main() -> None:
     present.FLAGS.update(_flags(command))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars and dots in tables, where output is not UTF-8
-    signal.signal(signal.SIGTERM, _stop)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), _stop)
     try:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
         code = command(args=sys.argv[1:], prog_name="dmformer", standalone_mode=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from dmformer.errors import StageFailed
 from dmformer.process import announce
+from dmformer.procfs import is_mount_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,8 @@ def whole_file(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise StageFailed(f"{str(target)!r} is no file; expected a new one, or one to be replaced")
+    if is_mount_point(target):
+        raise StageFailed(f"{str(target)!r} is a mount point, which no file can replace; expected a file in a folder")
     staging = announce(target.with_name(f".{target.name}-{secrets.token_hex(8)}"))
     try:
         try:
@@ -42,23 +45,29 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def indented_json(content: Any) -> bytes:
-    """Encode as every JSON file and report is written; bytes of file names that are no UTF-8 are escaped."""
+    r"""Encode as every JSON file and report is written.
+
+    Bytes of file names that are no UTF-8, which Python keeps as lone surrogates, become text like ``\xe9``.
+    """
     try:
         encoded = msgspec.json.encode(content)
     except UnicodeEncodeError:
-        encoded = msgspec.json.encode(_escaped(msgspec.to_builtins(content)))
+        encoded = msgspec.json.encode(_printable(msgspec.to_builtins(content)))
     return msgspec.json.format(encoded, indent=2) + b"\n"
 
 
-def _escaped(value: Any) -> Any:
-    r"""Write halves of surrogate pairs, which stand for such bytes, as text: ``caf\udce9.png``."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, dict):
-        return {_escaped(key): _escaped(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(each) for each in value]
-    return value
+def _printable(content: Any) -> Any:
+    """Return JSON types with every text fit to be written in UTF-8."""
+    if isinstance(content, str):
+        raw = content.encode("utf-8", "surrogatepass")
+        with suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
+            raw = content.encode("utf-8", "surrogateescape")
+        return raw.decode("utf-8", "backslashreplace")
+    if isinstance(content, dict):
+        return {_printable(name): _printable(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_printable(value) for value in content]
+    return content
 
 
 def hash_file(path: Path) -> tuple[str, int]:

@@ -48,7 +48,7 @@ with dmformer.load(bundle, runtime=runtime, threads=int(threads)) as p:
 def test_a_forked_process_answers_or_says_so_and_ends(
     made: Made, runtime: str, threads: int, busy: str, answer: str
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, made.bundle, SAMPLE_IMAGES / "3.png", runtime, str(threads), busy]
+    command = [sys.executable, "-c", SCRIPT, made.bundle, SAMPLE_IMAGES / "7.png", runtime, str(threads), busy]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line]

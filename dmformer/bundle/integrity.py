@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from msgspec import Struct
 
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
-from dmformer.bundle.reader import open_bundle, own_bundle, read_manifest, read_signature_file
+from dmformer.bundle.reader import is_copied, open_bundle, own_bundle, read_manifest, read_signature_file
 from dmformer.bundle.trust import (
     Signature,
     check_signature,
@@ -97,7 +97,7 @@ def check_integrity(named: Path) -> IntegrityReport:
         UnavailableError: the bundle is signed, and the package that checks signatures is not installed.
         UsageError: there is no bundle, or a trusted key cannot be used.
     """
-    if named.is_file():
+    if is_copied(named):
         with policy_in_force(replace(policy(), required=False)):  # what it asks for is a finding here
             bundle = open_bundle(named)
     else:

@@ -7,6 +7,10 @@ An ONNX file may keep tensors in other files ("external data", onnx.proto3: ``Te
 by a path, which an engine opens on its own. So those paths are looked at before an engine sees the file, without the
 onnx package: only the tags of the protocol buffer are walked, along the fields that lead to tensors; the weights
 themselves are skipped.
+
+A content store (huggingface_hub's cache, DVC, git-annex) keeps a folder of which every file is a link to a blob. Such a
+folder is copied as a packed bundle is unpacked, each file checked on its way, so that no link is followed after that; a
+single link among files is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from dmformer.bundle.manifest import (
 )
 from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.files import hash_file
+from dmformer.files import hash_file, hash_pieces, read_pieces
 from dmformer.process import announce
 from dmformer.runtimes.onnx_weights import fields
 
@@ -61,6 +65,9 @@ FIELDS: dict[str, dict[int, str]] = {
 }  # fmt: skip
 _MOST_DEPTH = 100  # as protobuf's own parsers
 _MOST_FIELDS = 2_000_000  # seconds of work; a network has some thousands
+_OF_FILE_MANAGERS = frozenset((".DS_Store", "Thumbs.db", "desktop.ini"))  # they leave them wherever they look in
+_MOST_TEXT_BYTES = 64 << 20  # of a file whose line endings are looked at
+_COPY = "copy the bundle with the files themselves (cp -rL)"
 
 
 def external_files(path: Path) -> set[str]:
@@ -105,21 +112,21 @@ class Bundle:
     """A bundle's folder and its manifest.
 
     Attributes:
-        root: the folder. Of a packed bundle it is a temporary one, which goes away with this object.
+        root: the folder; a temporary one, which goes away with this object, where there is an ``origin``.
         manifest: as it was read.
         manifest_sha256: of the bytes that were read.
-        packed: the file, where the bundle is packed.
+        origin: what was copied to a temporary folder: a packed bundle's file, or a folder of links.
     """
 
     root: Path
     manifest: Manifest
     manifest_sha256: str
-    packed: Path | None = None
+    origin: Path | None = None
 
     @property
     def source(self) -> Path:
         """The path that a user opened: the packed file, or the folder."""
-        return self.packed or self.root
+        return self.origin or self.root
 
     def check(self, entry: FileEntry) -> Path:
         """Return the path of a listed file, after checking its size and SHA-256.
@@ -153,16 +160,31 @@ class Bundle:
         for part in PurePosixPath(entry.path).parts:
             path /= part
             if path.is_symlink():
-                raise CheckFailed(f"{self.root / entry.path}: {path.name!r} is a link; expected the file itself")
+                raise CheckFailed(
+                    f"{self.root / entry.path}: {path.name!r} is a link; expected the file itself: {_COPY}"
+                )
         if not path.is_file():
             raise CheckFailed(f"{path}: missing, or no file; expected the file that the manifest lists")
         return path
+
+    def copy_linked(self, entry: FileEntry, target: Path) -> None:
+        """Copy a listed file that is a link, and check what was copied.
+
+        Raises:
+            CheckFailed: the file is of another size or content.
+        """
+        path = self.root / entry.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as file, target.open("xb") as copy:
+            fits = os.fstat(file.fileno()).st_size == entry.bytes  # else nothing is copied
+            self._compare(entry, path, *hash_pieces(read_pieces(file), copy.write if fits else None))
 
     def _compare(self, entry: FileEntry, path: Path, sha256: str, size: int) -> None:
         if (sha256, size) != (entry.sha256, entry.bytes):
             raise CheckFailed(
                 f"{path}: SHA-256 {sha256[:12]}… of {size} bytes; the manifest says {entry.sha256[:12]}… of "
-                f"{entry.bytes}: the file was changed or damaged: copy or export the bundle again"
+                f"{entry.bytes}: the file was changed or damaged{_line_endings(path, entry.sha256)}: "
+                "copy or export the bundle again"
             )
 
     def load_path(self, artifact: Artifact) -> Path:
@@ -195,10 +217,13 @@ class Bundle:
                 )
 
     def unlisted(self, folder: Path | None = None) -> list[str]:
-        """List files and links below a folder, or below the root, that the manifest does not list."""
+        """List files and links below a folder, or below the root, that the manifest does not list.
+
+        What file managers leave wherever they look in (``.DS_Store``, ``Thumbs.db``) does not count.
+        """
         known = {MANIFEST, SIGNATURE, *(entry.path for entry in self.manifest.entries)}
         found = (path.relative_to(self.root).as_posix() for path in _everything(folder or self.root))
-        return sorted(set(found) - known)
+        return sorted(name for name in set(found) - known if PurePosixPath(name).name not in _OF_FILE_MANAGERS)
 
     def check_all(self) -> None:
         """Check every listed file by its hash, and that no other file is there.
@@ -246,15 +271,17 @@ class Bundle:
 def open_bundle(named: Path) -> Bundle:
     """Open a bundle, a folder or a packed file, under the policy in force.
 
-    A packed bundle is unpacked, each file checked, to a temporary folder that lasts as long as what is returned.
+    A packed bundle is unpacked, and a folder of links copied, each file checked, to a temporary folder that lasts as
+    long as what is returned.
 
     Raises:
-        CheckFailed: a packed file is not what its manifest says, or the policy asks for a signature that is not there.
+        CheckFailed: a packed or linked file is not what its manifest says, or the policy asks for a signature that is
+            not there.
         StageFailed: there is no room to unpack.
         UnavailableError: the policy asks for signatures, and the package that checks them is not installed.
         UsageError: there is no bundle, or its manifest cannot be read.
     """
-    if not named.is_file():
+    if not is_copied(named):
         manifest = read_manifest(named)
         admit(manifest, read_signature_file(named), str(named))
         return _bundle(named, manifest)
@@ -262,7 +289,7 @@ def open_bundle(named: Path) -> Bundle:
     folder = announce(Path(tempfile.gettempdir()) / f"dmformer-{secrets.token_hex(8)}")
     try:
         folder.mkdir(mode=0o700)
-        extract(named, folder)
+        extract(named, folder) if named.is_file() else _copy_links(named, folder)
         bundle = _bundle(folder, read_manifest(folder), named)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -271,6 +298,35 @@ def open_bundle(named: Path) -> Bundle:
         raise
     weakref.finalize(bundle, shutil.rmtree, folder, ignore_errors=True)
     return bundle
+
+
+def is_copied(named: Path) -> bool:
+    """Return whether a bundle is opened as a copy: a packed file, or a folder of which the manifest is a link."""
+    return named.is_file() or ((named / MANIFEST).is_symlink() and (named / MANIFEST).is_file())
+
+
+def _copy_links(source: Path, folder: Path) -> None:
+    """Copy a bundle of links to files into an empty folder; the policy is applied before anything is written."""
+    manifest, signature = read_manifest(source, links=True), read_signature_file(source, links=True)
+    admit(manifest, signature, str(source))
+    linked = _bundle(source, manifest)
+    entries = linked.manifest.entries
+    for entry in entries:
+        path = source / entry.path
+        if not path.is_symlink():
+            raise CheckFailed(
+                f"{path}: missing, or no link, while {MANIFEST} is a link and no file; expected every file a link, or "
+                f"none: {_COPY}"
+            )
+        if not path.is_file():
+            raise CheckFailed(f"{path}: a link to no file ({str(path.readlink())!r}); {_COPY}")
+    if foreign := linked.unlisted():
+        raise CheckFailed(f"{source}: {foreign[0]!r} is not listed in the manifest; expected no other files")
+    for entry in entries:
+        linked.copy_linked(entry, folder / entry.path)
+    if signature is not None:
+        (folder / SIGNATURE).write_bytes(signature)
+    (folder / MANIFEST).write_bytes(manifest)
 
 
 def own_bundle(folder: Path) -> Bundle:
@@ -282,20 +338,22 @@ def own_bundle(folder: Path) -> Bundle:
     return _bundle(folder, read_manifest(folder))
 
 
-def _bundle(folder: Path, manifest: bytes, packed: Path | None = None) -> Bundle:
-    parsed = decode_manifest(manifest, str((packed or folder) / MANIFEST))
-    return Bundle(folder, parsed, hashlib.sha256(manifest).hexdigest(), packed)
+def _bundle(folder: Path, manifest: bytes, origin: Path | None = None) -> Bundle:
+    parsed = decode_manifest(manifest, str((origin or folder) / MANIFEST))
+    return Bundle(folder, parsed, hashlib.sha256(manifest).hexdigest(), origin)
 
 
-def read_manifest(root: Path) -> bytes:
-    """Return the bytes of a bundle's manifest.
+def read_manifest(root: Path, *, links: bool = False) -> bytes:
+    """Return the bytes of a bundle's manifest, which may be a link where ``links`` says so.
 
     Raises:
         UsageError: there is none, or it is no file of a manifest's size.
     """
     path = root / MANIFEST
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
+        if path.is_symlink() and not links:
+            raise UsageError(f"no bundle at {str(root)!r} ({MANIFEST}: a link, no file); {_COPY}")
+        if path.exists() and not path.is_file():
             raise UsageError(f"no bundle at {str(root)!r} ({MANIFEST}: no file); run: dmformer export")
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
@@ -306,8 +364,8 @@ def read_manifest(root: Path) -> bytes:
     return data
 
 
-def read_signature_file(root: Path) -> bytes | None:
-    """Return the bytes of a bundle's ``manifest.sig``; ``None`` where there is none.
+def read_signature_file(root: Path, *, links: bool = False) -> bytes | None:
+    """Return the bytes of a bundle's ``manifest.sig``, a link where ``links`` allows it; ``None`` where there is none.
 
     Raises:
         CheckFailed: it cannot be read, or is no file.
@@ -315,7 +373,7 @@ def read_signature_file(root: Path) -> bytes | None:
     path = root / SIGNATURE
     if not os.path.lexists(path):
         return None
-    if path.is_symlink() or not path.is_file():
+    if (path.is_symlink() and not links) or not path.is_file():
         raise CheckFailed(f"{path}: no file; expected a signature, or nothing")
     try:
         with path.open("rb") as file:
@@ -325,6 +383,18 @@ def read_signature_file(root: Path) -> bytes | None:
     if len(data) > MAX_SIGNATURE_BYTES:
         raise CheckFailed(f"{path}: more than {MAX_SIGNATURE_BYTES} bytes; expected a signature")
     return data
+
+
+def _line_endings(path: Path, sha256: str) -> str:
+    """Say that line endings were rewritten, as git does with ``core.autocrlf``, where that makes a file's content."""
+    if path.stat().st_size > _MOST_TEXT_BYTES:
+        return ""
+    data = path.read_bytes()
+    plain = data.replace(b"\r\n", b"\n")
+    for before in (plain, plain.removesuffix(b"\r"), plain.replace(b"\n", b"\r\n")):
+        if hashlib.sha256(before).hexdigest() == sha256:
+            return ' (its line endings were rewritten, as git\'s core.autocrlf does: put "* -text" into .gitattributes)'
+    return ""
 
 
 def _everything(folder: Path) -> Iterator[Path]:

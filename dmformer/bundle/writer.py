@@ -24,6 +24,7 @@ from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_fil
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.files import hash_pieces, read_pieces, whole_file
 from dmformer.process import announce
+from dmformer.procfs import is_mount_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,6 +71,11 @@ def check_destination(destination: Path, replaceable: Callable[[Path], None] = _
     """
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"output {str(destination)!r} is a file; expected a folder")
+    if is_mount_point(destination):
+        raise UsageError(
+            f"output {str(destination)!r} is a mount point, which no folder can replace; expected a folder in it, like "
+            f"{str(destination / 'bundle')!r}"
+        )
     if destination.is_dir() and any(destination.iterdir()):
         replaceable(destination)
     if destination.is_dir() and Path.cwd().is_relative_to(destination.resolve()):
@@ -240,10 +246,10 @@ def pack(bundle: Bundle, destination: Path | None = None) -> Path:
         StageFailed: the file could not be written.
         UsageError: the bundle is packed already, or something else than a packed bundle is at the destination.
     """
-    if bundle.packed is not None:
-        raise UsageError(f"{bundle.packed} is packed already; expected the folder of a bundle")
+    if bundle.source.is_file():
+        raise UsageError(f"{bundle.source} is packed already; expected the folder of a bundle")
     bundle.check_all()
-    folder = bundle.root.resolve()
+    folder = bundle.source.resolve()
     target = destination or folder.with_name(folder.name + SUFFIX)
     _check_replaceable_file(target)
     if target.resolve().is_relative_to(folder):

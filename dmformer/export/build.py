@@ -69,8 +69,10 @@ def build(
         UsageError: an argument cannot be used, or the bundle has nothing to build from.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    if opened.packed is not None:
-        raise UsageError(f"{opened.packed} is packed, and takes nothing in; run first: dmformer unpack {opened.packed}")
+    if opened.origin is not None:
+        first = f"dmformer unpack {opened.origin}" if opened.origin.is_file() else f"cp -rL {opened.origin} COPY"
+        kind = "packed" if opened.origin.is_file() else "a folder of links"
+        raise UsageError(f"{opened.origin} is {kind}, and takes nothing in; run first: {first}")
     row, options = registry.entry_of_format(format_name), engine or EngineOptions()
     if row.format in (_SOURCE, "torch"):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")

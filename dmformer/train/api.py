@@ -36,6 +36,7 @@ DEFAULT_ARCH = "dmformer_s"
 CHECKPOINT_NAME = "model.safetensors"
 # Fields of the recipe that may change when a run is resumed, for the result does not depend on them.
 _FREE_FIELDS = ("accumulate", "workers")
+_FAR_BEHIND = 0.05  # share of the validation images, or of the mean overlap
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def train(
         plan = TrainingPlan(recipe, counts[0], group.world)
         identity = _identity(recipe, images, start, plan)
         run = Run(model, recipe, images, start.preprocessing, plan, group)
+        run.check_shared_memory()
         first = 0
         if resume:
             state = load_snapshot(output / SNAPSHOT_NAME, identity, group.device)
@@ -109,6 +111,9 @@ def train(
             say(f"{counts[0]} images to train on, {counts[1]} to validate on, {len(images.classes)} classes")
         row = train_steps(run, first, output, identity, stage if group.first else silent, report)
         scores = run.validate() if row is None else row.scores
+        behind = None if run.average is None else _average_behind(scores, run.validate(raw=True), recipe)
+        if behind is not None and group.first:
+            say(behind)
         if group.first:
             description = {
                 "data": f"{data.resolve().name}, {counts[0]} images",
@@ -121,6 +126,17 @@ def train(
             _write_checkpoint(output / CHECKPOINT_NAME, run, description)
         group.wait()
     return TrainingResult(output / CHECKPOINT_NAME, scores, counts, group.first)
+
+
+def _average_behind(averaged: dict[str, float], raw: dict[str, float], recipe: Recipe) -> str | None:
+    """Say that the average, which is saved, is far behind the weights that it averages; ``None`` where it is not."""
+    name = next(iter(averaged))
+    if raw[name] - averaged[name] <= _FAR_BEHIND:
+        return None
+    return (
+        f"warning: the averaged weights, which are saved, are far behind: {name} is {averaged[name]:.1%}, and "
+        f"{raw[name]:.1%} with the weights of the last step; train longer, or lower ema_decay ({recipe.ema_decay})"
+    )
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         weight_decay: weight decay of AdamW, on weights of two and more dimensions.
         clip_norm: gradients are scaled down to this L2 norm; ``None`` leaves them.
         precision: type of the forward and backward pass; weights stay in float32.
-        ema_decay: decay of the moving average of the weights, which is validated and saved in their place; 0 makes
-            none. Choose it for the length of the run: it averages over about 1 / (1 - decay) steps.
+        ema_decay: decay of the moving average of the weights, which is validated and saved in their place; less in the
+            first steps (``min(ema_decay, (1 + step) / (10 + step))``); 0 makes none. Choose it for the length of
+            the run: it averages over about 1 / (1 - decay) steps.
         drop_path: largest rate of stochastic depth.
         label_smoothing: share of the target that is spread over all classes.
         sync_batch_norm: BatchNorm over the images of all processes (GPUs only).

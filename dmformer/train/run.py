@@ -9,8 +9,10 @@ without running code from it.
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from dmformer.data.annotated import IGNORED
 from dmformer.data.images import unreadable
-from dmformer.errors import StageFailed, UsageError
+from dmformer.errors import StageFailed, UsageError, first_line
 from dmformer.train.augment import BatchAugmentation, seed_of
 from dmformer.train.images import StepSampler, TrainingImages, ValidationImages
 from dmformer.train.journal import SNAPSHOT_NAME, Journal, Row, save_snapshot
@@ -31,7 +33,6 @@ from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from dmformer.train.processes import Processes
     from dmformer.train.recipe import Recipe
 
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - through which PyTorch hands tensors from process to process on Linux
+_PREFETCHED = 2  # batches that each process of a DataLoader holds ready
+_BATCH_LIMIT_S = 900  # for one batch
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,6 +120,21 @@ def loss_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
     return total / (targets != IGNORED).sum().clamp(min=1)  # an image without any label counts for nothing
 
 
+def warmed_up_averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return the update of a moving average whose decay is ``min(decay, (1 + n) / (10 + n))`` after n updates.
+
+    Weights of the first steps are soon forgotten, so that the average of a short run has learnt something. The rule is
+    that of TensorFlow's ``ExponentialMovingAverage`` (``num_updates``); timm's ``ModelEmaV3`` has a warm-up as well.
+    ``AveragedModel`` counts the updates in a buffer, which snapshots hold.
+    """
+
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        done = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averaged, current, done)
+
+    return update
+
+
 class Run:
     """A network in training, with everything that changes from step to step.
 
@@ -153,7 +172,7 @@ class Run:
         self.mixing = None if self.pixel_classes else BatchAugmentation(recipe, len(data.classes))
         self.average: AveragedModel | None = None
         if recipe.ema_decay:
-            averaging = get_ema_multi_avg_fn(recipe.ema_decay)
+            averaging = warmed_up_averaging(recipe.ema_decay)
             self.average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
 
     @property
@@ -206,17 +225,21 @@ class Run:
         kind, precision = self.group.device.type, self.recipe.precision
         return torch.autocast(kind, _TYPES[precision], enabled=precision != "fp32")
 
-    def validate(self) -> dict[str, float]:
-        """Return the accuracy on the validation images of all processes: shares from 0 to 1 by name."""
+    def validate(self, *, raw: bool = False) -> dict[str, float]:
+        """Return the accuracy on the validation images of all processes: shares from 0 to 1 by name.
+
+        Args:
+            raw: of the weights as they are, where there is an average of them.
+        """
         self.group.average_buffers(self.model)
         if self.average is not None:
             self.group.average_buffers(self.average.module)
-        model = self.result.eval()
+        model = (self.model if raw else self.result).eval()
         images = ValidationImages(self.data.validation, self.preprocessing, self.pixel_classes)
         own = range(self.group.rank, len(images), self.group.world)
         counts = np.zeros(1, np.int64)
         with torch.inference_mode():
-            for batch in self._loader(images, batch_size=self.plan.part, sampler=own):
+            for batch in self._read(images, batch_size=self.plan.part, sampler=own):
                 inputs, labels = self._on_device(batch)
                 with self._autocast():
                     logits = model(inputs)
@@ -240,7 +263,7 @@ class Run:
         """Return the parts of some steps that this process computes."""
         images = TrainingImages(self.data.training, self.recipe, self.preprocessing, self.pixel_classes)
         sampler = StepSampler(len(images), self.recipe, steps, self.group.rank, self.group.world)
-        return iter(self._loader(images, batch_sampler=sampler, pin_memory=self.group.device.type == "cuda"))
+        return self._read(images, batch_sampler=sampler, pin_memory=self.group.device.type == "cuda")
 
     def check_images(self, stage: Progress) -> None:
         """Read this process's share of all images once: one that cannot be read would end the run much later.
@@ -257,8 +280,38 @@ class Run:
                     more = f" ({len(found)} of {len(part)} such images)" if len(found) > 1 else ""
                     raise UsageError(f"{found[min(found)]}{more}")
 
-    def _loader(self, images: TrainingImages | ValidationImages, **options: Any) -> DataLoader[Any]:
-        return DataLoader(images, collate_fn=images.collate, num_workers=self.recipe.workers, **options)
+    def _read(self, images: TrainingImages | ValidationImages, **options: Any) -> Iterator[Any]:
+        """Give batches; a process that reads them and dies, or gives none for long, ends the run in one line."""
+        workers = self.recipe.workers
+        limit_s = _BATCH_LIMIT_S if workers else 0
+        try:
+            yield from DataLoader(images, collate_fn=images.collate, num_workers=workers, timeout=limit_s, **options)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise StageFailed(
+                f"a process that reads images gave none: {first_line(error)}; expected enough memory and room in "
+                f"{_SHARED_MEMORY}: lower `workers`, or `workers` 0"
+            ) from error
+
+    def check_shared_memory(self) -> None:
+        """Refuse to begin where the batches that reading processes hold ready have no room in the shared memory.
+
+        Raises:
+            UsageError: there is too little; the processes would wait for it for good, or be killed.
+        """
+        workers = self.recipe.workers
+        if not workers or not _SHARED_MEMORY.is_dir():
+            return
+        size = self.preprocessing.image_size
+        pixels = len(self.preprocessing.channels) * 4 + (8 if self.pixel_classes else 0)  # float32; labels in int64
+        needed = (_PREFETCHED * workers + 1) * self.plan.part * size * size * pixels
+        room = os.statvfs(_SHARED_MEMORY)
+        if (free := room.f_bavail * room.f_frsize) < needed:
+            raise UsageError(
+                f"{_SHARED_MEMORY} has {free / 1e6:.1f} MB free, and {workers} processes that read images need "
+                f"{needed / 1e6:.1f}; expected more (docker run --shm-size), or `workers` 0"
+            )
 
     def state(self) -> dict[str, Any]:
         """Return what changes from step to step."""

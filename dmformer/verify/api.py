@@ -107,7 +107,7 @@ def verify(
         Path(images) if images is not None else None,
         layers or bisect is not None,
         stage,
-        [] if runtimes else _broken_engines(opened),
+        _broken_engines(opened) if not runtimes or "all" in map(str.lower, runtimes) else [],
     )
     if bisect is None or report.passed:
         return report
