@@ -17,6 +17,8 @@ from dmformer.bundle.writer import check_destination
 from dmformer.cache import open_cache
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.files import indented_json, whole_file
+from dmformer.runtimes.support import Availability, Support
+from dmformer.verify.api import _check_loading
 from tests.bundles import one_line
 
 if TYPE_CHECKING:
@@ -127,6 +129,30 @@ def test_without_a_home_there_is_no_cache_and_it_says_so(monkeypatch: pytest.Mon
     assert cache.folder is None
     assert cache.trouble is not None
     assert "DMFORMER_CACHE" in cache.trouble
+
+
+@pytest.mark.parametrize(("package", "broken"), [("json", True), ("no_such_engine", False)])
+def test_an_engine_that_is_installed_and_does_not_load_is_broken(package: str, broken: bool) -> None:
+    class Engine(Support):
+        name = "engine"
+
+        def import_engine(self) -> Availability:
+            raise RuntimeError("Could not determine home directory.")
+
+    engine = Engine()
+    engine.package = (package,)  # type: ignore[misc]
+    assert engine.probe() == Availability(False, reason="Could not determine home directory.", broken=broken)
+
+
+def test_verify_fails_for_an_engine_that_is_broken_and_not_for_one_that_is_absent(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_bundle(bundle)
+    for broken in (True, False):
+        monkeypatch.setattr(Support, "probe", lambda _, b=broken: Availability(False, reason="no home", broken=b))
+        checks = _check_loading(opened, [])
+        assert {check.passed for check in checks} == ({False} if broken else set())
+        assert len(checks) == (len(opened.manifest.artifacts) if broken else 0)
 
 
 def test_a_closed_standard_output_is_no_defect(bundle: Path) -> None:
