@@ -15,8 +15,10 @@ from dmformer.bundle.integrity import check_integrity
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.writer import check_destination
 from dmformer.cache import open_cache
-from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.files import indented_json, whole_file
+from dmformer.runtimes.support import Availability, Support
+from dmformer.verify.api import _broken_engines
 from tests.bundles import one_line
 
 if TYPE_CHECKING:
@@ -127,6 +129,29 @@ def test_without_a_home_there_is_no_cache_and_it_says_so(monkeypatch: pytest.Mon
     assert cache.folder is None
     assert cache.trouble is not None
     assert "DMFORMER_CACHE" in cache.trouble
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_an_engine_that_is_installed_and_does_not_load_is_broken(broken: bool) -> None:
+    class Engine(Support):
+        name = "engine"
+
+        def import_engine(self) -> Availability:
+            raise RuntimeError("Could not determine home directory.") if broken else UnavailableError("not installed")
+
+    reason = "Could not determine home directory." if broken else "not installed"
+    assert Engine().probe() == Availability(False, reason=reason, broken=broken)
+
+
+def test_verify_fails_for_an_engine_that_is_broken_and_not_for_one_that_is_absent(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_bundle(bundle)
+    for broken in (True, False):
+        monkeypatch.setattr(Support, "probe", lambda _, b=broken: Availability(False, reason="no home", broken=b))
+        checks = _broken_engines(opened)
+        assert {check.passed for check in checks} == ({False} if broken else set())
+        assert len(checks) == (len(opened.manifest.artifacts) if broken else 0)
 
 
 def test_a_closed_standard_output_is_no_defect(bundle: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_average_of_a_short_run_has_learnt() -> None:
             kept = average.state_dict()
             average = AveragedModel(model, multi_avg_fn=runs.warmed_up_averaging(0.9999), use_buffers=True)
             average.load_state_dict(kept)
-    assert 60 < float(average.module.weight.detach()) < 71
+    assert 60 < average.module.weight.item() < 71
 
 
 def test_the_decay_asked_for_is_reached_and_kept() -> None:
