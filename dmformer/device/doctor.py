@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +96,16 @@ def examine_machine(bundle: Bundle | None = None, cannot_build: CannotBuild | No
         cannot_build: says why a format at a precision cannot be built here from the bundle.
     """
     statuses = {row.name: registry.support(row).quick_probe() for row in registry.ENTRIES}
-    runtimes = tuple(Component(name=name, **asdict(status)) for name, status in statuses.items())
+    runtimes = tuple(
+        Component(
+            name=name,
+            available=status.available,
+            version=status.version,
+            reason=status.reason,
+            untried=status.untried,
+        )
+        for name, status in statuses.items()
+    )
     artifacts = _artifacts(bundle, statuses, cannot_build or (lambda *_: "not looked at")) if bundle is not None else ()
     tools = tuple(_tool(name, extra) for name, extra in _TOOLS.items())
     return MachineReport(machine=describe_machine(), runtimes=runtimes, tools=tools, artifacts=artifacts)
