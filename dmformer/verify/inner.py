@@ -156,21 +156,22 @@ class ModuleTruth:
         return {module: found[module] for module in self.truth if module in found}, scaled
 
     def _folded(self, distances: Mapping[str, float], scaled: set[str]) -> set[str]:
-        """The layers into which a scale was folded that lies outside of any module, and follows them.
+        """Return the layers into which a scale was folded that lies outside of any module, and follows them.
 
-        They give a multiple of the truth in each channel, and what follows is right. After a fault that multiplies
-        channels it is not, or there is nothing.
+        They give a multiple of the truth in each channel, and a layer after them is right. Where a layer is wrong in
+        another way, the last of them before it is under suspicion: a fault that multiplies channels looks the same, and
+        what is right after it may be a branch beside it.
         """
-        folded: set[str] = set()
-        followed = False
-        for module in reversed(list(distances)):
-            if distances[module] <= self.limits[module]:
-                followed = True
-            elif followed and module in scaled:
-                folded.add(module)
-            else:
-                return set()
-        return folded
+        order = list(distances)
+        right = {module for module in order if distances[module] <= self.limits[module]}
+        until = next((place for place, module in enumerate(order) if module not in right | scaled), len(order))
+        multiples = [
+            module
+            for place, module in enumerate(order[:until])
+            if module not in right and right & set(order[place + 1 : until])
+        ]
+        suspect = next((module for module in reversed(order[:until]) if module not in right), None)
+        return {module for module in multiples if until == len(order) or module != suspect}
 
 
 def _is_scaled(array: NDArray[Any], truth: NDArray[Any], limit: float) -> bool:
