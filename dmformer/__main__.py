@@ -10,18 +10,23 @@ from dmformer.process import supervise
 
 def main() -> None:
     """Run the command line in a process that may crash."""
-    _open_standard_streams()
+    _open_closed_streams()
     supervise(_command_line)
 
 
-def _open_standard_streams() -> None:
-    """Let what was closed lead nowhere: the next file that is opened would take its number, and be written to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
-    for name in ("stdout", "stderr"):
+def _open_closed_streams() -> None:
+    """Let streams that were closed when this process began lead nowhere; files would take their numbers otherwise."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 
 
 def _command_line() -> None:

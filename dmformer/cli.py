@@ -69,7 +69,6 @@ def _root(
 
 def main() -> None:
     """Run the command line in this process."""
-    _open_closed_streams()
     command: Any = typer.main.get_command(app)
     present.FLAGS.update(_flags(command))
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -94,21 +93,6 @@ def _flags(command: Any) -> dict[str, str]:
     """Return the flags of all commands by the names of their parameters, which are those of Python's arguments."""
     parameters = (parameter for one in command.commands.values() for parameter in one.params)
     return {parameter.name: parameter.opts[0] for parameter in parameters if parameter.opts[0].startswith("--")}
-
-
-def _open_closed_streams() -> None:
-    """Let streams that were closed when this process began lead nowhere; files would take their numbers otherwise."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-            os.set_inheritable(number, True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 
 
 def _stop(number: int, _frame: object) -> None:

@@ -16,6 +16,7 @@ from dmformer.bundle.writer import check_destination
 from dmformer.cache import open_cache
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.files import indented_json
+from dmformer.procfs import is_mount_point
 from dmformer.runtimes.support import Availability, Support
 from dmformer.verify.api import verify
 
@@ -70,7 +71,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     check_destination(tmp_path / "out")
-    monkeypatch.setattr(writer, "_is_mount", lambda folder: folder.name == "out")
+    monkeypatch.setattr(writer, "is_mount_point", lambda folder: folder.name == "out")
     with pytest.raises(UsageError, match=r"mount point.*out/bundle"):
         check_destination(tmp_path / "out")
     check_destination(tmp_path / "out" / "bundle")
@@ -79,9 +80,9 @@ def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: p
 def test_mounts_are_known(tmp_path: Path) -> None:
     from pathlib import Path as AnyPath
 
-    assert writer._is_mount(AnyPath("/"))
-    assert writer._is_mount(AnyPath("/proc"))
-    assert not writer._is_mount(tmp_path)
+    assert is_mount_point(AnyPath("/"))
+    assert is_mount_point(AnyPath("/proc"))
+    assert not is_mount_point(tmp_path)
 
 
 class Odd(Support):

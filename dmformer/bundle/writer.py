@@ -80,27 +80,10 @@ def check_destination(destination: Path, replaceable: Callable[[Path], None] = _
         replaceable(destination)
     if destination.is_dir() and Path.cwd().is_relative_to(destination.resolve()):
         raise UsageError(f"output {str(destination)!r} is the working folder or above it; expected a folder in it")
-    if _is_mount(destination):
-        raise UsageError(
-            f"output {str(destination)!r} is a mount point, which cannot be replaced as a whole; expected a folder in "
-            f"it, like {str(destination / 'bundle')!r}"
-        )
     parent = destination.resolve().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f"output {str(destination)!r}: {str(existing)!r} cannot be written; choose another `output`")
-
-
-def _is_mount(folder: Path) -> bool:
-    """Whether a file system, or a folder of one, is mounted there; Linux lists those that look like their parents."""
-    if folder.is_mount():
-        return True
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return False
-    points = (re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split(" ")[4]) for line in lines)
-    return str(folder.resolve()) in points
 
 
 @contextmanager
