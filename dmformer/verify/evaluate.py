@@ -22,7 +22,10 @@ from dmformer.verify.tasks import finite, measure_of
 from dmformer.verify.tasks.classification import Paired  # noqa: TC001 - the type of a field
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from dmformer.bundle.select import Choice
     from dmformer.data.images import ImageSet
@@ -111,9 +114,6 @@ def evaluate(
     chosen, skipped = select(opened, runtimes, precisions)
     measure = measure_of(manifest.model.task, manifest.class_count)
     images = measure.images(Path(data), manifest.preprocessing, manifest.model.classes)
-    left_out: tuple[str, ...] = ()
-    if skip_unreadable:
-        images, left_out = _readable(images, stage)
     checkpoint, reason = _reference(
         opened, images, Path(weights) if weights is not None else None, OwnModule.of(module, module_options)
     )
@@ -121,11 +121,12 @@ def evaluate(
         skipped.append(f"agreement with PyTorch: {reason}")
     names = [*(["PyTorch"] if checkpoint else []), *(choice.title for choice in chosen)]
     with stage(", ".join(names), measure.parts(images)) as advance:
-        scores, torch = _score(chosen, checkpoint, measure, images, advance)
+        left_out: list[str] | None = [] if skip_unreadable else None
+        scores, torch = _score(chosen, checkpoint, measure, _batches(images, measure, left_out, advance))
     doubt = (torch or scores[-1]).label_doubt()
     return EvalReport(
         data=str(data),
-        images=len(images),
+        images=len(images) - len(left_out or ()),
         labelled=images.labelled,
         task=manifest.model.task,
         classes=manifest.model.classes,
@@ -136,29 +137,52 @@ def evaluate(
             *([doubt] if doubt else []),
             *(f"{one.title}: {one.caveat}" for one in chosen if one.caveat),
         ),
-        unreadable=left_out,
+        unreadable=tuple(left_out or ()),
         skipped=tuple(skipped),
     )
 
 
-def _readable(images: ImageSet, stage: Progress) -> tuple[ImageSet, tuple[str, ...]]:
-    """Return the images that can be read, and a sentence about each of the others."""
-    with stage("read the images", len(images)) as advance:
-        found = unreadable(
-            range(len(images)), lambda row: load_pixels([images.paths[row]], images.preprocessing), advance
-        )
-    if len(found) == len(images):
-        raise UsageError(f"none of {len(images)} images can be read, the first: {found[0]}")
-    kept = images.rows([row for row in range(len(images)) if row not in found])
-    return kept, tuple(str(found[row]) for row in sorted(found))
+def _batches(
+    images: ImageSet, measure: Measure, left_out: list[str] | None, advance: Callable[[], object]
+) -> Iterator[tuple[ImageSet, NDArray[np.float32]]]:
+    """Give the images batch by batch, each with what the network sees of it.
+
+    Args:
+        images: all of them.
+        measure: says how many are asked at once.
+        left_out: gets a sentence about each image that cannot be read; ``None`` lets the first one end the work.
+        advance: told after each batch.
+
+    Raises:
+        UsageError: an image cannot be read, or none can.
+    """
+    for start in range(0, len(images), measure.batch):
+        part = images.rows(range(len(images))[start : start + measure.batch])
+        try:
+            batches = list(part.batches(measure.batch))  # one, or none where all of it is left out
+        except UsageError:
+            if left_out is None:
+                raise
+            wrong = unreadable(range(len(part)), functools.partial(_load, part), lambda: None)
+            left_out += [str(wrong[row]) for row in sorted(wrong)]
+            if len(left_out) == len(images):
+                raise UsageError(f"none of {len(images)} images can be read, the first: {left_out[0]}") from None
+            part = part.rows([row for row in range(len(part)) if row not in wrong])
+            batches = list(part.batches(measure.batch))
+        for batch in batches:
+            yield part, batch
+        advance()
+
+
+def _load(images: ImageSet, row: int) -> NDArray[np.uint8]:
+    return load_pixels([images.paths[row]], images.preprocessing)
 
 
 def _score(
     chosen: Sequence[Choice],
     checkpoint: Checkpoint | None,
     measure: Measure,
-    images: ImageSet,
-    advance: Callable[[], object],
+    batches: Iterable[tuple[ImageSet, NDArray[np.float32]]],
 ) -> tuple[list[RunningScore], RunningScore | None]:
     """Score each artifact, and PyTorch where there is a checkpoint.
 
@@ -170,7 +194,8 @@ def _score(
         torch, ask_torch = measure.new_score(), functools.partial(torch_outputs, checkpoint.model())
     with ExitStack() as opened:
         runtimes = [opened.enter_context(choice.runtime()) for choice in chosen]
-        for batch, labels in zip(images.batches(measure.batch), measure.labels(images), strict=True):
+        for part, batch in batches:
+            (labels,) = measure.labels(part)
             expected = None
             if torch is not None and ask_torch is not None:
                 expected = measure.keep(finite(ask_torch(batch), "PyTorch itself"))
@@ -178,7 +203,6 @@ def _score(
             for runtime, score in zip(runtimes, scores, strict=True):
                 (name,) = (spec.name for spec in runtime.inputs)
                 score.add(measure.keep(finite(runtime.run_rows({name: batch}), runtime.name)), labels, expected)
-            advance()
     return scores, torch
 
 
