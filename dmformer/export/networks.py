@@ -1,10 +1,9 @@
-"""Which weights an export starts from: a file, the demonstration checkpoint, or seeded random ones.
+"""What an export starts from: a checkpoint, a network of one's own, the demonstration, or seeded random weights.
 
-Random weights that hide nothing.
-
-A freshly initialised network mutes its blocks (layer scale starts at 0.01, BatchNorm is the identity, gates sit at one
-half), so a comparison of outputs would pass with whole branches broken. These weights keep every part loud enough for
-an error in it to reach the output, and no part so loud that rounding errors grow from block to block.
+The random weights hide nothing. A freshly initialised network mutes its blocks (layer scale starts at 0.01, BatchNorm
+is the identity, gates sit at one half), so a comparison of outputs would pass with whole branches broken. These weights
+keep every part loud enough for an error in it to reach the output, and no part so loud that rounding errors grow from
+block to block.
 """
 
 from __future__ import annotations
