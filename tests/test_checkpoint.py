@@ -88,7 +88,7 @@ def test_saved_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert (loaded.arch, loaded.config, loaded.preprocessing) == ("custom", CONFIG, SMALL)
     assert (loaded.classes, loaded.training, loaded.notes) == (("a", "b", "c"), TRAINING, ())
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert load_checkpoint(path, image_size=64).preprocessing == SMALL.resized_to(64)
+    assert load_checkpoint(path, image_size=64).preprocessing == SMALL.with_fields({"image_size": 64})
     assert not loaded.model().training
 
 

@@ -165,12 +165,12 @@ def test_bad_preprocessing_is_refused(values: Any, words: list[str]) -> None:
     assert all(word in message(failure) for word in words), message(failure)
 
 
-def test_resized_to_changes_the_size_only() -> None:
+def test_another_image_size_changes_the_size_only() -> None:
     before = Preprocessing(crop_fraction=0.9, channels="BGR", mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
-    after = before.resized_to(96)
+    after = before.with_fields({"image_size": 96})
     assert after == Preprocessing(image_size=96, crop_fraction=0.9, channels="BGR", mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
     with pytest.raises(UsageError, match="image_size"):
-        before.resized_to(8)
+        before.with_fields({"image_size": 8})
 
 
 def test_list_images_finds_every_kind_below_a_folder(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_a_configuration_of_before_there_were_tasks_is_a_classifier() -> None:
 
 def checkpoint_of(name: str, size: int = 64, **options: Any) -> Checkpoint:
     model = lively_(create_model(name, **options))
-    preprocessing = default_preprocessing(model.config).resized_to(size)
+    preprocessing = default_preprocessing(model.config).with_fields({"image_size": size})
     return Checkpoint(name, model.config, model.state_dict(), preprocessing)
 
 

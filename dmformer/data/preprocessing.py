@@ -74,14 +74,6 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         except msgspec.ValidationError as error:
             raise UsageError(f"preprocessing: {error}") from error
 
-    def resized_to(self, image_size: int) -> Preprocessing:
-        """Return the same preprocessing for another input size.
-
-        Raises:
-            UsageError: the size is out of range.
-        """
-        return self.with_fields({"image_size": image_size})
-
     def with_fields(self, fields: Mapping[str, Any]) -> Preprocessing:
         """Return the same preprocessing with other values of some fields, in JSON types.
 
