@@ -169,7 +169,7 @@ done = 0
 def stage(name, parts):
     def advance():
         global done
-        done += 1
+        done += name != "read every image once"  # steps are counted, not the images before the first
         if how == "killed" and done == 6:
             os.kill(os.getpid(), signal.SIGKILL)
     yield advance
