@@ -38,8 +38,9 @@ with dmformer.load(bundle, runtime=runtime, threads=int(threads)) as p:
 @pytest.mark.parametrize(
     ("runtime", "threads", "busy", "answer"),
     [
-        ("onnxruntime", 2, "", "right"),
-        ("onnxruntime", 2, "busy", "refused runtime onnxruntime was loaded before this process"),
+        ("onnxruntime", 1, "", "right"),
+        ("onnxruntime", 1, "busy", "refused runtime onnxruntime was loaded before this process"),
+        ("onnxruntime", 2, "", "refused runtime onnxruntime was loaded before this process"),
         ("openvino", 1, "", "refused runtime openvino was loaded before this process"),
         ("openvino", 2, "", "refused runtime openvino was loaded before this process"),
         ("torch", 2, "", "refused runtime torch was loaded before this process"),

@@ -76,7 +76,6 @@ class Runtime(ABC):
     Attributes:
         support: what the runtime can do on this machine.
         inspector: the class that looks inside an open runtime.
-        runs_after_fork: whether a copy in a forked process answers without the engine's threads.
         turn: a lock for callers with several threads; held while one of them is in :meth:`run`.
 
     Args:
@@ -92,7 +91,6 @@ class Runtime(ABC):
 
     support: ClassVar[Support]
     inspector: ClassVar[type[Inspector]]
-    runs_after_fork: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -151,6 +149,11 @@ class Runtime(ABC):
     def batches(self) -> tuple[int, int | None]:
         """Smallest and largest batch that the artifact takes; ``None`` is no bound."""
         return (1, None) if self.target is None else (self.target.min_batch, self.target.max_batch)
+
+    @property
+    def runs_after_fork(self) -> bool:
+        """Whether a copy in a forked process answers: where the engine has no threads of its own."""
+        return False
 
     @property
     def device_ns(self) -> int | None:
@@ -268,7 +271,7 @@ class Runtime(ABC):
             self.close()
 
     def after_fork(self) -> None:
-        """Give a copy up in the child of a fork, unless it answers without threads and no thread was in it."""
+        """Give a copy up in the child of a fork, unless it has no threads of its own and none was in it."""
         held, self.turn = self.turn.locked(), threading.Lock()
         if held or not self.runs_after_fork:
             self._open, self._forked = False, True

@@ -111,7 +111,6 @@ class OnnxRuntime(Runtime):
 
     support = OnnxSupport()
     inspector = OnnxInspector
-    runs_after_fork = True  # the calling thread takes back what no other began
     _session: Any = None
 
     def load(self) -> None:
@@ -173,6 +172,11 @@ class OnnxRuntime(Runtime):
             threads=self._session.get_session_options().intra_op_num_threads,
             version=_import().__version__,
         )
+
+    @property
+    def runs_after_fork(self) -> bool:
+        """Whether the session has no pool: a thread of one may hold a lock just then, which nobody would give back."""
+        return self.threads == 1
 
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the session; onnxruntime allocates the outputs anew for each call."""
