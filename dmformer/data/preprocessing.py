@@ -72,7 +72,10 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:
-            raise UsageError(f"preprocessing: {error}") from error
+            expected, _, field = str(error).partition(" - at `$.")
+            if not field or (name := field.rstrip("`")) not in values:
+                raise UsageError(f"preprocessing: {error}") from error
+            raise UsageError(f"preprocessing: {name} is {values[name]!r}; {expected.lower()}") from error
 
     def with_fields(self, fields: Mapping[str, Any]) -> Preprocessing:
         """Return the same preprocessing with other values of some fields, in JSON types.
