@@ -22,7 +22,8 @@ from safetensors.torch import save
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dmformer.models.dmformer import DMFormer, DMFormerConfig, create_model, list_models
+from dmformer.models.config import DMFormerConfig
+from dmformer.models.dmformer import DMFormer, create_model, list_models
 
 State = dict[str, torch.Tensor]
 CONFIG = DMFormerConfig(widths=(4, 8, 12, 16), depths=(1, 1, 2, 1), num_classes=3)

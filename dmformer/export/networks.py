@@ -69,11 +69,12 @@ def _overwrite(module: nn.Module, draw: _Draw) -> None:
         module.weight.copy_(draw.normal(module.weight.shape, (2.0 / module.weight[0].numel()) ** 0.5))
         if module.bias is not None:
             module.bias.copy_(draw.normal(module.bias.shape, 0.3))
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
         module.weight.copy_(draw.uniform(module.weight.shape, 0.6, 1.4))
         module.bias.copy_(draw.normal(module.bias.shape, 0.3))
-        module.reset_running_stats()
-        module.momentum = None  # plain averages, not exponential ones
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # plain averages, not exponential ones
     elif isinstance(module, LayerScale):
         module.gamma.copy_(draw.uniform(module.gamma.shape, 0.2, 0.6))
 

@@ -21,9 +21,9 @@ from dmformer.data.description import InputDescription, description_beside
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint_file import METADATA_KEY, read_weights, title_of
+from dmformer.models.config import DMFormerConfig
 from dmformer.models.dmformer import (
     FEATURES_ONLY,
-    DMFormerConfig,
     build_network,
     variant_config,
 )
@@ -300,11 +300,16 @@ def _decide_config(
         options = {**options, **FEATURES_ONLY}
     given = {name: value for name, value in fallback.items() if name in HIDDEN_FIELDS} | from_file | dict(options)
     config = DMFormerConfig.from_dict({**from_shapes, **given})
-    assumed = [name for name in HIDDEN_FIELDS if name not in given]
+    assumed = [name for name in HIDDEN_FIELDS if name not in given and name not in _without_effect(config)]
     if assumed:
         values = ", ".join(f"{name}={msgspec.json.encode(config.to_dict()[name]).decode()}" for name in assumed)
         notes.append(f"not told by the checkpoint, so the defaults were assumed: {values}")
     return config
+
+
+def _without_effect(config: DMFormerConfig) -> set[str]:
+    """Return the fields that change nothing in a network without LayerNorm."""
+    return set() if config.has("layer") else {"layer_norm_eps", "head_norm_pooled"}
 
 
 def _class_count(state: dict[str, Tensor]) -> dict[str, int]:
