@@ -179,7 +179,10 @@ def test_odd_configuration_is_inferred(options: dict[str, Any], tmp_path: Path) 
     assert len(loaded.preprocessing.channels) == config.in_channels
 
 
-UNTOLD = {"dilations": (2, 1, 3), "gate_input": "x_prime", "inner_residual": False, "batch_norm_eps": 1e-3}
+UNTOLD = {
+    "dilations": (2, 1, 3), "gate_input": "x_prime", "inner_residual": False, "batch_norm_eps": 1e-3,
+    "stem_activations": ("gelu", None, "relu"),
+}  # fmt: skip
 
 
 def test_what_shapes_do_not_tell_is_noted_or_taken(tmp_path: Path) -> None:
