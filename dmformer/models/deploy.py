@@ -252,7 +252,7 @@ def _attention(dma: DynamicMultilevelAttention, norm: Affine, scale: Affine, sid
         expand=_filter(dma.expand).of(norm).as_conv(dma.expand),
         branches=_branches(dma, side),
         concat=dma.branch_merge == "concat",
-        norm=_split(dma.norm, dma.reduce.in_channels)[1],
+        norm=None if isinstance(dma.norm, nn.BatchNorm2d) else dma.norm,
         mix=mix.then(scale).as_conv(dma.project),
         skip=skip.then(scale).as_conv(dma.project, bias=False) if skip is not None else None,
         gate=_gate(dma, norm),
