@@ -5,6 +5,7 @@ They are written where a network of one's own was recognised, and let its checkp
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,8 @@ def _refuse(what: str, names: list[str]) -> None:
         raise UsageError(f"{len(names)} names are {what}: {listed(names)}; expected each tensor of the network once")
 
 
-def network_shapes(config: DMFormerConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def network_shapes(config: DMFormerConfig) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of a network's tensors by name, without counters of batches; nothing is allocated for it.
 
     Raises:

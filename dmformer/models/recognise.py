@@ -47,7 +47,9 @@ _SAME = 1e-10  # of the largest answer, in float64
 _HEARD = 1e-6  # of the largest answer: two images have to differ by more
 _SIZE = 64  # pixels a side: the last stage's maps have 2 by 2 positions
 _SEED = 20230604
-_STRENGTHS = (1.0, 20.0)
+_STRENGTHS = (1.0, 20.0)  # of the images of noise
+# Of random weights by what they are for; others, biases and means, have both signs.
+_RANGES = {"weight": (0.6, 1.4), "running_var": (0.7, 1.5), "gamma": (0.2, 0.5)}
 
 
 def recognised(checkpoint: Checkpoint) -> Checkpoint:
@@ -90,39 +92,35 @@ def _key_map(checkpoint: Checkpoint) -> KeyMap:
     Raises:
         UnlikeError: there is none.
     """
-    specification = checkpoint.config
+    specification, size = checkpoint.config, checkpoint.preprocessing.image_size
     network = specification.build(checkpoint.state).double()
-    size = checkpoint.preprocessing.image_size
-    small = _noise(network, specification.in_channels, _SIZE)
+    small = _noise(specification.in_channels, _SIZE)
     try:
-        _answers(network, small)
-    except UnlikeError:  # it is made for its own size alone
-        small = _noise(network, specification.in_channels, size)
-    uses, foreign = _running(lambda: weight_uses(network, small))
+        uses, foreign = _running(lambda: weight_uses(network, small))
+    except UnlikeError:  # it may be made for its own size alone
+        small = _noise(specification.in_channels, size)
+        uses, foreign = _running(lambda: weight_uses(network, small))
     if foreign:
         raise UnlikeError(f"it has operators that a DMFormer does not have: {listed(sorted(foreign))}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    structure = Structure(uses, shapes, specification.task)
-    state = {name: tensor.double() for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)}
-    draws = [_drawn(uses, state, seed) for seed in (_SEED, _SEED + 1)]
-    asked = [(drawn, strength * small) for drawn in draws for strength in _STRENGTHS]
-    asked += [(state, small), (state, _noise(network, specification.in_channels, size)[:1])]
-    answers: list[dict[str, Tensor]] = []
-    for weights, images in asked:
-        network.load_state_dict(weights, strict=False)
-        answers.append(_answers(network, images))
-    if not all(map(_heard, itertools.chain(*(one.values() for one in answers[: len(draws) * len(_STRENGTHS)])))):
+    state = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)}
+    structure = Structure(uses, {name: tuple(tensor.shape) for name, tensor in state.items()}, specification.task)
+    own = {name: tensor.clone() for name, tensor in state.items()}
+    questions = [(_drawn(uses, own, seed), strength * small) for seed, strength in enumerate(_STRENGTHS)]
+    answers = [_answers(network, *question) for question in questions]
+    if not all(map(_heard, itertools.chain(*(one.values() for one in answers)))):
         raise UnlikeError("its answers hardly depend on the image, with random weights")
+    questions.append((own, _noise(specification.in_channels, size)))
+    answers.append(_answers(network, *questions[-1]))
     for config, keys in structure.candidates():
-        key_map = _checked(config, keys, state)
-        if all(_same(_built(key_map, *one), expected) for one, expected in zip(asked, answers, strict=True)):
+        key_map = _checked(config, keys, own)
+        if all(_same(_ours(key_map, *one), expected) for one, expected in zip(questions, answers, strict=True)):
             return key_map
     raise UnlikeError("its layers stand as in a DMFormer, but no configuration gives the same answers")
 
 
-def _noise(network: nn.Module, channels: int, size: int) -> Tensor:
-    dtype = next(network.parameters()).dtype
-    return torch.randn((2, channels, size, size), dtype=dtype, generator=torch.Generator().manual_seed(_SEED))
+def _noise(channels: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn((2, channels, size, size), dtype=torch.float64, generator=generator)
 
 
 def _running(ask: Callable[[], T]) -> T:
@@ -133,12 +131,19 @@ def _running(ask: Callable[[], T]) -> T:
         raise UnlikeError(f"asked in float64 it raised {type(error).__name__}: {first_line(error)}") from error
 
 
-def _answers(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def _answers(network: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+    network.load_state_dict(weights, strict=False)  # counters of batches are not among them
+
     def ask() -> dict[str, Tensor]:
         with torch.no_grad():
             return outputs_by_name(network(images))
 
     return _running(ask)
+
+
+def _ours(key_map: KeyMap, weights: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+    translated = translate(weights, key_map)
+    return _answers(DMFormerConfig.from_dict(key_map.config).build(translated), translated, images)
 
 
 def _heard(answer: Tensor) -> bool:
@@ -153,30 +158,21 @@ def _same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _built(key_map: KeyMap, state: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-    config = DMFormerConfig.from_dict(key_map.config)
-    return _answers(config.build(translate(state, key_map)).double(), images)
-
-
 def _drawn(uses: Sequence[WeightUse], state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Draw weights of which every one can be heard in the answers, for the tensors that are used."""
     generator = torch.Generator().manual_seed(seed)
-
-    def uniform(shape: Sequence[int], low: float, high: float) -> Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
     drawn = dict(state)
     for use in uses:
         for role, name in use.names.items():
             shape = state[name].shape
             if role == "weight" and use.kind not in "Nn":
-                spread = (2.0 * len(state[name]) / state[name].numel()) ** 0.5  # keeps the size, as He et al. show
+                # What a layer gives is about as large as what it takes, so that no gate of a deep network is shut.
+                spread = (len(state[name]) / state[name].numel()) ** 0.5
                 drawn[name] = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
             else:
-                low, high = {"weight": (0.6, 1.4), "running_var": (0.7, 1.5), "gamma": (0.2, 0.6)}.get(
-                    role, (-0.5, 0.5)
-                )
-                drawn[name] = uniform(shape, low, high)
+                low, high = _RANGES.get(role, (-0.5, 0.5))
+                drawn[name] = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
     return drawn
 
 
