@@ -5,6 +5,7 @@ Each takes a *twist*: with one it has the same tensors, and computes something t
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,8 @@ class Functional(nn.Module):
                 yield from ((f"d{stage}w", (width, before, 3, 3)), (f"d{stage}b", (width,)))
             for block in range(DEPTHS[stage]):
                 for name, shape in {
-                    "in": (2 * width, width), "k3": (2 * width, 1, 3, 3), "k5": (2 * width, 1, 5, 5), "og": (2 * width,),
+                    "in": (2 * width, width), "k3": (2 * width, 1, 3, 3), "k5": (2 * width, 1, 5, 5),
+                    "og": (2 * width,),
                     "oo": (2 * width,), "out": (width, 2 * width), "val": (width, width), "q1": (width // 2, width),
                     "q2": (width, width // 2), "ga": (1, width, 1, 1), "gb": (1, width, 1, 1), "up": (3 * width, width),
                     "upb": (3 * width,), "dn": (width, 3 * width), "dnb": (width,), "ag": (width,), "ao": (width,),
@@ -199,7 +201,7 @@ class ChannelsLast(nn.Module):
             nn.Sequential(*(Tokens(width, twist) for _ in range(depth)))
             for width, depth in zip(WIDTHS, DEPTHS, strict=True)
         )
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, 2) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, 2) for a, b in itertools.pairwise(WIDTHS))
         self.norm, self.head = nn.LayerNorm(WIDTHS[-1], eps=1e-6), nn.Linear(WIDTHS[-1], CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

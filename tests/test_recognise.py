@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dmformer
+from dmformer.bundle.reader import open_bundle
 from dmformer.errors import UsageError
 from dmformer.export.networks import lively_
 from dmformer.export.options import ExportOptions
@@ -25,15 +26,17 @@ from dmformer.models.own import OwnSpecification, load_own
 from dmformer.models.recognise import recognised
 from tests import foreign_dmformers
 from tests.bundles import one_line
+from tests.conftest import made_once
 from tests.foreign_dmformers import CLASSES, DEPTHS, KINDS, WIDTHS, Functional, Stacked, trained
 from tests.networks import TINY, one_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
     from dmformer.models.checkpoint import Checkpoint
+    from tests.conftest import Run
 
 SOURCE = Path(foreign_dmformers.__file__)
 OF_THE_KIND = {"widths": WIDTHS, "depths": DEPTHS, "num_classes": CLASSES}
@@ -89,7 +92,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 def test_what_this_program_builds_is_recognised_as_what_it_is(changed: dict[str, Any]) -> None:
     config = DMFormerConfig.from_dict({**TINY, **changed})
     model = lively_(build_network(config))
-    checkpoint = found(model, 48)
+    checkpoint = found(model)
     expected = replace(config, num_classes=DMFormerConfig.num_classes) if config.task == "features" else config
     assert checkpoint.config == expected
     assert all(torch.equal(checkpoint.state[name], value) for name, value in model.state_dict().items() if value.ndim)
@@ -195,9 +198,9 @@ def without(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 BAD_MAPS: dict[str, Any] = {
-    "is no key map": lambda m: "{",
+    "is no key map": lambda _: "{",
     "is no key map (1 names are repeated: w.hb": lambda m: json.dumps(edited(m)).replace('"w.hw"', '"w.hb"'),
-    "is no key map (Expected `object`": lambda m: "[]",
+    "is no key map (Expected `object`": lambda _: "[]",
     "missing required field `keys`": lambda m: without(edited(m), "keys"),
     "unknown field `more`": lambda m: edited(m, more=1),
     "Invalid enum value 2": lambda m: edited(m, version=2),
@@ -278,3 +281,72 @@ def test_a_checkpoint_with_our_names_needs_no_key_map(mapped: Checkpoint, tmp_pa
     write_key_map(tmp_path / "map.json", mapped.key_map)
     with pytest.raises(UsageError, match="which has our names"):
         plan_export(ExportOptions(tmp_path / "ours.safetensors", key_map=tmp_path / "map.json"))
+
+
+# --- Exported ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recognised_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a key map, weights under their own names, and a bundle in the formats onnx, openvino and torch."""
+
+    def make(folder: Path) -> Path:
+        dmformer.export(
+            module=f"{SOURCE}:functional",
+            image_size=64,
+            formats=("onnx", "openvino", "torch"),
+            output=folder / "bundle",
+            save_key_map=folder / "map.json",
+        )
+        torch.save({"model": trained(Functional).state_dict()}, folder / "w.pth")
+        torch.save(trained(Functional, scale=0.1).state_dict(), folder / "others.pth")
+        return folder
+
+    return made_once(tmp_path_factory, "recognised", make)
+
+
+def test_a_recognised_network_goes_the_way_of_a_dmformer(recognised_export: Path) -> None:
+    bundle = open_bundle(recognised_export / "bundle")
+    model = bundle.manifest.model
+    assert model.deploy_form
+    assert model.module is None
+    assert model.weights == "module"
+    assert model.notes[-1].startswith("recognised as DMFormer: ")
+    assert model.key_map == read_key_map(recognised_export / "map.json")
+    assert {artifact.format for artifact in bundle.manifest.artifacts} == {"onnx", "openvino", "torch"}
+    assert bundle.manifest.evidence.parity.passed
+    assert dmformer.verify(bundle).passed
+
+
+def test_weights_with_their_own_names_are_compared_with_the_bundle(recognised_export: Path) -> None:
+    bundle = recognised_export / "bundle"
+    assert dmformer.verify(bundle, runtimes=["onnxruntime"], weights=recognised_export / "w.pth").passed
+    assert not dmformer.verify(bundle, runtimes=["onnxruntime"], weights=recognised_export / "others.pth").passed
+    assert dmformer.verify(bundle, runtimes=["onnxruntime"], module=f"{SOURCE}:functional").passed
+
+
+def test_the_key_map_alone_gives_the_same_file(recognised_export: Path, inline: Callable[..., Run]) -> None:
+    weights, key_map = recognised_export / "w.pth", recognised_export / "map.json"
+    done = inline("export", "--weights", weights, "--key-map", key_map, "--image-size", 64, "--output", "again")
+    assert done.code == 0, done.err
+    (ours,) = open_bundle(recognised_export / "bundle").artifacts("onnx")
+    again = json.loads((recognised_export / "bundle" / "manifest.json").read_text(encoding="utf-8"))
+    assert again["model"]["key_map"]["config"] == again["model"]["config"]
+    assert ours.files[0].sha256[:12] in done.out
+
+
+def test_the_command_line_names_its_flags(tmp_path: Path, inline: Callable[..., Run]) -> None:
+    done = inline("export", "--key-map", "none.json", "--weights", "w.pth")
+    assert (done.code, done.error_line[:36]) == (2, "error: --key-map 'none.json' cannot ")
+    done = inline("export", "--save-key-map", "map.json")
+    assert (done.code, "--save-key-map without --module" in done.error_line) == (2, True)
+
+
+def test_steps_of_a_recognised_network_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "cache"))
+    first, again = (
+        dmformer.export(module=trained(Stacked), image_size=64, output=tmp_path / name) for name in ("first", "again")
+    )
+    assert not first.manifest.evidence.cached
+    assert again.manifest.evidence.cached
+    assert [one.files for one in first.manifest.artifacts] == [one.files for one in again.manifest.artifacts]

@@ -128,9 +128,10 @@ class _Recorder(TorchDispatchMode):
         """Return what an operator does with weights; ``None`` where it completes the one before it."""
         if operator == "convolution":
             return self._convolution(given, held, result)
-        if operator in ("mm", "addmm") and "mat2" in held:
+        if operator in ("mm", "addmm", "bmm") and "mat2" in held:
             names = {"weight": held.pop("mat2")} | ({"bias": held["self"]} if operator == "addmm" and held else {})
-            return WeightUse("G" if len(result) == self.batch else "P", names, tuple(given["mat2"].shape[::-1]))
+            *_, inner, outer = given["mat2"].shape
+            return WeightUse("G" if result.numel() == self.batch * outer else "P", names, (outer, inner))
         if "norm" in operator:
             kind = "layer" if operator == "native_layer_norm" else "batch"
             width = given["input"].shape[-1 if kind == "layer" else 1]
