@@ -49,7 +49,7 @@ WAITED_FOR = {
     *("made", "exported", "bundle", "cli", "inline", "device", "reduced", "reduced_bundle", "full_range"),
     *("segmentation", "segmentation_bundle", "segmentation_open", "features_open", "segmentation_reduced", "quick"),
     "one_output",
-    "own_exported",
+    *("own_exported", "recognised_export"),
 }
 
 # Modules whose tests export, train or ask a whole network again and again.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dmformer.models.dmformer import DMFormer, DMFormerConfig
+from dmformer.models.config import DMFormerConfig
+from dmformer.models.dmformer import DMFormer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

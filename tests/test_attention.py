@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from dmformer.export.networks import lively_
-from dmformer.models.dmformer import DMFormerConfig, DynamicMultilevelAttention
+from dmformer.models.config import DMFormerConfig
+from dmformer.models.dmformer import DynamicMultilevelAttention
 from tests.networks import answers, one_thread, tiny
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from safetensors.torch import save
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dmformer.models.dmformer import DMFormer, DMFormerConfig, create_model, list_models
+from dmformer.models.config import DMFormerConfig
+from dmformer.models.dmformer import DMFormer, create_model, list_models
 
 State = dict[str, torch.Tensor]
 CONFIG = DMFormerConfig(widths=(4, 8, 12, 16), depths=(1, 1, 2, 1), num_classes=3)
@@ -178,7 +179,10 @@ def test_odd_configuration_is_inferred(options: dict[str, Any], tmp_path: Path) 
     assert len(loaded.preprocessing.channels) == config.in_channels
 
 
-UNTOLD = {"dilations": (2, 1, 3), "gate_input": "x_prime", "inner_residual": False, "batch_norm_eps": 1e-3}
+UNTOLD = {
+    "dilations": (2, 1, 3), "gate_input": "x_prime", "inner_residual": False, "batch_norm_eps": 1e-3,
+    "stem_activations": ("gelu", None, "relu"),
+}  # fmt: skip
 
 
 def test_what_shapes_do_not_tell_is_noted_or_taken(tmp_path: Path) -> None:

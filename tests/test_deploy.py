@@ -45,6 +45,22 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "batch_norm_eps": (1e-5, 1e-2),
     "drop_path": (0.0, 0.3),
     "depths": ((1, 1, 1, 1), (1, 2, 1, 3)),
+    "stem_norms": (("batch", "batch", "batch"), ("layer", None, "batch"), (None, "batch", "layer")),
+    "stem_activations": (("relu", "relu", None), ("gelu", None, "relu")),
+    "stem_bias": (False, True),
+    "downsample_kernel": (2, 3),
+    "downsample_norm": ("batch", "layer", None),
+    "downsample_norm_last": (False, True),
+    "block_norm": ("batch", "layer"),
+    "branch_bias": (False, True),
+    "attention_norm": ("batch", "layer"),
+    "gate_linear": (False, True),
+    "layer_scale_dims": (3, 1),
+    "ffn_kernel": (None, 3),
+    "stage_norm": (None, "batch", "layer"),
+    "head_norm": ("batch", "layer", None),
+    "head_norm_pooled": (False, True),
+    "layer_norm_eps": (1e-5, 1e-2),
 }
 SEEDS = range(20)
 

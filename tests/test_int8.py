@@ -20,7 +20,7 @@ from dmformer.errors import CheckFailed, StageFailed
 from dmformer.export.precisions import int8, tensor_peaks
 from dmformer.export.precisions.int8 import quantizable, to_int8
 from dmformer.graph.onnx_file import typed_share
-from dmformer.models.dmformer import DMFormerConfig
+from dmformer.models.config import DMFormerConfig
 from dmformer.runtimes.openvino import OpenVinoRuntime
 from dmformer.verify.tasks.classification import Classification
 from tests.bundles import one_line

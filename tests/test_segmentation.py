@@ -16,10 +16,10 @@ from dmformer.export.networks import lively_
 from dmformer.graph.trace import trace
 from dmformer.models import deploy as folding
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint, save_checkpoint
+from dmformer.models.config import DMFormerConfig
 from dmformer.models.deploy import deploy
 from dmformer.models.dmformer import (
     DMFormerBackbone,
-    DMFormerConfig,
     build_network,
     create_model,
     list_models,

@@ -14,7 +14,7 @@ from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.files import Sha256, hash_file, indented_json
 from dmformer.machine import Processor
-from dmformer.models.specification import ModuleOrigin
+from dmformer.models.specification import KeyMap, ModuleOrigin
 from dmformer.runtimes.target import Target
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, THRESHOLD, Task, class_count
 
@@ -239,7 +239,8 @@ class Model(Struct, frozen=True, kw_only=True):
         threshold: where the network has one output: the probability, its sigmoid, above which an image is of the
             second of two classes. ``null`` for other networks, and in older bundles, where it is 0.5.
         overridden: fields of the preprocessing, and ``classes``, that the export was given instead of the checkpoint's.
-        module: where a network of one's own came from; ``null`` for a DMFormer of this project.
+        module: where a network of one's own came from; ``null`` for a DMFormer, of this project or recognised as one.
+        key_map: the names that a recognised network's tensors have in its checkpoints.
     """
 
     arch: str
@@ -257,6 +258,7 @@ class Model(Struct, frozen=True, kw_only=True):
     threshold: float | None = None
     overridden: tuple[str, ...] = ()
     module: ModuleOrigin | None = None
+    key_map: KeyMap | None = None
 
 
 class Simplification(Struct, frozen=True, kw_only=True):

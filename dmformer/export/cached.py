@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from dmformer.export.options import ExportOptions
 
 _WHOLE = "the whole export"
-_NO_INPUT = ("output", "force", "use_cache", "stage")  # options that change nothing in a bundle whose checks held
+_NO_INPUT = (
+    "output",
+    "force",
+    "use_cache",
+    "stage",
+    "save_key_map",
+)  # options that change nothing in a bundle whose checks held
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,11 @@ class CachedBundle(msgspec.Struct, frozen=True, kw_only=True):
 def key_of(cache: Cache, options: ExportOptions) -> str:
     """Stands for an export by its options, files by their content.
 
-    Empty where something cannot be read, which the export itself tells, or an engine is asked for, which depends on
-    drivers and devices.
+    Empty where something cannot be read, which the export itself tells, where an engine is asked for, which depends on
+    drivers and devices, or a network of one's own, of whose code nobody knows what it imports and reads.
     """
+    if options.module is not None:
+        return ""
     given: dict[str, Any] = {
         field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _NO_INPUT
     }
@@ -78,7 +86,7 @@ def key_of(cache: Cache, options: ExportOptions) -> str:
             path = Path(options.weights)
             beside = description_beside(path)
             given["weights"] = (path.suffix, *checkpoint_files(path), None if beside is None else beside.source)
-        for name in ("preprocessing", "classes"):
+        for name in ("preprocessing", "classes", "key_map"):
             if given[name] is not None:
                 given[name] = Path(given[name])
         return cache.key(_WHOLE, given)

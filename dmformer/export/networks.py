@@ -21,7 +21,9 @@ from dmformer.data.images import ImageSet, list_images
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, checked_classes, default_preprocessing, load_checkpoint
 from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, LayerScale, create_model
+from dmformer.models.key_map import read_key_map
 from dmformer.models.own import load_own
+from dmformer.models.recognise import recognised
 from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
@@ -69,11 +71,12 @@ def _overwrite(module: nn.Module, draw: _Draw) -> None:
         module.weight.copy_(draw.normal(module.weight.shape, (2.0 / module.weight[0].numel()) ** 0.5))
         if module.bias is not None:
             module.bias.copy_(draw.normal(module.bias.shape, 0.3))
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
         module.weight.copy_(draw.uniform(module.weight.shape, 0.6, 1.4))
         module.bias.copy_(draw.normal(module.bias.shape, 0.3))
-        module.reset_running_stats()
-        module.momentum = None  # plain averages, not exponential ones
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # plain averages, not exponential ones
     elif isinstance(module, LayerScale):
         module.gamma.copy_(draw.uniform(module.gamma.shape, 0.2, 0.6))
 
@@ -144,12 +147,17 @@ def find_network(options: ExportOptions) -> Network:
         own_network = load_own(
             options.module, options.module_options, path, seed=options.seed, weights_key=key, **given
         )
-        checkpoint, tasks = own_network.checkpoint, []
+        checkpoint, tasks = recognised(own_network.checkpoint), []
+        if options.save_key_map is not None and checkpoint.key_map is None:
+            raise UsageError(f"`save_key_map`: the network was {checkpoint.notes[-1]}; expected a DMFormer")
         weights = "random" if own_network.random else "module" if path is None else "checkpoint"
         seed = options.seed if own_network.random else None
     elif options.weights is not None:
         weights = "checkpoint"
+        given["key_map"] = None if options.key_map is None else read_key_map(Path(options.key_map))
         checkpoint = load_checkpoint(options.weights, options.arch, config, weights_key=options.weights_key, **given)
+        if options.key_map is not None and checkpoint.described:
+            raise UsageError("`key_map` for a checkpoint of this program, which has our names; expected it alone")
     elif options.arch is not None:
         weights, seed = "random", options.seed
         checkpoint = random_checkpoint(options.arch, config, seed=seed, **given)

@@ -140,6 +140,14 @@ class ExportOptions:
     weights_key: Annotated[
         str | None, "Where the checkpoint holds several sets of weights, the key of one, like ema; . for the top level."
     ] = None
+    key_map: Annotated[
+        str | Path | None,
+        "File that leads from the checkpoint's names to ours, and has the configuration: it takes the place of the "
+        "network's code.",
+    ] = None
+    save_key_map: Annotated[
+        str | Path | None, "File to write that map to, where a network of one's own was recognised as a DMFormer."
+    ] = None
     seed: Annotated[int, "Of the random weights that an architecture alone gets."] = 0
     engine: Annotated[EngineOptions, "How formats that are compiled are compiled."] = EngineOptions()
     force: Annotated[bool, "Write the bundle although a parity check failed."] = False
@@ -167,11 +175,21 @@ class ExportOptions:
             raise UsageError("`module_options` without `module`; expected the network that they are for as well")
         if self.module is not None and (self.arch is not None or self.options):
             raise UsageError("`module` with `arch` or `options`, which are of a DMFormer; expected `module_options`")
+        self._check_key_map()
         if not 0 <= self.max_accuracy_drop <= 100:
             raise UsageError(f"`max_accuracy_drop` is {self.max_accuracy_drop:g}; expected percentage points, 0 to 100")
         if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
             raise UsageError(f"`weight_bits` is {self.weight_bits!r}; expected 7, right on every processor, or 8")
         self._check_preprocessing()
+
+    def _check_key_map(self) -> None:
+        if self.key_map is not None and (self.module is not None or self.arch is not None):
+            other = "module" if self.module is not None else "arch"
+            raise UsageError(f"`key_map` with `{other}`; expected one of them, for each says which network it is")
+        if self.key_map is not None and self.weights is None:
+            raise UsageError("`key_map` without `weights`; expected the checkpoint whose names are in it as well")
+        if self.save_key_map is not None and self.module is None:
+            raise UsageError("`save_key_map` without `module`; expected the network whose names it leads from as well")
 
     def _check_preprocessing(self) -> None:
         for name, least in (("mean", -_LARGEST_SHIFT), ("std", 1e-6)):

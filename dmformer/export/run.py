@@ -74,8 +74,7 @@ def export(options: ExportOptions) -> ExportResult:
 
 def run_export(options: ExportOptions, announce: Callable[[ExportPlan], object] = lambda _: None) -> ExportResult:
     """As :func:`export`; ``announce`` is told the plan before its first step, unless the cache has the whole export."""
-    # What the code of a network of one's own imports and reads is not known, and so no key stands for it.
-    cache = open_cache() if options.use_cache and options.module is None else Cache()
+    cache = open_cache() if options.use_cache else Cache()
     key = cached.key_of(cache, options)
     result = cached.find(cache, key, Path(options.output))
     if result is not None:
@@ -83,6 +82,13 @@ def run_export(options: ExportOptions, announce: Callable[[ExportPlan], object] 
     plan = plan_export(options)
     announce(plan)
     plan.check_possible()
+    checkpoint = plan.network.checkpoint
+    if checkpoint.config.origin is not None:
+        cache = Cache()  # what the code of a network of one's own imports and reads is not known: no key stands for it
+    if options.save_key_map is not None and checkpoint.key_map is not None:
+        from dmformer.models.key_map import write_key_map
+
+        write_key_map(Path(options.save_key_map), checkpoint.key_map)
     with staged(plan.output) as folder:
         result = _Export(plan, folder, cache).run()
         cached.keep(cache, key, options, folder, result)
@@ -321,6 +327,7 @@ class _Export(Loop):
                 threshold=THRESHOLD if checkpoint.config.task == "classification" and one_output else None,
                 overridden=checkpoint.overridden,
                 module=checkpoint.config.origin,
+                key_map=checkpoint.key_map,
             ),
             preprocessing=checkpoint.preprocessing,
             inputs=(given,),

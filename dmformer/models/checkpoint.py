@@ -9,33 +9,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from dmformer.data.description import InputDescription, description_beside
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.models.checkpoint_file import METADATA_KEY, read_weights, title_of
-from dmformer.models.dmformer import (
-    FEATURES_ONLY,
-    DMFormerConfig,
-    build_network,
-    variant_config,
-)
+from dmformer.models.config import DMFormerConfig
+from dmformer.models.dmformer import FEATURES_ONLY, variant_config
 from dmformer.models.infer import HIDDEN_FIELDS, infer_config, variant_name
-from dmformer.models.specification import NetworkSpecification
-from dmformer.models.state_dict import COUNTER, listed
+from dmformer.models.key_map import network_shapes, translate
+from dmformer.models.specification import KeyMap, NetworkSpecification
+from dmformer.models.state_dict import misfit
 from dmformer.task import INPUT_NAME, THRESHOLD, class_count
 
 METADATA_VERSION = 1
 
 # A name of the network's own, which tells where in a file its weights are.
 _OWN_NAME = re.compile(r"stages\.\d+\.(downsample|blocks\.\d+)\.")
+
+
+# Fields that every version writes; those that it does not know have their defaults in the networks that it writes.
+_ALWAYS_WRITTEN = {"widths", "depths", "dilations", "gate_input", "inner_residual", "batch_norm_eps"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Checkpoint:
         open_size: whether the network is for images of any height and width (for segmentation, of multiples of 32),
             and not only for the size of the preprocessing.
         overridden: fields of the preprocessing, and ``classes``, that were given instead of the file's.
+        key_map: of weights that somebody's own network had under other names.
     """
 
     arch: str
@@ -68,6 +69,7 @@ class Checkpoint:
     described: bool = False
     open_size: bool = False
     overridden: tuple[str, ...] = ()
+    key_map: KeyMap | None = None
 
     @property
     def side(self) -> int | None:
@@ -129,10 +131,12 @@ def load_checkpoint(
     preprocessing: Mapping[str, Any] | None = None,
     description: InputDescription | None = None,
     classes: Sequence[str] = (),
+    key_map: KeyMap | None = None,
 ) -> Checkpoint:
     """Read a checkpoint and check it against the network it is for.
 
-    The configuration comes, in this order, from ``options``, from the file's metadata, from ``arch``, from the names
+    The configuration comes, in this order, from ``options``, from the file's metadata or the ``key_map``, from
+    ``arch``, from the names
     and shapes of the tensors, and from the defaults; what was left to the defaults is listed in ``notes``. So do
     preprocessing and names of classes: from the arguments, from the file's metadata, where it has none from a file
     beside it (:mod:`dmformer.data.description`), and from the defaults.
@@ -149,6 +153,7 @@ def load_checkpoint(
         preprocessing: fields of :class:`Preprocessing` that override what the file says, in JSON types.
         description: what another library's file says of the preprocessing, instead of metadata and files beside it.
         classes: a name for each output, instead of those in the file.
+        key_map: the file's names beside ours, and the configuration; a file with metadata has our names already.
 
     Raises:
         UsageError: the file is missing, truncated or of another kind; it holds several sets of weights and nothing
@@ -157,11 +162,15 @@ def load_checkpoint(
     """
     path = Path(path)
     title = title_of(path)
-    file = read_weights(path, lambda name: _OWN_NAME.match(name) is not None, weights_key)
+    theirs = {} if key_map is None else key_map.keys
+    file = read_weights(path, lambda name: name in theirs or _OWN_NAME.match(name) is not None, weights_key)
     state, notes = file.state, list(file.notes)
     metadata = None if file.metadata is None else _parse_metadata(file.metadata, title)
+    from_file = {} if metadata is None else metadata.config
     try:
-        config = _decide_config(state, metadata, arch, options or {}, fallback or {}, notes)
+        if metadata is None and key_map is not None:
+            state, from_file = translate(state, key_map), key_map.config
+        config = _decide_config(state, from_file, arch, options or {}, fallback or {}, notes)
     except UsageError as error:
         raise UsageError(f"{title}: {error}") from error
     if config.task == "features":
@@ -169,7 +178,11 @@ def load_checkpoint(
         if len(stages) < len(state):
             notes.append(f"task features: {len(state) - len(stages)} tensors of the head were left out")
         state = stages
-    _check_fit(state, config, title)
+    try:
+        shapes = network_shapes(config)
+    except UsageError as error:
+        raise UsageError(f"{title}: {error}") from error
+    _check_names(state, shapes, title, variant_name(config) or "the network")
     beside = description_beside(path) if description is None and metadata is None else None
     given = dict(preprocessing or {}) | ({} if image_size is None else {"image_size": image_size})
     decided, named = decide_input(config, metadata, description or beside, given, notes)
@@ -195,6 +208,7 @@ def load_checkpoint(
         described=metadata is not None,
         open_size=metadata.open_size if metadata else False,
         overridden=tuple(sorted(overridden)),
+        key_map=key_map if metadata is None else None,
     )
 
 
@@ -282,29 +296,34 @@ def _parse_metadata(text: str, title: str) -> Metadata:
 
 def _decide_config(
     state: dict[str, Tensor],
-    metadata: Metadata | None,
+    from_file: Mapping[str, Any],
     arch: str | None,
     options: Mapping[str, Any],
     fallback: Mapping[str, Any],
     notes: list[str],
 ) -> DMFormerConfig:
-    from_file = metadata.config if metadata is not None else {}
+    whole = False
     if arch is not None:  # the shapes are the variant's; the rest may still come from the file
         from_file = {name: value for name, value in from_file.items() if name in HIDDEN_FIELDS}
         from_shapes = {**variant_config(arch).to_dict(), **_class_count(state)}
-    elif set(from_file) >= {field.name for field in fields(DMFormerConfig)}:
+    elif whole := from_file.keys() >= _ALWAYS_WRITTEN:
         from_shapes = {}
     else:
         from_shapes = infer_config(state)
     if options.get("task") == "features":
         options = {**options, **FEATURES_ONLY}
-    given = {name: value for name, value in fallback.items() if name in HIDDEN_FIELDS} | from_file | dict(options)
+    given = {name: value for name, value in fallback.items() if name in HIDDEN_FIELDS} | dict(from_file) | dict(options)
     config = DMFormerConfig.from_dict({**from_shapes, **given})
-    assumed = [name for name in HIDDEN_FIELDS if name not in given]
-    if assumed:
+    assumed = [name for name in HIDDEN_FIELDS if name not in given and name not in _without_effect(config)]
+    if assumed and not whole:
         values = ", ".join(f"{name}={msgspec.json.encode(config.to_dict()[name]).decode()}" for name in assumed)
         notes.append(f"not told by the checkpoint, so the defaults were assumed: {values}")
     return config
+
+
+def _without_effect(config: DMFormerConfig) -> set[str]:
+    """Return the fields that change nothing in a network without LayerNorm."""
+    return set() if config.has("layer") else {"layer_norm_eps", "head_norm_pooled"}
 
 
 def _class_count(state: dict[str, Tensor]) -> dict[str, int]:
@@ -315,31 +334,12 @@ def _class_count(state: dict[str, Tensor]) -> dict[str, int]:
     return {}
 
 
-def _check_fit(state: dict[str, Tensor], config: DMFormerConfig, title: str) -> None:
-    """Compare names and shapes with the network's; meta tensors, so that nothing is allocated for it."""
-    try:
-        with torch.device("meta"):
-            network = build_network(config)
-    except (RuntimeError, TypeError) as error:  # a size that no tensor can have
-        raise UsageError(f"{title}: its configuration asks for a network beyond all memory") from error
-    _check_names(state, network.state_dict(), title, variant_name(config) or "the network")
-
-
-def _check_names(state: Mapping[str, Tensor], network: Mapping[str, Tensor], title: str, network_title: str) -> None:
-    """Compare names and shapes of weights with those of a network; counters of batches are not missed."""
-    expected = {k: tuple(v.shape) for k, v in network.items() if not k.endswith(COUNTER)}
-    received = {name: tuple(value.shape) for name, value in state.items()}
-    differences = {
-        "missing": sorted(set(expected) - set(received)),
-        "unexpected": sorted(set(received) - set(expected)),
-        "of another shape": [
-            f"{name} (received {received[name]}, expected {expected[name]})"
-            for name in sorted(set(expected) & set(received))
-            if received[name] != expected[name]
-        ],
-    }
-    if parts := [f"{len(names)} {kind}: {listed(names)}" for kind, names in differences.items() if names]:
-        raise UsageError(f"{title} does not fit {network_title}: {'; '.join(parts)}")
+def _check_names(
+    received: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], title: str, what: str
+) -> None:
+    """Compare names and shapes of weights with those of a network, which messages call ``what``."""
+    if differences := misfit({name: tuple(value.shape) for name, value in received.items()}, expected):
+        raise UsageError(f"{title} does not fit {what}: {differences}")
 
 
 def load_weights_(
@@ -363,6 +363,6 @@ def load_weights_(
     # Tables of indices and the like stay what they are; a DMFormer has none.
     integers = {name for name, value in own.items() if not value.is_floating_point()}
     file = read_weights(path, own.__contains__, weights_key, integers.__contains__)
-    _check_names(file.state, own, title_of(path), network_title)
+    _check_names(file.state, {name: tuple(value.shape) for name, value in own.items()}, title_of(path), network_title)
     network.load_state_dict(file.state, strict=False)  # counters of batches may be missing
     return file.sha256, file.notes

@@ -5,7 +5,8 @@ t = bias - s·mean (Ioffe and Szegedy, arXiv:1502.03167), and a linear map of a 
 
 1. Stem: the s of a BatchNorm after a convolution scales its kernels; t becomes its bias.
 2. Downsampling, and the first norms of a block: the s of a BatchNorm before a convolution without padding scales the
-   kernels' input channels; the kernels' sum times t joins the bias. (With padding, the borders would be wrong.)
+   kernels' input channels; the kernels' sum times t joins the bias. With padding the borders would be wrong: before a
+   convolution of 3x3 the norm stays. After a convolution it folds as in the stem.
 3. The BatchNorm over the merged branches scales each depth-wise kernel; its t is one bias (each branch's own, where
    they are stacked).
 4. ``reduce`` R, then ``project`` P: P·(R·m + r + y) + p = (P·R)·m + P·y + (P·r + p), with the inner residual
@@ -14,14 +15,16 @@ t = bias - s·mean (Ioffe and Szegedy, arXiv:1502.03167), and a linear map of a 
 6. Layer scales: the first scales ``mix`` and ``skip`` (the gate multiplies per channel as well, so they commute), the
    second the last convolution of the feed-forward network.
 7. The last BatchNorm goes through the average pool into the classifier.
-8. Segmentation: in a decoder each BatchNorm follows a convolution, as in the stem. Dropout goes.
+8. A LayerNorm divides by what it measures, and stays; so does a norm between stages. A linear layer of pooled features
+   becomes the 1x1 convolution that it is.
+9. Segmentation: in a decoder each BatchNorm follows a convolution, as in the stem. Dropout goes.
 
 One more rewrite holds at one image size only: taps of a dilated kernel that never meet anything but padding are cut.
 
 The form is a copy of the network in which modules keep their names: convolutions are replaced; norms, layer scales and
 dropout are removed. They leave no ``nn.Identity`` behind: four of fifteen leaves of a block would be identities, which
 would be timed, rounded and compared as layers are, and the comparison layer by layer wants a tensor for 80 % of them.
-Only the attention, and modules whose ``forward`` names what was removed, have classes of their own here.
+Only the attention and the block have classes of their own here.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmformer.models.dmformer import DMFormer, DMFormerBackbone, LayerScale, Stem
+from dmformer.models.dmformer import DMFormer, DMFormerBackbone, LayerScale, apply_module
 from dmformer.models.segmentation import ConvNormReLU, PixelClassifier
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ class DeployGate(nn.Module):
 class DeployAttention(nn.Module):
     """Gate ⊗ (mix(m) + skip(x)), with m = ReLU(merge_k(DWConv_k(expand(x)))): (N, C, H, W) -> (N, C, H, W).
 
-    ``skip`` is there with an inner residual only.
+    ``skip`` is there with an inner residual only, and ``norm`` where the merged branches have one that does not fold.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class DeployAttention(nn.Module):
         expand: nn.Conv2d,
         branches: Iterable[nn.Conv2d],
         concat: bool,
+        norm: nn.Module | None,
         mix: nn.Conv2d,
         skip: nn.Conv2d | None,
         gate: DeployGate,
@@ -77,7 +81,7 @@ class DeployAttention(nn.Module):
         super().__init__()
         self.expand = expand
         self.branches = nn.ModuleList(branches)
-        self.concat = concat
+        self.concat, self.norm = concat, norm
         self.mix, self.skip, self.gate = mix, skip, gate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +89,8 @@ class DeployAttention(nn.Module):
         expanded = self.expand(x)  # (N, C, H, W) -> (N, E, H, W)
         levels = [branch(expanded) for branch in self.branches]
         # (N, E, H, W) per branch -> (N, E or branches * E, H, W)
-        merged = F.relu(torch.cat(levels, dim=1) if self.concat else sum(levels[1:], levels[0]))
+        merged = torch.cat(levels, dim=1) if self.concat else sum(levels[1:], levels[0])
+        merged = F.relu(apply_module(self.norm, merged))
         mixed = self.mix(merged)  # (N, E or branches * E, H, W) -> (N, C, H, W)
         if self.skip is not None:
             mixed = mixed + self.skip(x)
@@ -93,30 +98,18 @@ class DeployAttention(nn.Module):
 
 
 class DeployBlock(nn.Module):
-    """x + DMA(x), then x + FFN(x): (N, C, H, W) -> (N, C, H, W)."""
+    """x + DMA(x), then x + FFN(x), each after a norm where that does not fold: (N, C, H, W) -> (N, C, H, W)."""
 
-    def __init__(self, dma: DeployAttention, ffn: FeedForward) -> None:
+    def __init__(
+        self, norm1: nn.Module | None, dma: DeployAttention, norm2: nn.Module | None, ffn: FeedForward
+    ) -> None:
         super().__init__()
-        self.dma, self.ffn = dma, ffn
+        self.norm1, self.dma, self.norm2, self.ffn = norm1, dma, norm2, ffn
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        x = x + self.dma(x)
-        return x + self.ffn(x)
-
-
-class DeployDMFormer(DMFormer):
-    """A classifier without its last norm: float (N, in_channels, H, W) -> logits (N, num_classes)."""
-
-    def __init__(self, source: DMFormer) -> None:
-        nn.Module.__init__(self)  # the stages and the head are there already
-        self.config, self.stages, self.head = source.config, source.stages, source.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes)."""
-        pooled = F.adaptive_avg_pool2d(self.forward_features(x)[-1], 1).flatten(1)  # (N, C, H, W) -> (N, C)
-        logits: Tensor = self.head(pooled)
-        return logits
+        x = x + self.dma(apply_module(self.norm1, x))
+        return x + self.ffn(apply_module(self.norm2, x))
 
 
 @torch.no_grad()
@@ -133,11 +126,9 @@ def deploy(model: nn.Module, image_size: int | None = None) -> DMFormerBackbone:
     assert isinstance(model, DMFormerBackbone)
     dtype = next(model.parameters()).dtype
     form = copy.deepcopy(model).double()
-    side = image_size
-    for index, module in enumerate(form.stages):
+    sides = [None] * len(form.stages) if image_size is None else form.config.stage_sides(image_size)
+    for module, side in zip(form.stages, sides, strict=True):
         stage = cast("Stage", module)
-        if side is not None:  # the stem's convolutions of stride 2 round up, then down; those between stages down
-            side = (side + 1) // 2 // 2 if index == 0 else side // 2
         _fold_downsample(stage.downsample)
         stage.blocks = nn.Sequential(*(_block(cast("Block", block), side) for block in stage.blocks))
     for module in list(form.modules()):
@@ -147,11 +138,11 @@ def deploy(model: nn.Module, image_size: int | None = None) -> DMFormerBackbone:
             del module.norm
         elif isinstance(module, PixelClassifier):
             del module.dropout
-    if isinstance(form, DMFormer):
+    if isinstance(form, DMFormer) and isinstance(form.norm, nn.BatchNorm2d):
         scale, shift = _affine(form.norm)
         form.head.bias.add_(form.head.weight @ shift)
         form.head.weight.mul_(scale)
-        form = DeployDMFormer(form)
+        form.norm = None
     return form.to(dtype).eval()
 
 
@@ -183,8 +174,10 @@ class Filter(NamedTuple):
         weight = outer @ inner.weight[:, :, 0, 0]
         return Filter(weight[:, :, None, None], self.bias + outer @ inner.bias)
 
-    def as_conv(self, like: nn.Conv2d, *, bias: bool = True) -> nn.Conv2d:
+    def as_conv(self, like: nn.Module, *, bias: bool = True) -> nn.Conv2d:
         """A module with the stride, dilation and groups of another, and as much padding as keeps the size."""
+        if not isinstance(like, nn.Conv2d):
+            like = nn.Conv2d(1, 1, 1, device="meta")  # a linear layer has none of them
         out_channels, in_channels, size, _ = self.weight.shape
         made = nn.Conv2d(
             in_channels * like.groups,
@@ -210,9 +203,19 @@ def _affine(norm: nn.BatchNorm2d) -> Affine:
     return Affine(scale, norm.bias - scale * norm.running_mean)
 
 
-def _filter(conv: nn.Conv2d) -> Filter:
-    bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
-    return Filter(conv.weight, bias)
+def _split(norm: nn.Module, width: int) -> tuple[Affine, nn.Module | None]:
+    """What of a norm folds, for so many channels, and what stays: all of a BatchNorm, and none of a LayerNorm."""
+    if isinstance(norm, nn.BatchNorm2d):
+        return _affine(norm), None
+    like = next(norm.parameters())
+    return Affine(like.new_ones(width), like.new_zeros(width)), norm
+
+
+def _filter(layer: nn.Module) -> Filter:
+    weight, bias = cast("Tensor", layer.weight), cast("Tensor | None", layer.bias)
+    if isinstance(layer, nn.Linear):
+        weight = weight[:, :, None, None]
+    return Filter(weight, weight.new_zeros(len(weight)) if bias is None else bias)
 
 
 def _layer_scale(module: nn.Module, like: nn.Conv2d) -> Affine:
@@ -221,22 +224,26 @@ def _layer_scale(module: nn.Module, like: nn.Conv2d) -> Affine:
 
 
 def _fold_downsample(layers: nn.Module) -> None:
-    """Fold the norms: in the stem each follows its convolution, between stages it comes before."""
-    for name, layer in list(layers.named_children()):
-        if isinstance(layer, nn.Conv2d):
-            norm_name = name.replace("conv", "norm")
-            norm = _affine(cast("nn.BatchNorm2d", getattr(layers, norm_name)))
-            folded = _filter(layer).then(norm) if isinstance(layers, Stem) else _filter(layer).of(norm)
-            setattr(layers, name, folded.as_conv(layer))
+    """Fold each BatchNorm into the convolution before it, or into one after it that has no padding."""
+    names = [name for name, _ in layers.named_children()]
+    for name in [name for name in names if isinstance(getattr(layers, name), nn.Conv2d)]:
+        conv, norm_name = getattr(layers, name), name.replace("conv", "norm")
+        norm = getattr(layers, norm_name, None)
+        follows = norm is not None and names.index(norm_name) > names.index(name)
+        if isinstance(norm, nn.BatchNorm2d) and (follows or conv.padding == (0, 0)):
+            folded = _filter(conv).then(_affine(norm)) if follows else _filter(conv).of(_affine(norm))
+            setattr(layers, name, folded.as_conv(conv))
             delattr(layers, norm_name)
 
 
 def _block(block: Block, side: int | None) -> DeployBlock:
     ffn = block.ffn
+    width = ffn.fc2.out_channels
+    (affine1, norm1), (affine2, norm2) = _split(block.norm1, width), _split(block.norm2, width)
     scale1 = _layer_scale(block.scale1, block.dma.project)
-    ffn.fc1 = _filter(ffn.fc1).of(_affine(block.norm2)).as_conv(ffn.fc1)
+    ffn.fc1 = _filter(ffn.fc1).of(affine2).as_conv(ffn.fc1)
     ffn.fc2 = _filter(ffn.fc2).then(_layer_scale(block.scale2, ffn.fc2)).as_conv(ffn.fc2)
-    return DeployBlock(_attention(block.dma, _affine(block.norm1), scale1, side), ffn)
+    return DeployBlock(norm1, _attention(block.dma, affine1, scale1, side), norm2, ffn)
 
 
 def _attention(dma: DynamicMultilevelAttention, norm: Affine, scale: Affine, side: int | None) -> DeployAttention:
@@ -245,13 +252,14 @@ def _attention(dma: DynamicMultilevelAttention, norm: Affine, scale: Affine, sid
         expand=_filter(dma.expand).of(norm).as_conv(dma.expand),
         branches=_branches(dma, side),
         concat=dma.branch_merge == "concat",
+        norm=None if isinstance(dma.norm, nn.BatchNorm2d) else dma.norm,
         mix=mix.then(scale).as_conv(dma.project),
         skip=skip.then(scale).as_conv(dma.project, bias=False) if skip is not None else None,
         gate=_gate(dma, norm),
     )
 
 
-def _of_x_prime(layer: nn.Conv2d, dma: DynamicMultilevelAttention, norm: Affine) -> tuple[Filter, Filter | None]:
+def _of_x_prime(layer: nn.Module, dma: DynamicMultilevelAttention, norm: Affine) -> tuple[Filter, Filter | None]:
     """A 1x1 convolution of X' = R·m + r [+ y] as one of m, with all the bias, and one of x, with none."""
     of_merged = _filter(layer).of_filter(_filter(dma.reduce))
     if not dma.inner_residual:
@@ -262,23 +270,27 @@ def _of_x_prime(layer: nn.Conv2d, dma: DynamicMultilevelAttention, norm: Affine)
 
 
 def _gate(dma: DynamicMultilevelAttention, norm: Affine) -> DeployGate:
-    fc1 = dma.gate.fc1
+    fc1, fc2 = dma.gate.fc1, _filter(dma.gate.fc2).as_conv(dma.gate.fc2)
     if dma.gate_input == "x":
-        return DeployGate(_filter(fc1).of(norm).as_conv(fc1), None, dma.gate.fc2)
+        return DeployGate(_filter(fc1).of(norm).as_conv(fc1), None, fc2)
     of_merged, of_x = _of_x_prime(fc1, dma, norm)
     on_x = of_x.as_conv(fc1, bias=False) if of_x is not None else None
-    return DeployGate(on_x, of_merged.as_conv(fc1), dma.gate.fc2)
+    return DeployGate(on_x, of_merged.as_conv(fc1), fc2)
 
 
 def _branches(dma: DynamicMultilevelAttention, side: int | None) -> list[nn.Conv2d]:
-    """Depth-wise kernels with the norm's scale in them, and its shift as the bias: of the first alone, if added up."""
+    """Depth-wise kernels with the norm's scale in them, and one bias: of the first alone, where they are added up."""
     concat = dma.branch_merge == "concat"
-    norm, count = _affine(dma.norm), len(dma.branches)
+    norm, count = _split(dma.norm, dma.reduce.in_channels)[0], len(dma.branches)
     parts = [Affine(*pair) for pair in zip(*(t.chunk(count) for t in norm), strict=True)] if concat else [norm] * count
+    filters = [_filter(branch) for branch in dma.branches]
+    if not concat:
+        total = torch.stack([each.bias for each in filters]).sum(0)
+        filters = [Filter(each.weight, total) for each in filters]
     made = []
-    for index, (branch, part) in enumerate(zip(dma.branches, parts, strict=True)):
+    for index, (branch, inner, part) in enumerate(zip(dma.branches, filters, parts, strict=True)):
         conv = cast("nn.Conv2d", branch)
-        folded = _filter(conv).then(part)
+        folded = inner.then(part)
         if side is not None:
             folded = Filter(_reached(folded.weight, conv.dilation[0], side), folded.bias)
         made.append(folded.as_conv(conv, bias=concat or index == 0))

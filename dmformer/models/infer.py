@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dmformer.errors import UsageError
-from dmformer.models.dmformer import VARIANTS, DMFormerConfig
+from dmformer.models.config import DMFormerConfig
+from dmformer.models.dmformer import VARIANTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dmformer.models.config import Norm
+
 # Fields that leave no trace in names and shapes, yet change what the network computes.
-HIDDEN_FIELDS = ("dilations", "gate_input", "inner_residual", "batch_norm_eps")
+HIDDEN_FIELDS = (
+    "dilations", "gate_input", "inner_residual", "batch_norm_eps",
+    "stem_activations", "head_norm_pooled", "layer_norm_eps",
+)  # fmt: skip
 
 
 def variant_name(config: DMFormerConfig) -> str | None:
@@ -57,22 +63,51 @@ def _infer(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     expanded = shapes[f"{attention}.expand.weight"][0]
     merged = shapes[f"{attention}.reduce.weight"][1]
     stem = shapes["stages.0.downsample.conv1.weight"]
+    gate, scale = shapes[f"{attention}.gate.fc1.weight"], shapes.get("stages.0.blocks.0.scale1.gamma")
     config = {
         "widths": widths,
         "depths": depths,
         **_infer_head(shapes),
         "in_channels": stem[1],
         "stem_width": None if stem[0] == widths[0] else stem[0],
+        "stem_norms": [_infer_norm(shapes, f"stages.0.downsample.norm{index}") for index in (1, 2, 3)],
+        "stem_bias": "stages.0.downsample.conv1.bias" in shapes,
+        **_infer_downsample(shapes),
+        "block_norm": _infer_norm(shapes, "stages.0.blocks.0.norm1"),
         "expansion": expanded // widths[0],
         "kernel_sizes": kernel_sizes,
+        "branch_bias": f"{attention}.branches.0.bias" in shapes,
+        "attention_norm": _infer_norm(shapes, f"{attention}.norm"),
         "branch_merge": "sum" if merged == expanded else "concat",
-        "gate_reduction": widths[0] // shapes[f"{attention}.gate.fc1.weight"][0],
-        "layer_scale": DMFormerConfig.layer_scale if "stages.0.blocks.0.scale1.gamma" in shapes else None,
+        "gate_reduction": widths[0] // gate[0],
+        "gate_linear": len(gate) == 2,
+        "layer_scale": None if scale is None else DMFormerConfig.layer_scale,
+        "layer_scale_dims": DMFormerConfig.layer_scale_dims if scale is None else len(scale),
         "ffn_ratios": [shapes[f"stages.{i}.blocks.0.ffn.fc1.weight"][0] / widths[i] for i in range(4)],
+        "ffn_kernel": shapes.get("stages.0.blocks.0.ffn.depthwise.weight", (None,))[-1],
+        "stage_norm": _infer_norm(shapes, "stages.0.norm"),
     }
     if len(kernel_sizes) != len(DMFormerConfig.kernel_sizes):
         config["dilations"] = list(range(1, len(kernel_sizes) + 1))  # the default's pattern, carried on
     return config
+
+
+def _infer_norm(shapes: dict[str, tuple[int, ...]], name: str) -> Norm | None:
+    if f"{name}.weight" not in shapes:
+        return None
+    return "batch" if f"{name}.running_mean" in shapes else "layer"
+
+
+def _infer_downsample(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Infer the convolutions between stages; a norm of as many channels as both sides have comes first."""
+    name = "stages.{}.downsample"
+    norms = [shapes.get(f"{name.format(stage)}.norm.weight") for stage in (1, 2, 3)]
+    before = [(shapes[f"{name.format(stage)}.conv.weight"][1],) for stage in (1, 2, 3)]
+    return {
+        "downsample_kernel": shapes["stages.1.downsample.conv.weight"][-1],
+        "downsample_norm": _infer_norm(shapes, "stages.1.downsample.norm"),
+        "downsample_norm_last": norms[0] is not None and norms != before,
+    }
 
 
 def _infer_head(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -82,7 +117,7 @@ def _infer_head(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     elif "decoder.levels.0.conv0.conv.weight" in shapes:
         widths = [shapes["decoder.smooth.0.weight"][0], shapes["decoder.levels.0.conv0.conv.weight"][0]]
     elif any(name.startswith(("head.", "norm.")) for name in shapes):
-        return {"num_classes": shapes["head.weight"][0]}
+        return {"num_classes": shapes["head.weight"][0], "head_norm": _infer_norm(shapes, "norm")}
     else:
         return {"task": "features"}
     return {

@@ -315,9 +315,14 @@ def _prepared(network: nn.Module, title: str, notes: list[str]) -> nn.Module:
 
 
 def _input_channels(network: nn.Module) -> int:
-    """Return what the first convolution takes where that may be an image, and otherwise 3, which asking it tells."""
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    return 1 if first is not None and first.in_channels == 1 else 3
+    """Return 1 where the convolution that was registered first takes that, or a spatial one does and none takes 3.
+
+    Otherwise it is 3; asking the network tells whether that is right.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    spatial = {conv.in_channels for conv in convolutions if conv.groups == 1 and conv.kernel_size != (1, 1)}
+    first = [conv.in_channels for conv in convolutions[:1]]
+    return 1 if first == [1] or (1 in spatial and 3 not in spatial) else 3
 
 
 def _tensors(result: object, name: str = "") -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from dmformer.task import STRIDES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dmformer.models.dmformer import DMFormerConfig
+    from dmformer.models.config import DMFormerConfig
 
 POOL_BINS = (1, 2, 3, 6)
 

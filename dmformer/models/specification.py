@@ -1,8 +1,11 @@
-"""What an export has to know of a network, whether it is ours or somebody's own: one small type that both give."""
+"""What an export has to know of a network, whether it is ours or somebody's own, and what leads from one to the other.
+
+No PyTorch is needed to read it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -26,6 +29,24 @@ class ModuleOrigin(msgspec.Struct, frozen=True, kw_only=True):
     reference: str
     options: dict[str, Any] = {}
     source_sha256: str | None = None
+
+
+class KeyMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The names of somebody's own DMFormer beside those of the same network here.
+
+    Attributes:
+        version: of this layout.
+        config: fields of ``DMFormerConfig``, in JSON types.
+        keys: for each tensor of the own network its name here. Shapes are equal but for dimensions of one.
+        zeros: biases here that the own network does not have; they are zero.
+        unused: tensors of the own network that take no part in what it computes.
+    """
+
+    version: Literal[1] = 1
+    config: dict[str, Any]
+    keys: dict[str, str]
+    zeros: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 class NetworkSpecification(Protocol):

@@ -131,6 +131,26 @@ def listed(names: list[str]) -> str:
     return ", ".join(map(shown, names[:_MOST_LISTED])) + more
 
 
+def misfit(received: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Compare the shapes of weights by name with those of a network; nothing where they are the same.
+
+    Counters of batches are neither missed nor expected.
+    """
+    received, expected = (
+        {name: shape for name, shape in shapes.items() if not name.endswith(COUNTER)} for shapes in (received, expected)
+    )
+    differences = {
+        "missing": sorted(set(expected) - set(received)),
+        "unexpected": sorted(set(received) - set(expected)),
+        "of another shape": [
+            f"{name} (received {received[name]}, expected {expected[name]})"
+            for name in sorted(set(expected) & set(received))
+            if received[name] != expected[name]
+        ],
+    }
+    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in differences.items() if names)
+
+
 def shown(name: Any) -> str:
     """Write a text from the file on one line, whatever it holds."""
     return ascii(str(name))[1:-1]

@@ -15,7 +15,8 @@ from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.files import whole_file
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint, save_checkpoint
-from dmformer.models.dmformer import DMFormerConfig, build_network, variant_config
+from dmformer.models.config import DMFormerConfig
+from dmformer.models.dmformer import build_network, variant_config
 from dmformer.models.infer import variant_name
 from dmformer.progress import silent
 from dmformer.train.images import find_data_set

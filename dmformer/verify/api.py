@@ -253,8 +253,12 @@ def _recompute(bundle: Bundle, checkpoint: Checkpoint, golden: Golden, extra: Im
 
 def _check_description(bundle: Bundle, checkpoint: Checkpoint) -> Check:
     """Compare what the checkpoint says of itself with the manifest, but for what the export was given instead."""
+    from dmformer.models.config import DMFormerConfig
+
     model, ours = bundle.manifest.model, checkpoint.config.to_dict()
-    differing = [name for name in ours if name not in _FOR_TRAINING and ours[name] != model.config.get(name)]
+    # Fields that were not there yet have their defaults.
+    exported_as = model.config if model.module is not None else {**DMFormerConfig().to_dict(), **model.config}
+    differing = [name for name in ours if name not in _FOR_TRAINING and ours[name] != exported_as.get(name)]
     if checkpoint.described:
         exported = bundle.manifest.preprocessing
         chosen = {name: getattr(exported, name) for name in ("image_size", *model.overridden) if name != "classes"}

@@ -89,7 +89,8 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
         # What neither names nor shapes nor the file's metadata tell is taken from the bundle: a plain .pth could not
         # be compared otherwise.
         fallback = {name: config[name] for name in HIDDEN_FIELDS if name in config}
-        checkpoint = load_checkpoint(weights, options=options, fallback=fallback)
+        key_map = bundle.manifest.model.key_map
+        checkpoint = load_checkpoint(weights, options=options, fallback=fallback, key_map=key_map)
         ours = checkpoint.config.to_dict()
         for field in ("task", "in_channels", "num_classes"):
             if ours[field] != config.get(field):
@@ -107,6 +108,7 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
 
 def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule) -> Checkpoint:
     from dmformer.models.own import load_own
+    from dmformer.models.recognise import recognised
 
     manifest = bundle.manifest
     origin = manifest.model.module
@@ -114,7 +116,8 @@ def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule) -> Che
     if not isinstance(own.module, str):
         options = None  # it is made already
     size, seed = manifest.preprocessing.image_size, manifest.model.seed or 0
-    return load_own(own.module, options, weights, size, seed).checkpoint
+    checkpoint = load_own(own.module, options, weights, size, seed).checkpoint
+    return recognised(checkpoint) if origin is None else checkpoint
 
 
 def form_in(bundle: Bundle, model: nn.Module) -> nn.Module:
