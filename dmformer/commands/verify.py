@@ -134,12 +134,12 @@ def _show(report: ParityReport, json_file: str | None) -> None:
     groups: dict[tuple[object, ...], list[Check]] = {}
     for check in sorted(report.checks, key=lambda check: check.passed):
         stage = None if check.passed else check.where
-        place = (check.processor, check.engine)
-        groups.setdefault((stage, place, check.runtime, check.precision, check.against, check.limit), []).append(check)
+        engine = (check.processor, check.engine or check.runtime)
+        groups.setdefault((stage, *engine, check.precision, check.against, check.limit), []).append(check)
     for group in groups.values():
-        first, *cells = _cells(group)
+        verdict, *cells = _cells(group)
         place = [group[0].processor or "here"] if elsewhere else []
-        present.add_row(listing, [first, *place, *cells])
+        present.add_row(listing, [verdict, *place, *cells])
     present.show(listing, json_file)
     for line in _remarks(report):
         present.show(line, json_file)

@@ -222,7 +222,7 @@ def lay_out_packages(fits: Platform, extra: str, pins: Sequence[str], folder: Pa
                 wheel.extractall(folder)
         for data in (*folder.glob("*.data/purelib"), *folder.glob("*.data/platlib")):
             shutil.copytree(data, folder, dirs_exist_ok=True)
-    return dict(sorted(tuple(path.name.split("-")[:2]) for path in found))
+    return {name: version for name, version, *_ in sorted(path.name.split("-") for path in found)}
 
 
 def _wheels(fits: Platform, extra: str, pins: Sequence[str], own: str, folder: Path) -> list[Path]:
@@ -261,7 +261,7 @@ def _pip(fits: Platform, *arguments: str) -> str:
     missing = re.search(r"No matching distribution found for (.+)", done.stderr)
     if _UNREACHED.search(done.stderr):
         raise UnavailableError(
-            f"packages for {fits.title} are not in the cache, and the index cannot be reached ({said})"
+            f"packages for {fits.title} are not in the cache, and the index cannot be reached; expected a network once"
         )
     if missing is not None:
         raise NoRelease(f"no release of {missing[1].strip()} for {fits.title}")

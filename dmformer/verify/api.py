@@ -107,7 +107,9 @@ def verify(
         from dmformer.verify.replay import verify_elsewhere
 
         folder = Path(root) if root is not None else None
-        return verify_elsewhere(opened, runtimes=runtimes, cpus=cpus, engines=engines, root=folder, stage=stage)
+        return verify_elsewhere(
+            opened, runtimes=runtimes, cpus=cpus, engines=engines, root=folder, stage=stage, note=note
+        )
     if bisect is not None:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="`bisect`")

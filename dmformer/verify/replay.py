@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
+from dmformer.bundle.manifest import MANIFEST, ProcessorEvidence
 from dmformer.bundle.reader import own_bundle
 from dmformer.bundle.select import select
+from dmformer.bundle.writer import note_processors
 from dmformer.cache import open_cache
 from dmformer.device.emulation import NOT_SHOWN, Machine, emulated_machine, this_machine
 from dmformer.device.installation import NoRelease, lay_out_packages, list_releases, temporary_folder
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.manifest import Artifact
     from dmformer.bundle.reader import Bundle
     from dmformer.cache import Cache
+    from dmformer.device.processors import EmulatedProcessor
     from dmformer.machine import Processor
     from dmformer.progress import Advance, Progress
 
@@ -81,8 +85,11 @@ def verify_elsewhere(
     engines: Sequence[str] = (),
     root: Path | None = None,
     stage: Progress = silent,
+    note: Callable[[str], object] = lambda _: None,
 ) -> ParityReport:
     """Compare what the runtimes of a bundle answer elsewhere with its golden answers.
+
+    How emulated processors answered is noted in the bundle's evidence, where it is a folder that is not signed.
 
     Args:
         bundle: what is verified.
@@ -92,6 +99,7 @@ def verify_elsewhere(
             one that the artifact was built with.
         root: a root file system of the device; otherwise a small Debian.
         stage: told about each step.
+        note: told whether the bundle's evidence was changed.
 
     Raises:
         UnavailableError: emulation, or what has to be installed for it, is not to be had on this machine.
@@ -101,7 +109,9 @@ def verify_elsewhere(
         raise UsageError("`root` without `cpus`; expected the processor of the device that it is of")
     if root is not None and not root.is_dir():
         raise UsageError(f"`root` {str(root)!r} is no folder; expected a root file system")
-    processors = [processor(name) for name in dict.fromkeys(map(str.lower, cpus))]
+    processors: list[EmulatedProcessor | None] = [processor(name) for name in dict.fromkeys(map(str.lower, cpus))] or [
+        None
+    ]
     releases = _releases(engines)
     work, skipped = _replayable(bundle, runtimes)
     if not cpus:
@@ -110,7 +120,7 @@ def verify_elsewhere(
         has = ", ".join(map(_package, work)) or "none of those that can be replayed"
         raise UsageError(f"`engines` has {unused[0]}, which runs nothing of this bundle; expected {has}")
     cache, found = open_cache(), _Found(skipped=skipped)
-    for one in processors or [None]:
+    for one in processors:
         with ExitStack() as stack:
             if one is None:
                 machine = this_machine()
@@ -121,8 +131,10 @@ def verify_elsewhere(
                 for release in releases.get(_package(row), [_default_release(row, artifacts)]):
                     replayed = _Replayer(bundle, machine, row, artifacts, cache, stage, found)
                     replayed.walk(release) if _RANGE in release else replayed.ask(release)
-    if processors:
+    if cpus:
         found.skipped.append(NOT_SHOWN)
+        reason = note_processors(bundle, found.evidence)
+        note(f"not noted in the bundle: {reason}" if reason else f"noted in the evidence of {bundle.root / MANIFEST}")
     return replace(
         parity_report(found.checks, found.skipped), replays=tuple(found.replays), release_ranges=tuple(found.ranges)
     )
@@ -135,6 +147,7 @@ class _Found:
         self.checks: list[Check] = []
         self.replays: list[Replay] = []
         self.ranges: list[ReleaseRange] = []
+        self.evidence: list[ProcessorEvidence] = []
         self.skipped = skipped
 
 
@@ -184,6 +197,7 @@ class _Replayer:
         of_engine = {check.runtime: title for check in checks if check.runtime == self.row.name}
         checks = [replace(one, processor=self.processor, engine=of_engine.get(one.runtime)) for one in checks]
         self.found.checks += checks
+        self._note(checks, title)
         self.found.replays.append(
             Replay(
                 processor=self.processor,
@@ -218,6 +232,27 @@ class _Replayer:
                 processor=self.processor, package=package, releases=tuple(versions), last_good=good, first_bad=bad
             )
         )
+
+    def _note(self, checks: Sequence[Check], engine: str) -> None:
+        """Note for the bundle's evidence how each artifact answered on an emulated processor."""
+        if self.processor is None or self.machine.emulator is None:
+            return
+        asked = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        for artifact in self.artifacts:
+            of_it = [one for one in checks if (one.runtime, one.precision) == (self.row.name, artifact.precision)]
+            self.found.evidence.append(
+                ProcessorEvidence(
+                    processor=self.processor,
+                    emulator=self.machine.emulator,
+                    engine=engine,
+                    format=artifact.format,
+                    precision=artifact.precision,
+                    artifact_sha256=artifact.sha256,
+                    passed=all(one.passed for one in of_it),
+                    checks=len(of_it),
+                    asked=asked,
+                )
+            )
 
     def _call(self, artifact: Artifact, folder: Path) -> ParityReport:
         """Ask one artifact there; what breaks is a check that failed."""

@@ -125,8 +125,8 @@ class Check(Struct, frozen=True, kw_only=True):
     @property
     def asked(self) -> str:
         """What was asked: the stage, the runtime and the precision, and where that was elsewhere."""
-        there = "".join(f" {how} {one}" for how, one in (("by", self.engine), ("on", self.processor)) if one)
-        return f"{self.where} in {self.runtime} {self.precision}{there}"
+        there = f" on {self.processor}" if self.processor else ""
+        return f"{self.where} in {self.engine or self.runtime} {self.precision}{there}"
 
     @classmethod
     def of(
