@@ -246,7 +246,7 @@ def _pip(fits: Platform, *arguments: str) -> str:
         UnavailableError: pip is not here, or the index cannot be reached.
     """
     done = subprocess.run(
-        [*_PIP, *arguments, "--disable-pip-version-check", "--no-input"],
+        [*_PIP, "--disable-pip-version-check", "--no-input", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmformer.errors import UsageError
+from dmformer.machine import EMULATED
 
 _ARMV8_0 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
 _ARMV8_2 = f"{_ARMV8_0} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
@@ -44,7 +45,7 @@ class EmulatedProcessor:
         key = "Features" if self.architecture == "aarch64" else "flags"
         lines = [*self.identity, (key, " ".join(sorted(self.features)))]
         core = "".join(f"{name}\t: {value}\n" for name, value in lines)
-        model = f"Model\t\t: {self.name}, emulated\n" if self.architecture == "aarch64" else ""
+        model = f"Model\t\t: {self.name}{EMULATED}\n" if self.architecture == "aarch64" else ""
         return "".join(f"processor\t: {number}\n{core}\n" for number in range(cores)) + model
 
 
@@ -68,7 +69,7 @@ def _intel(model_name: str, found_in: str, model: int, features: str) -> Emulate
         ("vendor_id", "GenuineIntel"),
         ("cpu family", "6"),
         ("model", str(model)),
-        ("model name", f"{name}, emulated"),
+        ("model name", f"{name}{EMULATED}"),
         ("stepping", "1"),
     )
     return EmulatedProcessor(name, found_in, "x86_64", (model_name,), frozenset(features.split()), identity)
