@@ -171,6 +171,18 @@ def test_a_full_disk_is_one_line_and_nothing_stays(
     monkeypatch.undo()
 
 
+def test_two_runs_at_once_do_not_meet(tools: StandIns, cache: Cache, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def lay_out(number: int) -> dict[str, str]:
+        folder = tmp_path / str(number)
+        return lay_out_packages(ARM, "onnxruntime", ["onnxruntime==1.26.0"], folder, Cache(cache.folder))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(versions["onnxruntime"] == "1.26.0" for versions in pool.map(lay_out, range(4)))
+    assert all((tmp_path / str(number) / "onnxruntime.marker").is_file() for number in range(4))
+
+
 def test_an_interrupt_leaves_nothing(
     tools: StandIns, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,11 +114,11 @@ def verify_elsewhere(
     ]
     releases = _releases(engines)
     work, skipped = _replayable(bundle, runtimes)
+    if unused := [name for name in releases if name not in map(_package, work)]:
+        has = ", ".join(map(_package, work))
+        raise UsageError(f"`engines` has {unused[0]}, which runs nothing of this bundle; expected {has}")
     if not cpus:
         work = {row: artifacts for row, artifacts in work.items() if _package(row) in releases}
-    if unused := [name for name in releases if name not in map(_package, work)]:
-        has = ", ".join(map(_package, work)) or "none of those that can be replayed"
-        raise UsageError(f"`engines` has {unused[0]}, which runs nothing of this bundle; expected {has}")
     cache, found = open_cache(), _Found(skipped=skipped)
     for one in processors:
         with ExitStack() as stack:
@@ -330,7 +330,7 @@ def _releases(engines: Sequence[str]) -> dict[str, list[str]]:
     """Return the releases that are asked for by package, a version or two with dots between."""
     found: dict[str, list[str]] = {}
     for text in engines:
-        match = re.fullmatch(r"\s*([A-Za-z0-9._-]+?)\s*==\s*(\d[\w.+!]*?)(?:\.\.(\d[\w.]*))?\s*", text)
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==(\d+(?:\.\w+)*)(?:\.\.(\d+(?:\.\w+)*))?", text)
         if match is None:
             raise UsageError(
                 f"`engines` {text!r}; expected PACKAGE==VERSION or PACKAGE==FIRST..LAST, as in onnxruntime==1.26.0"
