@@ -41,6 +41,7 @@ _ISA_VNNI: dict[str, frozenset[str]] = {
 _VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 _X86 = frozenset(("x86_64", "amd64", "i686", "x86"))
 _FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+EMULATED = ", emulated"  # ends the name of a processor that dmformer emulates
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
@@ -165,6 +166,16 @@ def instructions() -> frozenset[str]:
 def cpu_model() -> str:
     """Return the processor's name, as the system has it."""
     return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()  # x86, or a board of Arm
+
+
+def is_emulated() -> bool:
+    """Return whether this process runs on an emulated processor, as far as it shows.
+
+    It does where dmformer emulates one, and where the system describes a processor of another architecture than the
+    process is for, as in a container for Arm that QEMU runs.
+    """
+    foreign = "CPU implementer" if platform.machine().lower() in _X86 else "vendor_id"
+    return cpu_model().endswith(EMULATED) or bool(_cpuinfo(foreign))
 
 
 def available_memory() -> int | None:

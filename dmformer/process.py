@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+
+class Crashed(StageFailed):
+    """A process was ended by a signal."""
+
+    def __init__(self, signal: signal.Signals) -> None:
+        super().__init__(f"the process was ended by signal {int(signal)} ({signal.name})")
+        self.signal = signal
+
+
+class TimedOut(StageFailed):
+    """A process did not end in time."""
+
+
 _CRASHES = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 _PR_SET_PDEATHSIG = 1
@@ -129,6 +142,7 @@ class Child:
         prepare: ``module:function`` without parameters, called before the order is there: for imports that take long.
         inherit: file descriptors that the process gets too, under the same numbers.
         environment: of the process; otherwise that of this one.
+        interpreter: the command that runs Python; otherwise this process's.
     """
 
     def __init__(
@@ -138,13 +152,14 @@ class Child:
         prepare: str = "",
         inherit: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
+        interpreter: Sequence[str] = (),
     ) -> None:
         import tempfile
 
         self._folder = tempfile.TemporaryDirectory(prefix="dmformer-")
         self._result = Path(self._folder.name) / "result.json"
         self._process = subprocess.Popen(
-            self.command(function, prepare, str(self._result)),
+            self.command(function, prepare, str(self._result), interpreter),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -153,7 +168,7 @@ class Child:
         )
 
     @staticmethod
-    def command(function: str, prepare: str, result: str) -> list[str]:
+    def command(function: str, prepare: str, result: str, interpreter: Sequence[str] = ()) -> list[str]:
         """The command that answers a call of a function.
 
         ``python -m`` would look for modules in the working folder first, which is the user's.
@@ -162,7 +177,7 @@ class Child:
             "import sys; sys.path[:1] = [folder for folder in sys.path[:1] if folder]; "
             "from dmformer.process import _answer; _answer(*sys.argv[1:])"
         )
-        return [sys.executable, "-c", code, function, prepare, result]
+        return [*(interpreter or [sys.executable]), "-c", code, function, prepare, result]
 
     def __enter__(self) -> Self:
         return self
@@ -196,10 +211,10 @@ class Child:
         try:
             _, messages = self._process.communicate(msgspec.json.encode(order), timeout_s)
         except subprocess.TimeoutExpired as error:
-            raise StageFailed(f"the process did not end within {timeout_s:.0f} s") from error
+            raise TimedOut(f"the process did not end within {timeout_s:.0f} s") from error
         code = self._process.returncode
         if code < 0:
-            raise StageFailed(f"the process was ended by signal {-code} ({signal.Signals(-code).name})")
+            raise Crashed(signal.Signals(-code))
         if code > 0:
             lines = messages.decode(errors="replace").strip().splitlines() or ["no message"]
             raise StageFailed(f"the process failed: {lines[-1]}")
@@ -214,10 +229,15 @@ class Child:
 
 
 def call(
-    function: str, order: Any, result: type[Result], timeout_s: float, environment: Mapping[str, str] | None = None
+    function: str,
+    order: Any,
+    result: type[Result],
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
+    interpreter: Sequence[str] = (),
 ) -> Result:
     """Call a function in a process of its own that is started for it; see :class:`Child`."""
-    with Child(function, environment=environment) as child:
+    with Child(function, environment=environment, interpreter=interpreter) as child:
         return child.call(order, result, timeout_s)
 
 
@@ -234,5 +254,6 @@ def _answer(function: str, prepare: str, result: str) -> None:
     try:
         answer = ("", work(order))
     except DMFormerError as error:
-        answer = (type(error).__name__, str(error))
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        answer = (kind.__name__, str(error))
     Path(result).write_bytes(msgspec.json.encode(answer))

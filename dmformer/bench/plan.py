@@ -14,8 +14,8 @@ from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_LIMIT_S, DEFAULT_ROUNDS
 from dmformer.bundle.reader import Bundle, open_bundle, own_bundle
 from dmformer.bundle.select import select
 from dmformer.data.images import list_images, load_pixels
-from dmformer.errors import StageFailed, UsageError
-from dmformer.machine import check_threads, usable_cores
+from dmformer.errors import StageFailed, UnavailableError, UsageError
+from dmformer.machine import check_threads, is_emulated, usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ MODES: tuple[Mode, ...] = ("compute", "end-to-end", "throughput")
 SAMPLES_FOR = {"p50": 7, "p90": 64, "p99": 662}
 
 MOST_IMAGES = 64
+NO_SPEED = "emulation has a processor's answers, not its speed"
 _START_S = {"torch": 3.0}  # imports and load, where it takes long
 _USUAL_START_S = 1.0
 _LIMITS_S = 2.0
@@ -246,10 +247,12 @@ def plan_bench(bundle: str | Path | Bundle, request: BenchRequest) -> BenchPlan:
 
     Raises:
         CheckFailed: a file is not what the manifest says.
-        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine, or it is emulated.
         UsageError: an argument cannot be used.
     """
     _check(request)
+    if is_emulated() and not request.brief:
+        raise UnavailableError(f"{NO_SPEED}; expected the device, or: dmformer verify")
     images = tuple(list_images(Path(request.images))[:MOST_IMAGES]) if request.images is not None else ()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     if images:

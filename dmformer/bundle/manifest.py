@@ -295,10 +295,42 @@ class LatencyEvidence(Struct, frozen=True, kw_only=True):
     report: str
 
 
+class ProcessorEvidence(Struct, frozen=True, kw_only=True):
+    """How an artifact answered on an emulated processor, which ``dmformer verify --cpu`` notes.
+
+    Attributes:
+        processor: name of the emulated processor.
+        emulator: name, version and the model that it played.
+        engine: package and release that answered.
+        format: of the artifact.
+        precision: of the artifact.
+        artifact_sha256: of the artifact that answered, as :attr:`Artifact.sha256` has it.
+        passed: whether every check held.
+        checks: how many there were.
+        asked: when, in UTC, as in RFC 3339.
+    """
+
+    processor: str
+    emulator: str
+    engine: str
+    format: str
+    precision: str
+    artifact_sha256: Sha256
+    passed: bool
+    checks: int
+    asked: str
+
+    @property
+    def subject(self) -> tuple[str, ...]:
+        """What it is about: a later answer takes its place."""
+        return (self.processor, self.engine, self.format, self.precision)
+
+
 class Evidence(Struct, frozen=True, kw_only=True):
     """What was measured when the bundle was made, but for what is named in ``cached``: that was measured earlier.
 
-    ``processor`` is where; ``null`` in bundles of versions before this field.
+    ``processor`` is where; ``null`` in bundles of versions before this field. ``processors`` are emulated ones that
+    were asked later.
     """
 
     parity: ParityEvidence
@@ -306,6 +338,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     accuracy: AccuracyEvidence | None = None
     latency: LatencyEvidence | None = None
     cached: tuple[Cached, ...] = ()
+    processors: tuple[ProcessorEvidence, ...] = ()
 
 
 class Manifest(Struct, frozen=True, kw_only=True):

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from dmformer.bundle.archive import SUFFIX, extract
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_file
@@ -27,9 +29,9 @@ from dmformer.process import announce
 from dmformer.procfs import is_mount_point
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from dmformer.bundle.manifest import FileEntry
+    from dmformer.bundle.manifest import FileEntry, ProcessorEvidence
     from dmformer.bundle.reader import Bundle
 
 _TOKEN_BYTES = 8
@@ -212,6 +214,40 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS):
         return False
     raise OSError(code, os.strerror(code), str(second))
+
+
+def note_processors(bundle: Bundle, noted: Sequence[ProcessorEvidence]) -> str | None:
+    """Add to a bundle's evidence how emulated processors answered; only the manifest is replaced, as a whole.
+
+    Args:
+        bundle: a folder that is not signed.
+        noted: what takes the place of earlier evidence of the same subject; that of other artifacts' files goes.
+
+    Returns:
+        Why nothing was noted, where the bundle takes nothing in; nothing was changed then.
+
+    Raises:
+        StageFailed: the manifest could not be written.
+        UsageError: another process is writing the bundle.
+    """
+    if bundle.origin is not None:
+        return f"{bundle.origin} is packed, or a folder of links"
+    if read_signature_file(bundle.root) is not None:
+        return f"{bundle.root} is signed, and a signature is of the manifest as it is"
+    folder = bundle.root.resolve()
+    if not os.access(folder, os.W_OK) or not os.access(folder.parent, os.W_OK):
+        return f"{bundle.root} cannot be written"
+    with _locked(folder):
+        manifest = own_bundle(folder).manifest  # as it is now
+        files = {(artifact.format, artifact.precision, artifact.sha256) for artifact in manifest.artifacts}
+        subjects = {one.subject for one in noted}
+        earlier = (one for one in manifest.evidence.processors if one.subject not in subjects)
+        processors = (*earlier, *noted)
+        kept = tuple(one for one in processors if (one.format, one.precision, one.artifact_sha256) in files)
+        evidence = replace(manifest.evidence, processors=kept)
+        with whole_file(folder / MANIFEST) as staging:
+            staging.write_bytes(replace(manifest, evidence=evidence).encode())
+    return None
 
 
 def pack(bundle: Bundle, destination: Path | None = None) -> Path:

@@ -92,12 +92,15 @@ def bench(
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
     debug: options.DebugOption = False,
+    cpus: Annotated[list[str] | None, typer.Option("--cpu", hidden=True)] = None,
 ) -> None:
     """Time a bundle's runtimes: each row in processes of its own, beside what the machine can do at best."""
     from dmformer.bench import api, page
-    from dmformer.bench.plan import BenchRequest, plan_bench
+    from dmformer.bench.plan import NO_SPEED, BenchRequest, plan_bench
     from dmformer.bench.sentences import format_duration
 
+    if cpus:
+        raise UsageError(f"--cpu {cpus[0]}: {NO_SPEED}; expected it with dmformer verify, and bench on the device")
     if html is not None:
         page.check_installed()
     earlier = _baseline(baseline, max_regression)

@@ -57,11 +57,18 @@ def _show(manifest: Manifest, root: str) -> None:
         ),
         *(("output", f"{output.name}, {_shape(output.shape)}") for output in manifest.outputs),
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
-        ("parity", f"{'held' if evidence.passed else 'FAILED'}, {evidence.checks} checks, {evidence.failed} failed"),
+        ("parity", f"{_HELD[evidence.passed]}, {evidence.checks} checks, {evidence.failed} failed"),
         *(
             ("checked on", present.processor(msgspec.structs.asdict(checked)))
             for checked in [manifest.evidence.processor]
             if checked is not None
+        ),
+        *(
+            (
+                "asked on",
+                f"{one.processor}: {one.format} {one.precision} by {one.engine}, {_HELD[one.passed]}, {one.asked}",
+            )
+            for one in manifest.evidence.processors
         ),
         *(("int8 weights", bits) for bits in sorted({_WEIGHTS[artifact.full_range] for artifact in int8})),
         *(("measured", f"{cached.made}: {cached.what}") for cached in manifest.evidence.cached),
@@ -91,6 +98,7 @@ def _show(manifest: Manifest, root: str) -> None:
             present.show(f"{block} stays in fp32 at {precision}: {reason}")
 
 
+_HELD = {True: "held", False: "FAILED"}
 _WEIGHTS = {
     False: "7 bits: no processor saturates",
     True: "8 bits: for processors with VNNI (x86) or the dot product (Arm), and for TensorRT",

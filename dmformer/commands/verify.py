@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-    from dmformer.verify.report import Check, Finding, ParityReport
+    from dmformer.verify.report import Check, Finding, ParityReport, ReleaseRange
 
 CASES = "dmformer-bisect"
+_ELSEWHERE = "Another processor, another release of an engine"
 
 
 def verify(
@@ -44,6 +45,33 @@ def verify(
         Path | None,
         typer.Option("--case", metavar="DIR", help="Run a failure that --bisect saved, instead of a bundle."),
     ] = None,
+    cpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cpu",
+            metavar="NAME",
+            help="Ask on this processor, emulated by QEMU, as cortex-a72; list shows all. Repeatable.",
+            rich_help_panel=_ELSEWHERE,
+        ),
+    ] = None,
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="PACKAGE==VERSION",
+            help="Ask with this release of an engine; FIRST..LAST finds the first bad one. Repeatable.",
+            rich_help_panel=_ELSEWHERE,
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="With --cpu: a root file system of the device, with Python; otherwise a small Debian.",
+            rich_help_panel=_ELSEWHERE,
+        ),
+    ] = None,
     json_file: options.JsonOption = None,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
@@ -57,8 +85,11 @@ def verify(
     from dmformer.verify.localize.case import run_case
     from dmformer.verify.report import failure
 
+    if "list" in map(str.lower, cpus or []):
+        _list_processors()
+        return
     if case is not None:
-        if bundle is not None or runtimes or weights or module or images or bisect:
+        if bundle is not None or runtimes or weights or module or images or bisect or cpus or engines or root:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
         report = run_case(case)
     else:
@@ -72,6 +103,9 @@ def verify(
                 module_options=options.parse_pairs(module_options or [], "--module-option", "num_classes=10"),
                 images=images,
                 bisect=Path(CASES) if bisect else None,
+                cpus=cpus or [],
+                engines=engines or [],
+                root=root,
                 stage=shown.stage,
                 note=lambda note: shown.say(f"note: {note}"),
             )
@@ -81,16 +115,31 @@ def verify(
         raise CheckFailed(failure(report))
 
 
+def _list_processors() -> None:
+    """Show the processors that can be emulated."""
+    from dmformer.device.processors import PROCESSORS
+
+    listing = present.table("Processors for --cpu", ["name", "architecture", "found in"])
+    for row in PROCESSORS:
+        present.add_row(listing, [row.name, row.architecture, row.found_in])
+    present.show(listing)
+
+
 def _show(report: ParityReport, json_file: str | None) -> None:
     """Show the checks: those that failed first, stage by stage; those that held in one line for each reference."""
-    columns = ["", "stage", "runtime", "precision", "batch", "against", "max abs", "of limit", "cosine", "class"]
-    listing = present.table("Parity with PyTorch", columns, numeric=columns[6:])
+    elsewhere = ["processor"] if report.replays else []
+    figures = ["max abs", "of limit", "cosine", "class"]
+    columns = ["", *elsewhere, "stage", "runtime", "precision", "batch", "against", *figures]
+    listing = present.table("Parity with PyTorch", columns, numeric=figures)
     groups: dict[tuple[object, ...], list[Check]] = {}
     for check in sorted(report.checks, key=lambda check: check.passed):
         stage = None if check.passed else check.where
-        groups.setdefault((stage, check.runtime, check.precision, check.against, check.limit), []).append(check)
+        engine = (check.processor, check.engine or check.runtime)
+        groups.setdefault((stage, *engine, check.precision, check.against, check.limit), []).append(check)
     for group in groups.values():
-        present.add_row(listing, _cells(group))
+        verdict, *cells = _cells(group)
+        place = [group[0].processor or "here"] if elsewhere else []
+        present.add_row(listing, [verdict, *place, *cells])
     present.show(listing, json_file)
     for line in _remarks(report):
         present.show(line, json_file)
@@ -104,15 +153,27 @@ def _remarks(report: ParityReport) -> Iterator[str]:
     for check in report.checks:
         if check.reason is not None:
             mark = "" if check.passed else "FAILED "
-            remark = (f"{mark}{check.where} in {check.runtime} {check.precision}", check.against, check.reason)
+            remark = (f"{mark}{check.asked}", check.against, check.reason)
             batches.setdefault(remark, []).append(str(check.batch))
     for (what, against, reason), numbers in batches.items():
         yield f"{what}, batch {', '.join(numbers)}, against {against}: {reason}"
+    for span in report.release_ranges:
+        yield _range_line(span)
     for finding in report.findings:
         yield from _finding_lines(finding)
     for limit, source in dict.fromkeys((check.limit, check.limit_source) for check in report.checks):
         if limit:
             yield f"limit {limit:.2g}: {source}"
+
+
+def _range_line(span: ReleaseRange) -> str:
+    """Say where the releases of a range begin to fail."""
+    where = f" on {span.processor}" if span.processor else ""
+    title = f"{span.package} {span.releases[0]} to {span.releases[-1]}{where}"
+    if span.first_bad is None:
+        return f"{title}: all {len(span.releases)} releases hold"
+    before = f"; {span.last_good}, the release before it, holds" if span.last_good else ""
+    return f"{title}: the first bad release is {span.first_bad}{before}"
 
 
 def _finding_lines(finding: Finding) -> Iterator[str]:
@@ -146,7 +207,7 @@ def _cells(group: Sequence[Check]) -> list[str | Text]:
     return [
         present.mark(first.passed, "FAILED"),
         ", ".join(dict.fromkeys(check.where for check in group)),
-        first.runtime,
+        first.engine or first.runtime,
         first.precision,
         ", ".join(map(str, sorted({check.batch for check in group}))),
         first.against,

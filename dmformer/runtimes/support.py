@@ -57,12 +57,14 @@ class Support(ABC):
         name: canonical name of the runtime.
         precisions: of the artifacts that it takes, float32 first.
         package: arguments of :func:`intact_version`; without them :meth:`quick_probe` imports the engine.
+        cannot_replay: why its answers cannot be asked for elsewhere, on an emulated processor or with another release.
         instructions: by processor, instruction sets without which the engine cannot start, in Linux's names.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     package: ClassVar[tuple[str, ...]] = ()
+    cannot_replay: ClassVar[str | None] = None
     instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @abstractmethod

@@ -51,6 +51,9 @@ class TensorRtSupport(Support):
 
     name = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    cannot_replay: ClassVar[str | None] = (
+        "TensorRT needs an NVIDIA GPU, which cannot be emulated; verify it on the device"
+    )
 
     def import_engine(self) -> Availability:
         """Import a flavour, and look for a GPU that it is for."""

@@ -34,6 +34,7 @@ class TorchSupport(Support):
 
     name = "torch"
     package: ClassVar[tuple[str, ...]] = ("torch", "torch/_C", "torch/lib/*torch_cpu.*")
+    cannot_replay: ClassVar[str | None] = "PyTorch is what the answers are compared with, and not installed on devices"
 
     def import_engine(self) -> Availability:
         """Take any PyTorch: each has its CPU."""

@@ -60,6 +60,9 @@ def verify(
     images: str | Path | None = None,
     layers: bool = False,
     bisect: str | Path | None = None,
+    cpus: Sequence[str] = (),
+    engines: Sequence[str] = (),
+    root: str | Path | None = None,
     stage: Progress = silent,
     note: Callable[[str], object] = lambda _: None,
 ) -> ParityReport:
@@ -80,6 +83,10 @@ def verify(
         layers: compare with the checkpoint of the ``torch`` format, layer by layer, where the bundle has it.
         bisect: find the node where each failure begins, and save it below this folder as a case to run alone
             (:func:`dmformer.verify.localize.case.run_case`); compares layers as well. Needs PyTorch and ONNX.
+        cpus: processors to emulate with QEMU and ask instead of this machine, as in ``cortex-a72``.
+        engines: releases to ask instead of those installed, ``PACKAGE==VERSION``, or ``PACKAGE==FIRST..LAST`` for all
+            between two, where the first bad one is looked for by halving.
+        root: with ``cpus``, a root file system of the device; otherwise a small Debian is laid out.
         stage: told about each step.
         note: told, before anything runs, what is to be known about an artifact on this machine.
 
@@ -91,6 +98,18 @@ def verify(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     weights = Path(weights) if weights is not None else None
     own = OwnModule.of(module, module_options)
+    if cpus or engines or root is not None:
+        if weights is not None or own is not None or images is not None or layers or bisect is not None:
+            raise UsageError(
+                "`cpus`, `engines` and `root` ask for the golden answers; expected them without `weights`, `module`, "
+                "`images`, `layers` and `bisect`"
+            )
+        from dmformer.verify.replay import verify_elsewhere
+
+        folder = Path(root) if root is not None else None
+        return verify_elsewhere(
+            opened, runtimes=runtimes, cpus=cpus, engines=engines, root=folder, stage=stage, note=note
+        )
     if bisect is not None:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="`bisect`")
@@ -98,16 +117,16 @@ def verify(
     for choice in chosen:
         if choice.saturation_risk is not None:
             note(f"{choice.title}: {choice.saturation_risk}")
-    report = _compare(
+    report = check_choices(
         opened,
         chosen,
         skipped,
-        weights,
-        own,
-        Path(images) if images is not None else None,
-        layers or bisect is not None,
-        stage,
-        _broken_engines(opened) if not runtimes or "all" in map(str.lower, runtimes) else [],
+        weights=weights,
+        module=own,
+        images=Path(images) if images is not None else None,
+        layers=layers or bisect is not None,
+        stage=stage,
+        unasked=_broken_engines(opened) if not runtimes or "all" in map(str.lower, runtimes) else (),
     )
     if bisect is None or report.passed:
         return report
@@ -116,16 +135,17 @@ def verify(
     return localize(opened, report, weights=weights, folder=Path(bisect), stage=stage, module=own)
 
 
-def _compare(
+def check_choices(
     bundle: Bundle,
     chosen: Sequence[Choice],
     skipped: list[str],
-    weights: Path | None,
-    module: OwnModule | None,
-    images: Path | None,
-    layers: bool,
-    stage: Progress,
-    unasked: Sequence[Check],
+    *,
+    weights: Path | None = None,
+    module: OwnModule | None = None,
+    images: Path | None = None,
+    layers: bool = False,
+    stage: Progress = silent,
+    unasked: Sequence[Check] = (),
 ) -> ParityReport:
     """Make every check of the artifacts chosen; arguments as for :func:`verify`."""
     with stage("integrity"):

@@ -94,6 +94,8 @@ class Check(Struct, frozen=True, kw_only=True):
         size: height and width in pixels, where they are not those of the golden images.
         decisions: where classes of images were compared.
         pixels: where classes of pixels were compared.
+        processor: the emulated one that answered; ``null`` for this machine's.
+        engine: package and release that answered, where it is not this installation's.
     """
 
     stage: str
@@ -112,11 +114,19 @@ class Check(Struct, frozen=True, kw_only=True):
     size: str | None = None
     decisions: Decisions | None = None
     pixels: PixelAgreement | None = None
+    processor: str | None = None
+    engine: str | None = None
 
     @property
     def where(self) -> str:
         """The stage, with the size of the images where it is not that of the golden ones."""
         return self.stage if self.size is None else f"{self.stage} at {self.size}"
+
+    @property
+    def asked(self) -> str:
+        """What was asked: the stage, the runtime and the precision, and where that was elsewhere."""
+        there = f" on {self.processor}" if self.processor else ""
+        return f"{self.where} in {self.engine or self.runtime} {self.precision}{there}"
 
     @classmethod
     def of(
@@ -154,6 +164,48 @@ class Check(Struct, frozen=True, kw_only=True):
         )
 
 
+class Replay(Struct, frozen=True, kw_only=True):
+    """Golden answers asked for elsewhere, with one release of one engine.
+
+    Attributes:
+        processor: name of the emulated one; ``null`` for this machine's.
+        runtime: canonical name.
+        engine: package and release.
+        platform: what the packages are for.
+        emulator: name, version and the model that it played; ``null`` without one.
+        packages: version of each Python package that was installed for it.
+        described: the processor as the process there saw it; ``null`` where it did not answer.
+        passed: whether every check held.
+    """
+
+    processor: str | None
+    runtime: str
+    engine: str
+    platform: str
+    emulator: str | None
+    packages: dict[str, str]
+    described: Processor | None
+    passed: bool
+
+
+class ReleaseRange(Struct, frozen=True, kw_only=True):
+    """Where releases of an engine begin to fail.
+
+    Attributes:
+        processor: name of the emulated one; ``null`` for this machine's.
+        package: of the engine.
+        releases: all in the range, the oldest first; where the newest fails, only some of them were asked.
+        last_good: the release before the first bad one, or the newest; ``null`` where there is none.
+        first_bad: ``null`` where every one holds.
+    """
+
+    processor: str | None
+    package: str
+    releases: tuple[str, ...]
+    last_good: str | None
+    first_bad: str | None
+
+
 class ParityReport(Struct, frozen=True, kw_only=True):
     """What ``verify`` or an export found.
 
@@ -162,7 +214,9 @@ class ParityReport(Struct, frozen=True, kw_only=True):
         checks: in the order in which they were made.
         skipped: a sentence for whatever was not checked or was left out.
         findings: the places where failures begin, if they were looked for.
-        processor: what computed the answers.
+        processor: what computed the answers; this machine, where it emulated others.
+        replays: what was asked elsewhere, on an emulated processor or with another release of an engine.
+        release_ranges: where releases begin to fail, for each range that was asked for.
     """
 
     passed: bool
@@ -170,6 +224,8 @@ class ParityReport(Struct, frozen=True, kw_only=True):
     skipped: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     processor: Processor | None = None
+    replays: tuple[Replay, ...] = ()
+    release_ranges: tuple[ReleaseRange, ...] = ()
 
 
 def parity_report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
@@ -187,8 +243,8 @@ def failure(report: ParityReport) -> str:
     failed = [check for check in report.checks if not check.passed]
     first = failed[0]
     return (
-        f"{len(failed)} of {len(report.checks)} checks failed; first: {first.where} in {first.runtime} "
-        f"{first.precision} at batch {first.batch}, against {first.against}: {first.reason}"
+        f"{len(failed)} of {len(report.checks)} checks failed; first: {first.asked} at batch {first.batch}, "
+        f"against {first.against}: {first.reason}"
     )
 
 
