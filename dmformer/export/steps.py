@@ -122,6 +122,7 @@ def convert_artifact(work: Work, row: registry.RuntimeEntry, file: PrecisionFile
         sensitivity=file.sensitivity,
         weight_bits=file.weight_bits,
         target=converted.target,
+        engine_batch=converted.engine_batch,
     )
     return ConvertedArtifact(artifact, converted.files)
 

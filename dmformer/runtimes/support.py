@@ -57,12 +57,14 @@ class Support(ABC):
         name: canonical name of the runtime.
         precisions: of the artifacts that it takes, float32 first.
         package: arguments of :func:`intact_version`; without them :meth:`quick_probe` imports the engine.
+        reads_onnx: whether the runtime takes ONNX files too, beside those of its own format.
         instructions: by processor, instruction sets without which the engine cannot start, in Linux's names.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     package: ClassVar[tuple[str, ...]] = ()
+    reads_onnx: ClassVar[bool] = True
     instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @abstractmethod

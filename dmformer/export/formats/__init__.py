@@ -43,11 +43,19 @@ class ConversionSource:
 
 @dataclass(frozen=True)
 class Converted:
-    """Files that a converter wrote, the one to load first, the packages that made them, and what they are tied to."""
+    """What a converter wrote.
+
+    Attributes:
+        files: with the one to load first.
+        built_with: packages that made them, with their versions.
+        target: what they are tied to, where they are compiled.
+        engine_batch: rows that the engine takes at once; ``None`` is any number.
+    """
 
     files: tuple[Path, ...]
     built_with: dict[str, str]
     target: Target | None = None
+    engine_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,14 @@ class Converter:
 
     Attributes:
         function: ``module:function`` that makes it: source and an existing, empty folder in, files out.
-        check: ``module:function`` that makes sure that ``function`` works on this machine, where it does so on machines
-            that cannot run what it makes, as compilers do; otherwise what is made is verified in its runtime.
+        check: ``module:function`` that makes sure that what ``function`` needs is on this machine, besides the runtime.
+        compiled: whether it is compiled for one machine, on machines that need not be able to run it; what is not is
+            verified in its runtime, which has to be there.
     """
 
     function: str
     check: str | None = None
+    compiled: bool = False
 
 
 CONVERTERS = {
@@ -69,8 +79,11 @@ CONVERTERS = {
     "onnx": Converter("dmformer.export.formats:to_onnx"),
     "openvino": Converter("dmformer.export.formats.openvino:to_openvino"),
     "tensorrt": Converter(
-        "dmformer.export.formats.tensorrt:to_tensorrt", check="dmformer.export.formats.tensorrt:check_buildable"
+        "dmformer.export.formats.tensorrt:to_tensorrt",
+        check="dmformer.export.formats.tensorrt:check_buildable",
+        compiled=True,
     ),
+    "ncnn": Converter("dmformer.export.formats.ncnn:to_ncnn", check="dmformer.export.formats.ncnn:check_pnnx"),
 }
 
 
@@ -93,7 +106,7 @@ def convert(row: RuntimeEntry, source: ConversionSource, folder: Path) -> Conver
 
 def is_compiled(row: RuntimeEntry) -> bool:
     """Whether a format is compiled for one machine, on machines that need not be able to run it."""
-    return CONVERTERS[row.format].check is not None
+    return CONVERTERS[row.format].compiled
 
 
 def check_convertible(row: RuntimeEntry, engine: EngineOptions) -> None:
@@ -102,11 +115,11 @@ def check_convertible(row: RuntimeEntry, engine: EngineOptions) -> None:
     Raises:
         UnavailableError: it cannot, or what was made could not be checked.
     """
-    check = CONVERTERS[row.format].check
-    if check is None:
+    converter = CONVERTERS[row.format]
+    if not converter.compiled:
         registry.available_adapter(row)  # what is made is verified in its runtime
-        return
-    _function(check)(engine)
+    if converter.check is not None:
+        _function(converter.check)(engine)
 
 
 def check_size(row: RuntimeEntry, open_size: bool) -> None:
