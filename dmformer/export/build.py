@@ -84,7 +84,9 @@ def build(
     with staged(opened.root) as folder:
         with stage("integrity"):
             golden = _copy_checked(opened, row, sources, folder).golden()
-        loop, work, built = Loop(Cache()), Work(folder, stage, options, golden), []
+        in_float32 = opened.artifacts(_SOURCE, "fp32")
+        float32 = folder / in_float32[0].files[0].path if in_float32 else None
+        loop, work, built = Loop(Cache()), Work(folder, stage, options, golden, float32=float32), []
         for source in sources:
             verified = loop.artifact(work, row, _precision_file(source, folder), network=None)
             loop.checks.extend(verified.checks)

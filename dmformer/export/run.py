@@ -192,6 +192,7 @@ class _Export(Loop):
             calibration=calibration,
             max_accuracy_drop=self.options.max_accuracy_drop,
             answers=answers,
+            float32=graph.onnx,
         )
 
     def reduce(self, precision: str, source: GraphSource, graph: VerifiedGraph, work: Work) -> Reduced | None:

@@ -63,6 +63,7 @@ class Work:
         calibration: images to measure accuracy on, where there are some.
         max_accuracy_drop: accuracy that a precision may lose on them, in percentage points.
         answers: onnxruntime's to the float32 ONNX file, where it was asked just now.
+        float32: the float32 ONNX file; ``None`` on a device whose bundle has none.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Work:
     calibration: Calibration | None = None
     max_accuracy_drop: float = 0.0
     answers: Answers | None = None
+    float32: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,10 @@ def convert_artifact(work: Work, row: registry.RuntimeEntry, file: PrecisionFile
     """
     folder = work.folder / row.format / file.precision
     folder.mkdir(parents=True, exist_ok=True)
-    source = ConversionSource(file.onnx, file.precision, work.checkpoint, work.engine, work.stage)
+    float32 = file.onnx if file.precision == "fp32" else work.float32
+    source = ConversionSource(
+        file.onnx, file.precision, work.checkpoint, work.engine, work.stage, float32, tuple(file.kept_in_fp32)
+    )
     with work.stage(f"convert to {row.format} {file.precision}"):
         converted = formats.convert(row, source, folder)
         entries = tuple(file_entry(work.folder, path) for path in converted.files)

@@ -1,6 +1,6 @@
 """ncnn on the CPU.
 
-A network of ncnn is two files: a ``.param`` of text, which lists the layers, and a ``.bin`` of their weights in the same
+A network of ncnn is two files: a ``.param`` of text, which lists the layers, and a ``.bin`` of their weights in that
 order, without names or sizes. ncnn believes both, and ends the process where they do not go together; so they are read
 here first. Converting (:mod:`dmformer.export.formats.ncnn`) gives inputs, outputs and inner tensors the names of the
 ONNX file, and writes the size of the input beside its name.
@@ -12,7 +12,6 @@ import struct
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from dmformer.runtimes.support import Availability, Support
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -37,12 +36,13 @@ _MOST_LAYERS = 1 << 16
 COMPUTING = ("Convolution", "ConvolutionDepthWise", "Deconvolution", "DeconvolutionDepthWise", "InnerProduct", "Gemm")
 # Where the parameters of a layer have its number of outputs, whether it has a bias, and its number of weights.
 _WEIGHTS = dict.fromkeys(COMPUTING[:4], (0, 5, 6)) | {"InnerProduct": (0, 1, 2)}
+FEATURE_MASK, IN_FLOAT32 = 31, 3  # a parameter of every layer: of float16, neither arithmetic nor storage there
 # Layers that have no values in the .bin; of any other, nothing is said about where its values begin and end.
 _WITHOUT_VALUES = frozenset(
-    ("BinaryOp", "Clip", "Concat", "Crop", "Flatten", "GELU", "HardSigmoid", "HardSwish", "Input", "Interp", "Noop")
-    + ("Padding", "Permute", "PixelShuffle", "Pooling", "ReLU", "Reduction", "Reshape", "Sigmoid", "Slice", "Softmax")
-    + ("Split", "Squeeze", "Swish", "TanH", "UnaryOp", "ExpandDims", "Eltwise", "MatMul")
-)
+    ("BinaryOp", "Clip", "Concat", "Crop", "Eltwise", "ExpandDims", "Flatten", "GELU", "HardSigmoid", "HardSwish",
+     "Input", "Interp", "MatMul", "Noop", "Padding", "Permute", "PixelShuffle", "Pooling", "ReLU", "Reduction",
+     "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Squeeze", "Swish", "TanH", "UnaryOp")
+)  # fmt: skip
 _TYPES = {0: (4, "float32"), 0x01306B47: (2, "float16")}  # how weights begin, and the bytes of each value
 # Each is set, whatever its default is in the installed version.
 _REDUCING = ("fp16_packed", "fp16_storage", "fp16_arithmetic")
@@ -133,7 +133,8 @@ def locate_weights(layers: Sequence[NcnnLayer], data: bytes) -> list[Weights]:
     Raises:
         ValueError: the file is too short or too long for the layers.
     """
-    found, at = [], 0
+    found: list[Weights] = []
+    at = 0
     for layer in layers:
         if layer.operator not in _WEIGHTS:
             if layer.operator not in _WITHOUT_VALUES:
@@ -164,6 +165,9 @@ class NcnnSupport(Support):
 
     name = "ncnn"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    refused: ClassVar[Mapping[str, str]] = {
+        "int8": "the quantiser of ncnn (its programs ncnn2table and ncnn2int8) is in none of its Python packages"
+    }
     package: ClassVar[tuple[str, ...]] = ("ncnn", "ncnn/ncnn")
     reads_onnx: ClassVar[bool] = False
 
@@ -193,8 +197,10 @@ class NcnnInspector(Inspector):
         """Count the compute layers, in the types that the loaded network's options and their own kernels allow."""
         options = self.runtime.net.opt
         half = options.use_fp16_storage and options.use_fp16_arithmetic
+        kept = {layer.name for layer in self.runtime.layers if layer.number(FEATURE_MASK)}
         loaded = [layer for layer in self.runtime.net.layers() if layer.type in COMPUTING]
-        return dict(Counter("fp16" if half and layer.support_fp16_storage else "fp32" for layer in loaded))
+        in_half = [half and layer.support_fp16_storage and layer.name not in kept for layer in loaded]
+        return dict(Counter("fp16" if is_half else "fp32" for is_half in in_half))
 
     def read_kernels(self, feeds: Sequence[Arrays]) -> list[Kernel]:
         """Time each layer by extracting what it gives when all that it reads is there.

@@ -32,6 +32,9 @@ class ConversionSource:
         checkpoint: where it came from; ``None`` on a device, which has the ONNX file alone.
         engine: for formats that are compiled.
         stage: told about each step, by a converter that takes long.
+        float32: the verified ONNX file in float32, for converters that reduce it themselves; ``None`` where there is
+            none, as on a device whose bundle has it not.
+        kept_in_fp32: blocks or nodes that stay in float32.
     """
 
     onnx: Path
@@ -39,6 +42,8 @@ class ConversionSource:
     checkpoint: Checkpoint | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     stage: Progress = silent
+    float32: Path | None = None
+    kept_in_fp32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

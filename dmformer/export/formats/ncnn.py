@@ -17,14 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmformer.errors import StageFailed, UnavailableError, first_line
+from dmformer.errors import StageFailed, UnavailableError, UsageError, first_line
 from dmformer.export.formats import Converted, versions
-from dmformer.runtimes.ncnn import NcnnLayer, locate_weights, read_param, write_param
+from dmformer.runtimes.inspector import module_path
+from dmformer.runtimes.ncnn import FEATURE_MASK, IN_FLOAT32, NcnnLayer, locate_weights, read_param, write_param
 from dmformer.runtimes.onnx_weights import Field, fields, read_varint
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from dmformer.export.formats import ConversionSource
     from dmformer.export.options import EngineOptions
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 _LONGEST_S = 600
 _OPEN_SIZES = (2 * STRIDES[-1], 2 * STRIDES[-1]), (3 * STRIDES[-1], 4 * STRIDES[-1])  # pnnx compares two
 _ACTIVATION = 9  # the parameter of a compute layer into which an activation is fused
-_CAST = "Tensor.to"  # as pnnx writes what it cannot translate
 # Field numbers of onnx.proto3.
 _GRAPH, _NODE, _INITIALIZER, _INPUT, _OUTPUT = 7, 1, 5, 11, 12
 _READS, _GIVES = 1, 2  # of NodeProto
@@ -79,30 +79,41 @@ def _program() -> str:
 
 
 def to_ncnn(source: ConversionSource, folder: Path) -> Converted:
-    """Write ``model.param`` and ``model.bin``, with weights in float16 where the ONNX file has that precision.
+    """Write ``model.param`` and ``model.bin``, with weights in float16 at that precision.
+
+    ncnn computes in float16 by its options; pnnx cannot read a graph that is typed so, and starts from float32.
 
     Raises:
         StageFailed: pnnx refused the graph, or what it wrote cannot be read.
         UnavailableError: pnnx is not installed.
+        UsageError: there is no float32 ONNX file.
     """
     program = _program()
-    graph = _read_graph(source.onnx.read_bytes())
+    onnx = source.onnx if source.precision == "fp32" else source.float32
+    if onnx is None:
+        raise UsageError(
+            f"format ncnn at {source.precision} without the ONNX file in float32; expected a bundle with that as well: "
+            "dmformer export --format onnx --precision fp32"
+        )
+    graph = _read_graph(onnx.read_bytes())
     (shape,) = graph.inputs.values()
     sides = [shape[2:]] if None not in shape[2:] else list(_OPEN_SIZES)
     sizes = [f"[1,{shape[1]},{height},{width}]" for height, width in sides]
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
-        shutil.copyfile(source.onnx, Path(scratch) / "model.onnx")  # it writes beside what it reads
+        shutil.copyfile(onnx, Path(scratch) / "model.onnx")  # it writes beside what it reads
         shapes = [f"inputshape{number or ''}={size}" for number, size in zip(("", 2), sizes, strict=False)]
         half = f"fp16={int(source.precision == 'fp16')}"
         _run([program, "model.onnx", *shapes, half], scratch)
         try:
-            layers = _without_casts(read_param((Path(scratch) / "model.ncnn.param").read_text("ascii")))
+            layers = read_param((Path(scratch) / "model.ncnn.param").read_text("ascii"))
             data = (Path(scratch) / "model.ncnn.bin").read_bytes()
             located = locate_weights(layers, data)
         except (OSError, ValueError) as error:
             raise StageFailed(f"conversion to ncnn failed: pnnx wrote what cannot be read: {error}") from error
     names = _names(layers, {weights.layer.name: data[weights.first : weights.last] for weights in located}, graph)
     named = [_renamed(layer, names, shape) for layer in layers]
+    if source.precision == "fp16":
+        named = [_kept(layer, source.kept_in_fp32) for layer in named]
     path = folder / "model.param"
     path.write_text(write_param(named), encoding="ascii")
     path.with_suffix(".bin").write_bytes(data)
@@ -151,19 +162,6 @@ def _read_graph(data: bytes) -> _Graph:
         nodes.append(_Node(tuple(reads), weights, tuple(texts(node, _GIVES))))
     inputs = {texts(value, 1)[0]: shape(value) for value in parts(graph, _INPUT)}
     return _Graph(tuple(nodes), inputs, tuple(name for value in parts(graph, _OUTPUT) for name in texts(value, 1)))
-
-
-def _without_casts(layers: Sequence[NcnnLayer]) -> list[NcnnLayer]:
-    """Leave out the casts of a float16 graph, which ncnn has no layer for: its options say what it computes in."""
-    same: dict[str, str] = {}
-    kept = []
-    for layer in layers:
-        inputs = tuple(same.get(name, name) for name in layer.inputs)
-        if layer.operator == _CAST:
-            same[layer.outputs[0]] = inputs[0]
-        else:
-            kept.append(replace(layer, inputs=inputs))
-    return kept
 
 
 def _names(layers: Sequence[NcnnLayer], weights: Mapping[str, bytes], graph: _Graph) -> dict[str, str]:
@@ -232,3 +230,13 @@ def _renamed(layer: NcnnLayer, names: Mapping[str, str], shape: Sequence[int | N
         return layer
     sizes = {at: str(size) for at, size in enumerate((shape[3], shape[2], shape[1])) if size is not None}
     return replace(layer, parameters=sizes)
+
+
+def _kept(layer: NcnnLayer, kept: Collection[str]) -> NcnnLayer:
+    """Return a layer that stays in float32 where what it gives is of a node or of a block that does."""
+    if not layer.outputs[0].startswith("/"):
+        return layer
+    module, operator = module_path(layer.outputs[0]), layer.outputs[0].rpartition("/")[2].rpartition("_output_")[0]
+    if not any(name in (module, f"{module}/{operator}") or module.startswith(f"{name}.") for name in kept):
+        return layer
+    return replace(layer, parameters=layer.parameters | {FEATURE_MASK: str(IN_FLOAT32)})

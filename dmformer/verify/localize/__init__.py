@@ -317,8 +317,8 @@ class _Bisection:
             return "file", f"the ONNX file at {precision} does the same, executed one operator at a time"
         if not registry.support(self.choice.entry).reads_onnx:
             return None, (
-                f"the ONNX file is right; {name} reads no ONNX, and cannot be asked for this piece of it alone: build the "
-                f"artifact's own files again (dmformer build --format {self.choice.artifact.format})"
+                f"the ONNX file is right; {name} reads no ONNX, and cannot be asked for this piece of it alone: build "
+                f"the artifact's own files again (dmformer build --format {self.choice.artifact.format})"
             )
         try:
             piece, inputs = self._write_piece(parting, self.scratch / "piece.onnx")
