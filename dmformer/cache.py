@@ -44,6 +44,7 @@ _LOCK_S = 60.0
 _PACKAGES = (
     "numpy", "pillow", "msgspec", "safetensors", "torch", "onnx", "onnxsim", "onnxruntime", "openvino", "tensorrt",
     "tensorrt-rtx", "cuda-bindings", "ncnn", "pnnx",
+    "ai-edge-litert", "litert-torch", "ai-edge-quantizer",
 )  # fmt: skip
 
 

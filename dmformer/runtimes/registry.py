@@ -38,6 +38,7 @@ ENTRIES = (
     RuntimeEntry("openvino", ("ov",), "dmformer.runtimes.openvino:OpenVinoRuntime", "openvino", extra="openvino"),
     RuntimeEntry("tensorrt", ("trt",), "dmformer.runtimes.tensorrt:TensorRtRuntime", "tensorrt", extra="tensorrt"),
     RuntimeEntry("ncnn", (), "dmformer.runtimes.ncnn:NcnnRuntime", "ncnn", extra="ncnn"),
+    RuntimeEntry("litert", ("tflite",), "dmformer.runtimes.litert:LiteRtRuntime", "litert", extra="litert"),
 )
 
 

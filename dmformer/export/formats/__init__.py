@@ -16,7 +16,9 @@ from dmformer.runtimes import registry
 from dmformer.runtimes.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable  # noqa: TC004 - only the names of types
+
+    from torch import nn  # noqa: TC004 - as above
 
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
     from dmformer.runtimes.registry import RuntimeEntry
@@ -35,6 +37,7 @@ class ConversionSource:
         float32: the verified ONNX file in float32, for converters that reduce it themselves; ``None`` where there is
             none, as on a device whose bundle has it not.
         kept_in_fp32: blocks or nodes that stay in float32.
+        form: makes the network in the form that was traced; ``None`` on a device.
     """
 
     onnx: Path
@@ -44,6 +47,7 @@ class ConversionSource:
     stage: Progress = silent
     float32: Path | None = None
     kept_in_fp32: tuple[str, ...] = ()
+    form: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,23 +76,34 @@ class Converter:
         check: ``module:function`` that makes sure that what ``function`` needs is on this machine, besides the runtime.
         compiled: whether it is compiled for one machine, on machines that need not be able to run it; what is not is
             verified in its runtime, which has to be there.
+        from_onnx: whether the ONNX file is enough to make it, as on a device; what is not comes with an export.
+        open_size: whether it can be made for images of any height and width.
     """
 
     function: str
     check: str | None = None
     compiled: bool = False
+    from_onnx: bool = True
+    open_size: bool = True
 
 
 CONVERTERS = {
-    "torch": Converter("dmformer.export.formats:to_torch"),
+    "torch": Converter("dmformer.export.formats:to_torch", from_onnx=False),
     "onnx": Converter("dmformer.export.formats:to_onnx"),
     "openvino": Converter("dmformer.export.formats.openvino:to_openvino"),
     "tensorrt": Converter(
         "dmformer.export.formats.tensorrt:to_tensorrt",
         check="dmformer.export.formats.tensorrt:check_buildable",
         compiled=True,
+        open_size=False,
     ),
     "ncnn": Converter("dmformer.export.formats.ncnn:to_ncnn", check="dmformer.export.formats.ncnn:check_pnnx"),
+    "litert": Converter(
+        "dmformer.export.formats.litert:to_litert",
+        check="dmformer.export.formats.litert:check_converter",
+        from_onnx=False,
+        open_size=False,
+    ),
 }
 
 
@@ -131,13 +146,23 @@ def check_size(row: RuntimeEntry, open_size: bool) -> None:
     """Make sure that a format can be had at an open height and width.
 
     Raises:
-        UsageError: it is compiled, and its engines have a fixed size here.
+        UsageError: its files are made for one size.
     """
-    if open_size and is_compiled(row):
+    if open_size and not CONVERTERS[row.format].open_size:
         raise UsageError(
-            f"format {row.format} with open height and width, where its engines have a fixed one; expected an export "
+            f"format {row.format} with open height and width, where its files have a fixed one; expected an export "
             "without `open_size`"
         )
+
+
+def check_from_onnx(row: RuntimeEntry) -> None:
+    """Make sure that a format can be made from an ONNX file, as on a device.
+
+    Raises:
+        UsageError: it comes with an export.
+    """
+    if row.format == "onnx" or not CONVERTERS[row.format].from_onnx:
+        raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
 
 
 def versions(*packages: str) -> dict[str, str]:
