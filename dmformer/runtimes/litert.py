@@ -26,7 +26,9 @@ _IDENTIFIER = b"TFL3"  # at byte 4 of a file
 
 
 def _import() -> Any:
-    return require("ai_edge_litert.interpreter", extra="litert", purpose="it")
+    package = require("ai_edge_litert", extra="litert", purpose="it")
+    require("ai_edge_litert.interpreter", extra="litert", purpose="it")
+    return package.interpreter
 
 
 class LiteRtSupport(Support):

@@ -295,8 +295,8 @@ class NcnnRuntime(Runtime):
             extractor = self.net.create_extractor()
             extractor.set_light_mode(light)
             for name, array in inputs.items():
-                # The array is copied, into rows of the length that ncnn's kernels want.
-                if extractor.input(name, ncnn.Mat(np.ascontiguousarray(array[row])).clone()):
+                values = np.ascontiguousarray(array[row])  # has to outlive the Mat, which refers to its memory
+                if extractor.input(name, ncnn.Mat(values).clone()):  # into channels aligned as ncnn's kernels want
                     raise StageFailed(f"ncnn refused the input {name!r}")
             yield extractor
 
