@@ -43,7 +43,8 @@ _DEFAULT_LIMIT_MB = 4096
 _LOCK_S = 60.0
 _PACKAGES = (
     "numpy", "pillow", "msgspec", "safetensors", "torch", "onnx", "onnxsim", "onnxruntime", "openvino", "tensorrt",
-    "tensorrt-rtx", "cuda-bindings",
+    "tensorrt-rtx", "cuda-bindings", "ncnn", "pnnx",
+    "ai-edge-litert", "litert-torch", "ai-edge-quantizer",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ _DECISIVE = frozenset(
     ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
      "amx_int8", "amx_bf16", "amx_fp16", "neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
 )  # fmt: skip
-_PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+_PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "ncnn", "ai-edge-litert")
 # What oneDNN, and so OpenVINO and PyTorch, reads: the newest instruction set that it may use.
 _ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 # Its names of them, each with the forms of VNNI (in Linux's names) that it may still use.

@@ -40,6 +40,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
+# A tiny network with random weights, exported with litert-torch, which takes 2 GB and a minute: as benchmarks/edge.py
+# makes it.
+LITERT = Path(__file__).parent / "data" / "litert"
 
 Result = TypeVar("Result")
 
@@ -49,7 +52,7 @@ WAITED_FOR = {
     *("made", "exported", "bundle", "cli", "inline", "device", "reduced", "reduced_bundle", "full_range"),
     *("segmentation", "segmentation_bundle", "segmentation_open", "features_open", "segmentation_reduced", "quick"),
     "one_output",
-    *("own_exported", "recognised_export"),
+    *("own_exported", "recognised_export", "with_ncnn"),
 }
 
 # Modules whose tests export, train or ask a whole network again and again.
@@ -205,6 +208,19 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
         return dmformer.export(formats=["torch", "onnx", "openvino"], output=folder / "demo")
 
     return made_once(tmp_path_factory, "exported", make)
+
+
+@pytest.fixture(scope="session")
+def with_ncnn(exported: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration bundle with ncnn built into it; shared, so not to be written into."""
+    from dmformer.export.build import build
+
+    def make(folder: Path) -> Path:
+        copy = Path(shutil.copytree(exported.output, folder / "demo"))
+        build(copy, "ncnn")
+        return copy
+
+    return made_once(tmp_path_factory, "with-ncnn", make)
 
 
 @pytest.fixture

@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ONNX, XML = "onnx/fp32/model.onnx", "openvino/fp32/model.xml"
+ONNX = "onnx/fp32/model.onnx"
+# By kind of the mutant, the file that is changed.
+FILES = {
+    "graph": ONNX,
+    "onnx": ONNX,
+    "xml": "openvino/fp32/model.xml",
+    "numbers": "ncnn/fp32/model.param",
+    "param": "ncnn/fp32/model.param",
+    "bin": "ncnn/fp32/model.bin",
+    "tflite": "litert/fp32/model.tflite",
+}
 EXTREME = (0, -1, 1, 2, 3, 7, -(2**31), 2**31 - 1, 2**31, 2**62, -(2**63), 2**63 - 1, 65536)
 OPERATORS = ("Conv", "Add", "Reshape", "Gemm", "Concat", "Slice", "Loop", "If", "Resize", "MaxPool", "Gather", "Cast")
 _MEMORY = 8 << 30
@@ -107,10 +117,23 @@ def changed_graph(data: bytes, generator: random.Random) -> bytes:
     return whole
 
 
+def changed_numbers(data: bytes, generator: random.Random) -> bytes:
+    """A file of ncnn's layers in which parameters have other values."""
+    words = data.split(b" ")
+    for _ in range(generator.choice((1, 1, 2, 4))):
+        at = generator.choice([place for place, word in enumerate(words) if b"=" in word])
+        name, _, value = words[at].partition(b"=")
+        rest = value[len(value.split(b"\n")[0]) :]
+        words[at] = name + b"=" + str(generator.choice(EXTREME)).encode() + rest
+    return b" ".join(words)
+
+
 def mutator(kind: str, data: bytes) -> Callable[[random.Random], bytes]:
-    """What makes a mutant of a file, by kind: ``graph``, ``onnx`` or ``bytes``."""
+    """What makes a mutant of a file, by kind: ``graph``, ``onnx`` and ``numbers`` know the file, the others change bytes."""
     if kind == "graph":
         return lambda generator: changed_graph(data, generator)
+    if kind == "numbers":
+        return lambda generator: changed_numbers(data, generator)
     positions = outside_weights(data) if kind == "onnx" else None
     return lambda generator: changed_bytes(data, generator, positions)
 
@@ -119,7 +142,7 @@ def mutate(bundle: Path, kind: str, number: int, make: Callable[[random.Random],
     """Put a mutant into the bundle, under a hash that fits."""
     from tests.bundles import adopt
 
-    name = ONNX if kind != "xml" else XML
+    name = FILES[kind]
     (bundle / name).write_bytes(make(random.Random(f"{kind} {number}")))
     adopt(bundle, name)
 
@@ -153,7 +176,7 @@ def command_line(arguments: list[str]) -> tuple[int, str]:
 def run(bundle: Path, arguments: list[str], kind: str, first: int, last: int) -> None:
     """Print what became of each mutant."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    make = mutator(kind, (bundle / (XML if kind == "xml" else ONNX)).read_bytes())
+    make = mutator(kind, (bundle / FILES[kind]).read_bytes())
     for number in range(first, last):
         mutant = bundle.parent / "mutant"
         shutil.rmtree(mutant, ignore_errors=True)

@@ -94,7 +94,7 @@ def test_a_real_run_says_what_was_timed(report: Any, exported: ExportResult) -> 
         ({"streams": [2], "threads": 1}, "2 streams; expected 1 to 1"),
         ({"modes": ["end-to-end"], "profile": True}, "a profile of mode end-to-end"),
         ({"images": "no-such-folder"}, "no-such-folder"),
-        ({"runtimes": ["tflite"]}, "unknown runtime"),
+        ({"runtimes": ["coreml"]}, "unknown runtime"),
         ({"precisions": ["int8"]}, "nothing at int8"),
     ],
 )

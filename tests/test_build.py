@@ -120,7 +120,7 @@ def test_an_engine_that_answers_wrongly_changes_nothing(
     [
         (("onnx",), UsageError, "format onnx comes with an export"),
         (("torch",), UsageError, "format torch comes with an export"),
-        (("tflite",), UsageError, "unknown format 'tflite'"),
+        (("coreml",), UsageError, "unknown format 'coreml'"),
         (("ov", ["fp16"]), UsageError, r"no ONNX file at fp16 to build from \(it has fp32\).*--precision fp16"),
         (("trt", [], EngineOptions("rtx", ["sm90"])), UnavailableError, "compute capability 9.0"),
     ],

@@ -125,7 +125,7 @@ def test_debug_alone_is_help(inline: Cli) -> None:
     ("arguments", "expected"),
     [
         (["--precision", "int4"], "int4"),
-        (["--format", "tflite"], "tflite"),
+        (["--format", "coreml"], "coreml"),
         (["--weights", "missing.safetensors"], "missing.safetensors"),
         (["--weights", "text.safetensors"], "text.safetensors"),
         (["--weights", "text.pth"], "text.pth"),
@@ -445,7 +445,7 @@ def test_predict_names_the_image_it_cannot_read(
 def test_predict_wants_an_image_and_names_that_are_known(inline: Cli, made: Made) -> None:
     for arguments, expected in (
         ([], "no image given"),
-        ([DIGIT, "--runtime", "tflite"], "unknown runtime 'tflite'"),
+        ([DIGIT, "--runtime", "coreml"], "unknown runtime 'coreml'"),
         ([DIGIT, "--precision", "int8"], "nothing at int8"),
     ):
         run = inline("predict", made.bundle, *arguments)
@@ -469,7 +469,7 @@ def test_bench(inline: Cli, made: Made, monkeypatch: pytest.MonkeyPatch) -> None
     assert "Latency of dmformer_nano" in run.err
 
 
-@pytest.mark.parametrize("arguments", [["--duration", "0"], ["--duration", "nan"], ["--runtime", "tflite"]])
+@pytest.mark.parametrize("arguments", [["--duration", "0"], ["--duration", "nan"], ["--runtime", "coreml"]])
 def test_bench_of_what_cannot_be_used_is_2(inline: Cli, made: Made, arguments: list[str]) -> None:
     run = inline("bench", made.bundle, *arguments)
     assert run.code == 2

@@ -283,7 +283,7 @@ def test_runtimes_and_precisions_are_chosen(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"runtimes": ["tflite"]}, "unknown runtime 'tflite'"),
+        ({"runtimes": ["coreml"]}, "unknown runtime 'coreml'"),
         ({"precisions": ["int8"]}, "nothing at int8"),
         ({"runtimes": ["torch"], "precisions": ["fp16"]}, "nothing at fp16"),
     ],

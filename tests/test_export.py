@@ -345,7 +345,7 @@ def test_a_plan_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"formats": ["tflite"]}, "unknown format 'tflite'"),
+        ({"formats": ["coreml"]}, "unknown format 'coreml'"),
         ({"precisions": ["fp64"]}, "precision 'fp64'"),
         ({"arch": "resnet50"}, "unknown architecture 'resnet50'"),
         ({"image_size": 8}, "image_size"),

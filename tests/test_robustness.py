@@ -21,7 +21,7 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.errors import UsageError
 from tests import mutants
 from tests.bundles import adopt, one_line, rewrite
-from tests.conftest import ROOT
+from tests.conftest import LITERT, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +172,7 @@ def outcomes(bundle: Path, command: str, kind: str, count: int) -> tuple[list[in
 
 def contained(bundle: Path, command: str, kind: str, number: int, cli: Cli) -> None:
     """What ends a process is one line and exit code 1 of the command line."""
-    data = (bundle / (mutants.XML if kind == "xml" else mutants.ONNX)).read_bytes()
+    data = (bundle / mutants.FILES[kind]).read_bytes()
     mutant = bundle.parent / "again"
     shutil.copytree(bundle, mutant)
     mutants.mutate(mutant, kind, number, mutants.mutator(kind, data))
@@ -195,11 +195,20 @@ BUILD = "build BUNDLE --format ov"
         (PREDICT + "ov", "xml", 40),
         (BUILD, "onnx", 15),
         (BUILD, "graph", 15),
+        (PREDICT + "ncnn", "param", 40),
+        (PREDICT + "ncnn", "numbers", 40),
+        (PREDICT + "ncnn", "bin", 20),
+        (PREDICT + "litert", "tflite", 40),
     ],
-    ids=["onnxruntime bytes", "onnxruntime graphs", "openvino bytes", "build bytes", "build graphs"],
+    ids=lambda value: None if isinstance(value, int) else value.partition(" --")[2] or value,
 )
-def test_mutated_models_under_a_hash_that_fits(cli: Cli, bundle: Path, command: str, kind: str, count: int) -> None:
+def test_mutated_models_under_a_hash_that_fits(
+    cli: Cli, bundle: Path, command: str, kind: str, count: int, request: pytest.FixtureRequest
+) -> None:
     """The engine gets them; it refuses them, or answers, or its crash is contained."""
+    if kind in ("param", "numbers", "bin", "tflite"):
+        shutil.rmtree(bundle)
+        shutil.copytree(LITERT if kind == "tflite" else request.getfixturevalue("with_ncnn"), bundle)
     before = everything(bundle)
     codes, crashed = outcomes(bundle, command, kind, count)
     assert 1 in codes

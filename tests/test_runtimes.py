@@ -17,6 +17,7 @@ from dmformer.runtimes import registry
 from dmformer.runtimes.base import TensorSpec, symbolic
 from dmformer.runtimes.target import FLAVOURS
 from tests import gpu_double
+from tests.conftest import LITERT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,8 +55,12 @@ def artifact_of(bundle: Bundle, row: registry.RuntimeEntry) -> Artifact:
 
 
 @pytest.fixture
-def opened(exported: ExportResult) -> Bundle:
-    return open_bundle(exported.output)
+def opened(exported: ExportResult, request: pytest.FixtureRequest) -> Bundle:
+    """The demonstration; for a format that it has not, a bundle with that."""
+    row = getattr(request.node, "callspec", None) and request.node.callspec.params.get("row")
+    if row is None or row.format not in ("ncnn", "litert"):
+        return open_bundle(exported.output)
+    return open_bundle(LITERT if row.format == "litert" else request.getfixturevalue("with_ncnn"))
 
 
 @pytest.fixture
@@ -244,8 +249,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def damaged_files() -> list[Any]:
-    """Each row with each of its files, by number: openvino has two."""
-    counts = {"openvino": 2}
+    """Each row with each of its files, by number: openvino and ncnn have two."""
+    counts = {"openvino": 2, "ncnn": 2}
     return [
         pytest.param(row, index, id=f"{row.name}-{index}")
         for row in registry.ENTRIES

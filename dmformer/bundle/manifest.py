@@ -176,6 +176,8 @@ class Artifact(Struct, frozen=True, kw_only=True):
         points_lost: of accuracy against PyTorch there, in percentage points.
         speed: where a reduced precision was asked for.
         target: what a compiled artifact is tied to; ``null`` for files that any machine with the runtime can load.
+        engine_batch: rows that the engine takes at once, where that is fixed: the rows of other batches run in turns of
+            so many. ``null`` where one inference takes any batch.
     """
 
     format: str
@@ -191,6 +193,7 @@ class Artifact(Struct, frozen=True, kw_only=True):
     points_lost: float | None = None
     speed: Speed | None = None
     target: Target | None = None
+    engine_batch: Annotated[int, Meta(ge=1)] | None = None
 
     @property
     def full_range(self) -> bool:

@@ -62,7 +62,7 @@ BundleArgument = Annotated[
 RuntimeOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov) or tensorrt (trt). Repeatable."
+        "--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt) or ncnn. Repeatable."
     ),
 ]
 PrecisionOption = Annotated[

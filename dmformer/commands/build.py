@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def build(
-    format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="tensorrt (trt) or openvino (ov).")],
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="tensorrt (trt), openvino (ov) or ncnn.")
+    ],
     bundle: options.BundleArgument = None,
     precisions: options.PrecisionOption = None,
     flavour: options.FlavourOption = EngineOptions.flavour,

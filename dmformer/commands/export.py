@@ -73,7 +73,7 @@ def export(
     use_cache: Annotated[bool, _option("use_cache", "--cache/--no-cache")] = ExportOptions.use_cache,
     debug: _options.DebugOption = False,
 ) -> None:
-    """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT.
+    """Take a checkpoint to a verified bundle: ONNX, OpenVINO, TensorRT, ncnn.
 
     Without --weights and --arch, a trained demonstration checkpoint that ships with the package is exported: one of
     digits or, with --task segmentation, one of scenes made of them.

@@ -17,7 +17,7 @@ from dmformer.bundle.reader import Bundle, open_bundle, own_bundle, read_signatu
 from dmformer.bundle.writer import staged
 from dmformer.cache import Cache
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
-from dmformer.export.formats import check_convertible, check_size, is_compiled
+from dmformer.export.formats import check_convertible, check_from_onnx, check_size, is_compiled
 from dmformer.export.loop import Loop, write_report
 from dmformer.export.options import EngineOptions
 from dmformer.export.precisions import PrecisionFile
@@ -74,8 +74,7 @@ def build(
         kind = "packed" if opened.origin.is_file() else "a folder of links"
         raise UsageError(f"{opened.origin} is {kind}, and takes nothing in; run first: {first}")
     row, options = registry.entry_of_format(format_name), engine or EngineOptions()
-    if row.format in (_SOURCE, "torch"):
-        raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
+    check_from_onnx(row)
     check_size(row, opened.manifest.open_size)
     if not is_compiled(row) and options != EngineOptions():
         raise UsageError(f"format {row.format} is not compiled for a target; expected no options of an engine")
@@ -84,7 +83,9 @@ def build(
     with staged(opened.root) as folder:
         with stage("integrity"):
             golden = _copy_checked(opened, row, sources, folder).golden()
-        loop, work, built = Loop(Cache()), Work(folder, stage, options, golden), []
+        in_float32 = opened.artifacts(_SOURCE, "fp32")
+        float32 = folder / in_float32[0].files[0].path if in_float32 else None
+        loop, work, built = Loop(Cache()), Work(folder, stage, options, golden, float32=float32), []
         for source in sources:
             verified = loop.artifact(work, row, _precision_file(source, folder), network=None)
             loop.checks.extend(verified.checks)
@@ -142,9 +143,8 @@ def cannot_build(bundle: Bundle, row: registry.RuntimeEntry, precision: str) -> 
 
     ``None`` where it can, as far as is known.
     """
-    if row.format in (_SOURCE, "torch"):
-        return "it comes with an export"
     try:
+        check_from_onnx(row)
         check_size(row, bundle.manifest.open_size)
         _sources(bundle, row, [precision])
         check_convertible(row, EngineOptions())

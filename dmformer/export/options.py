@@ -84,9 +84,9 @@ class ExportOptions:
         Mapping[str, Any] | None, "Arguments of the function or class that makes a network of one's own."
     ] = None
     task: Annotated[Task | None, "features: the four stage maps, without a head. Otherwise the network's own."] = None
-    formats: Annotated[Sequence[str], "onnx, openvino (ov), tensorrt (trt), torch or all that can be made here."] = (
-        "onnx",
-    )
+    formats: Annotated[
+        Sequence[str], "onnx, openvino (ov), tensorrt (trt), ncnn, torch or all that can be made here."
+    ] = ("onnx",)
     precisions: Annotated[
         Sequence[str], "fp32, fp16 or int8. auto: for each format the fastest here within the accuracy budget."
     ] = ("fp32",)

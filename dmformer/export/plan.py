@@ -201,10 +201,13 @@ def _formats(
 
 
 def _check_taken(row: registry.RuntimeEntry, precisions: Sequence[str]) -> None:
-    taken = registry.support(row).precisions
+    support = registry.support(row)
+    taken = support.precisions
     if not set(taken) & set(precisions):
+        reasons = [f"{name}: {support.refused[name]}" for name in precisions if name in support.refused]
+        why = f" ({'; '.join(reasons)})" if reasons else ""
         raise UsageError(
-            f"format {row.format} at {', '.join(precisions)}; expected {', '.join(taken)}: "
+            f"format {row.format} at {', '.join(precisions)}{why}; expected {', '.join(taken)}: "
             f"leave `formats` {row.format} out, or add `precisions` {taken[0]}"
         )
 

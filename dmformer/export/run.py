@@ -198,6 +198,8 @@ class _Export(Loop):
             calibration=calibration,
             max_accuracy_drop=self.options.max_accuracy_drop,
             answers=answers,
+            float32=graph.onnx,
+            form=source.form,
         )
 
     def reduce(self, precision: str, source: GraphSource, graph: VerifiedGraph, work: Work) -> Reduced | None:

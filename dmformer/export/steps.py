@@ -39,9 +39,10 @@ from dmformer.verify.parity import (
 from dmformer.verify.report import Check, add_cause
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence  # noqa: TC004 - only the names of types
 
     from numpy.typing import NDArray
+    from torch import nn  # noqa: TC004 - as above
 
     from dmformer.bundle.reader import Bundle
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
@@ -63,6 +64,8 @@ class Work:
         calibration: images to measure accuracy on, where there are some.
         max_accuracy_drop: accuracy that a precision may lose on them, in percentage points.
         answers: onnxruntime's to the float32 ONNX file, where it was asked just now.
+        float32: the float32 ONNX file; ``None`` on a device whose bundle has none.
+        form: makes the network in the form that was traced; ``None`` on a device.
     """
 
     folder: Path
@@ -73,6 +76,8 @@ class Work:
     calibration: Calibration | None = None
     max_accuracy_drop: float = 0.0
     answers: Answers | None = None
+    float32: Path | None = None
+    form: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,17 @@ def convert_artifact(work: Work, row: registry.RuntimeEntry, file: PrecisionFile
     """
     folder = work.folder / row.format / file.precision
     folder.mkdir(parents=True, exist_ok=True)
-    source = ConversionSource(file.onnx, file.precision, work.checkpoint, work.engine, work.stage)
+    float32 = file.onnx if file.precision == "fp32" else work.float32
+    source = ConversionSource(
+        onnx=file.onnx,
+        precision=file.precision,
+        checkpoint=work.checkpoint,
+        engine=work.engine,
+        stage=work.stage,
+        float32=float32,
+        kept_in_fp32=tuple(file.kept_in_fp32),
+        form=work.form,
+    )
     with work.stage(f"convert to {row.format} {file.precision}"):
         converted = formats.convert(row, source, folder)
         entries = tuple(file_entry(work.folder, path) for path in converted.files)
@@ -122,6 +137,7 @@ def convert_artifact(work: Work, row: registry.RuntimeEntry, file: PrecisionFile
         sensitivity=file.sensitivity,
         weight_bits=file.weight_bits,
         target=converted.target,
+        engine_batch=converted.engine_batch,
     )
     return ConvertedArtifact(artifact, converted.files)
 

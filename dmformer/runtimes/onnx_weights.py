@@ -37,14 +37,14 @@ def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[Field]:
     """
     while at < end:
         begins = at
-        tag, at = _varint(data, at, most=5)
+        tag, at = read_varint(data, at, most=5)
         if tag >> 32 or tag >> 3 == 0:
             raise ValueError(f"a field cannot have the tag {tag}")
         kind, length = tag & 7, 0
         if kind == _VARINT:
-            _, at = _varint(data, at, most=10)
+            _, at = read_varint(data, at, most=10)
         elif kind == _BYTES:
-            length, at = _varint(data, at, most=5)
+            length, at = read_varint(data, at, most=5)
         elif kind in (_FIXED64, _FIXED32):
             at += 8 if kind == _FIXED64 else 4
         else:  # groups, which ONNX does not have
@@ -83,7 +83,8 @@ def number_field(number: int, value: int) -> bytes:
     return _encode_varint(number << 3 | _VARINT) + _encode_varint(value)
 
 
-def _varint(data: mmap.mmap | bytes, at: int, most: int) -> tuple[int, int]:
+def read_varint(data: mmap.mmap | bytes, at: int, most: int) -> tuple[int, int]:
+    """Read a number of at most so many bytes; gives it, and where it ends."""
     value = 0
     for shift in range(0, 7 * most, 7):
         byte = data[at]

@@ -37,6 +37,8 @@ ENTRIES = (
     RuntimeEntry("onnxruntime", ("ort",), "dmformer.runtimes.onnxruntime:OnnxRuntime", "onnx", extra="onnxruntime"),
     RuntimeEntry("openvino", ("ov",), "dmformer.runtimes.openvino:OpenVinoRuntime", "openvino", extra="openvino"),
     RuntimeEntry("tensorrt", ("trt",), "dmformer.runtimes.tensorrt:TensorRtRuntime", "tensorrt", extra="tensorrt"),
+    RuntimeEntry("ncnn", (), "dmformer.runtimes.ncnn:NcnnRuntime", "ncnn", extra="ncnn"),
+    RuntimeEntry("litert", ("tflite",), "dmformer.runtimes.litert:LiteRtRuntime", "litert", extra="litert"),
 )
 
 
@@ -96,4 +98,8 @@ def available_adapter(row: RuntimeEntry) -> type[Runtime]:
 
 
 def _choices(attribute: str) -> str:
-    return ", ".join(f"{getattr(row, attribute)} ({', '.join(row.aliases)})" for row in ENTRIES)
+    return ", ".join(" ".join([getattr(row, attribute), *_in_brackets(row.aliases)]) for row in ENTRIES)
+
+
+def _in_brackets(names: tuple[str, ...]) -> list[str]:
+    return [f"({', '.join(names)})"] if names else []

@@ -56,15 +56,19 @@ class Support(ABC):
     Attributes:
         name: canonical name of the runtime.
         precisions: of the artifacts that it takes, float32 first.
+        refused: why it does not take a precision that others do, where that needs saying.
         package: arguments of :func:`intact_version`; without them :meth:`quick_probe` imports the engine.
         cannot_replay: why its answers cannot be asked for elsewhere, on an emulated processor or with another release.
+        reads_onnx: whether the runtime takes ONNX files too, beside those of its own format.
         instructions: by processor, instruction sets without which the engine cannot start, in Linux's names.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    refused: ClassVar[Mapping[str, str]] = {}
     package: ClassVar[tuple[str, ...]] = ()
     cannot_replay: ClassVar[str | None] = None
+    reads_onnx: ClassVar[bool] = True
     instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @abstractmethod

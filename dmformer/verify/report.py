@@ -56,7 +56,7 @@ class Finding(Struct, frozen=True, kw_only=True):
         at_fault: ``file`` where the ONNX file at the precision does the same, executed one operator at a time;
             ``engine`` where the file is right and the runtime computes this piece of it wrongly; ``artifact`` where it
             computes the piece right, so that the artifact's own files differ from the ONNX file; ``null`` where the
-            bundle has no ONNX file at the precision.
+            bundle has no ONNX file at the precision, or the runtime reads none.
         explanation: what is at fault, in a sentence.
         differences: what is different about the nodes in the file.
         case: folder in which the failure was saved, to run alone.

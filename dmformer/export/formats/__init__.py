@@ -16,7 +16,9 @@ from dmformer.runtimes import registry
 from dmformer.runtimes.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable  # noqa: TC004 - only the names of types
+
+    from torch import nn  # noqa: TC004 - as above
 
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
     from dmformer.runtimes.registry import RuntimeEntry
@@ -32,6 +34,10 @@ class ConversionSource:
         checkpoint: where it came from; ``None`` on a device, which has the ONNX file alone.
         engine: for formats that are compiled.
         stage: told about each step, by a converter that takes long.
+        float32: the verified ONNX file in float32, for converters that reduce it themselves; ``None`` where there is
+            none, as on a device whose bundle has it not.
+        kept_in_fp32: blocks or nodes that stay in float32.
+        form: makes the network in the form that was traced; ``None`` on a device.
     """
 
     onnx: Path
@@ -39,15 +45,26 @@ class ConversionSource:
     checkpoint: Checkpoint | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     stage: Progress = silent
+    float32: Path | None = None
+    kept_in_fp32: tuple[str, ...] = ()
+    form: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Files that a converter wrote, the one to load first, the packages that made them, and what they are tied to."""
+    """What a converter wrote.
+
+    Attributes:
+        files: with the one to load first.
+        built_with: packages that made them, with their versions.
+        target: what they are tied to, where they are compiled.
+        engine_batch: rows that the engine takes at once; ``None`` is any number.
+    """
 
     files: tuple[Path, ...]
     built_with: dict[str, str]
     target: Target | None = None
+    engine_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,20 +73,36 @@ class Converter:
 
     Attributes:
         function: ``module:function`` that makes it: source and an existing, empty folder in, files out.
-        check: ``module:function`` that makes sure that ``function`` works on this machine, where it does so on machines
-            that cannot run what it makes, as compilers do; otherwise what is made is verified in its runtime.
+        check: ``module:function`` that makes sure that what ``function`` needs is on this machine, besides the runtime.
+        compiled: whether it is compiled for one machine, on machines that need not be able to run it; what is not is
+            verified in its runtime, which has to be there.
+        from_onnx: whether the ONNX file is enough to make it, as on a device; what is not comes with an export.
+        open_size: whether it can be made for images of any height and width.
     """
 
     function: str
     check: str | None = None
+    compiled: bool = False
+    from_onnx: bool = True
+    open_size: bool = True
 
 
 CONVERTERS = {
-    "torch": Converter("dmformer.export.formats:to_torch"),
+    "torch": Converter("dmformer.export.formats:to_torch", from_onnx=False),
     "onnx": Converter("dmformer.export.formats:to_onnx"),
     "openvino": Converter("dmformer.export.formats.openvino:to_openvino"),
     "tensorrt": Converter(
-        "dmformer.export.formats.tensorrt:to_tensorrt", check="dmformer.export.formats.tensorrt:check_buildable"
+        "dmformer.export.formats.tensorrt:to_tensorrt",
+        check="dmformer.export.formats.tensorrt:check_buildable",
+        compiled=True,
+        open_size=False,
+    ),
+    "ncnn": Converter("dmformer.export.formats.ncnn:to_ncnn", check="dmformer.export.formats.ncnn:check_pnnx"),
+    "litert": Converter(
+        "dmformer.export.formats.litert:to_litert",
+        check="dmformer.export.formats.litert:check_converter",
+        from_onnx=False,
+        open_size=False,
     ),
 }
 
@@ -93,7 +126,7 @@ def convert(row: RuntimeEntry, source: ConversionSource, folder: Path) -> Conver
 
 def is_compiled(row: RuntimeEntry) -> bool:
     """Whether a format is compiled for one machine, on machines that need not be able to run it."""
-    return CONVERTERS[row.format].check is not None
+    return CONVERTERS[row.format].compiled
 
 
 def check_convertible(row: RuntimeEntry, engine: EngineOptions) -> None:
@@ -102,24 +135,34 @@ def check_convertible(row: RuntimeEntry, engine: EngineOptions) -> None:
     Raises:
         UnavailableError: it cannot, or what was made could not be checked.
     """
-    check = CONVERTERS[row.format].check
-    if check is None:
+    converter = CONVERTERS[row.format]
+    if not converter.compiled:
         registry.available_adapter(row)  # what is made is verified in its runtime
-        return
-    _function(check)(engine)
+    if converter.check is not None:
+        _function(converter.check)(engine)
 
 
 def check_size(row: RuntimeEntry, open_size: bool) -> None:
     """Make sure that a format can be had at an open height and width.
 
     Raises:
-        UsageError: it is compiled, and its engines have a fixed size here.
+        UsageError: its files are made for one size.
     """
-    if open_size and is_compiled(row):
+    if open_size and not CONVERTERS[row.format].open_size:
         raise UsageError(
-            f"format {row.format} with open height and width, where its engines have a fixed one; expected an export "
+            f"format {row.format} with open height and width, where its files have a fixed one; expected an export "
             "without `open_size`"
         )
+
+
+def check_from_onnx(row: RuntimeEntry) -> None:
+    """Make sure that a format can be made from an ONNX file, as on a device.
+
+    Raises:
+        UsageError: it comes with an export.
+    """
+    if row.format == "onnx" or not CONVERTERS[row.format].from_onnx:
+        raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -315,6 +315,11 @@ class _Bisection:
         executed = literal(self.file, {input_name(self.file): self.rows})
         if self._differs({tensor: array for tensor, array in executed if tensor in parting.outputs}, parting.outputs):
             return "file", f"the ONNX file at {precision} does the same, executed one operator at a time"
+        if not registry.support(self.choice.entry).reads_onnx:
+            return None, (
+                f"the ONNX file is right; {name} reads no ONNX, and cannot be asked for this piece of it alone: build "
+                f"the artifact's own files again (dmformer build --format {self.choice.artifact.format})"
+            )
         try:
             piece, inputs = self._write_piece(parting, self.scratch / "piece.onnx")
             with registry.available_adapter(self.choice.entry)(piece, precision=precision) as runtime:
