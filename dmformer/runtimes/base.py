@@ -20,7 +20,7 @@ import weakref
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
@@ -67,7 +67,9 @@ class Details:
     version: str
 
 
+T = TypeVar("T")
 _loaded: weakref.WeakSet[Runtime] = weakref.WeakSet()  # those that are open, whose copies a forked process has
+_engines: list[object] = []  # parts of engines, beside the runtimes that are open
 
 
 class Runtime(ABC):
@@ -275,7 +277,7 @@ class Runtime(ABC):
         held, self.turn = self.turn.locked(), threading.Lock()
         if held or not self.runs_after_fork:
             self._open, self._forked = False, True
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # freeing the engine would wait for its threads
+            _never_free(self)
 
     def _check_taps(self) -> None:
         shown = {spec.name for spec in self.outputs} if self.taps else set()
@@ -327,7 +329,20 @@ class Runtime(ABC):
         return StageFailed(f"{self.name} failed while {doing} {self.path.name}: {first_line(error)}")
 
 
+def freed_here_alone(engine: T) -> T:
+    """Pass on what belongs to an engine and outlives its runtimes, and has threads: a forked process never frees it."""
+    _engines.append(engine)
+    return engine
+
+
+def _never_free(copied: object) -> None:
+    """Keep a copy in a forked process alive to its very end: freeing it would wait for threads that are not there."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(copied))
+
+
 def _give_copies_up() -> None:
+    for engine in _engines:
+        _never_free(engine)
     for runtime in list(_loaded):
         runtime.after_fork()
 
