@@ -172,8 +172,8 @@ def remember_bundle(folder: Path) -> None:
     try:
         note = _note()
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(folder.absolute()), encoding="utf-8")
-    except (OSError, RuntimeError, UnicodeError):  # RuntimeError: there is no home at all
+        note.write_bytes(os.fsencode(folder.absolute()))
+    except (OSError, RuntimeError):  # RuntimeError: there is no home at all
         return
 
 
@@ -186,8 +186,8 @@ def bundle_path(named: Path | None) -> Path:
     if named is not None:
         return named
     try:
-        remembered = Path(_note().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, UnicodeError):
+        remembered = Path(os.fsdecode(_note().read_bytes()))
+    except (OSError, RuntimeError):
         remembered = Path(DEFAULT_BUNDLE)
     for candidate in (remembered, Path(DEFAULT_BUNDLE)):
         if candidate.is_dir():
