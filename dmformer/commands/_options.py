@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmformer.bundle.archive import SUFFIX
 from dmformer.bundle.manifest import DEFAULT_BUNDLE
 from dmformer.bundle.trust import Policy, policy, policy_in_force
 from dmformer.commands._present import say
@@ -42,12 +43,12 @@ def check_report_target(target: str | Path | None) -> str | Path | None:
     """Refuse a report file that cannot be written, before the work is done; the callback of options that name one.
 
     Raises:
-        UsageError: its folder does not exist, or it is a folder.
+        UsageError: its folder does not exist, or it is a folder or a packed bundle.
     """
     if target is not None and target != "-":
         path = Path(target)
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists")
+        if path.is_dir() or not path.absolute().parent.is_dir() or path.suffix == SUFFIX:
+            raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists, and no bundle")
     return target
 
 
@@ -135,6 +136,21 @@ TrustedKeysOption = Annotated[
 ]
 # On every command, so that it may stand anywhere on the line; only the help of the whole shows it.
 DebugOption = Annotated[bool, typer.Option(DEBUG, hidden=True)]
+
+
+def json_to_output(arguments: list[str]) -> list[str]:
+    """Give a ``--json`` without a file ``-``: commands that show what there is print it then.
+
+    That is where an option follows it, or nothing, or what no report can replace: a folder or a packed bundle.
+    """
+    completed: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        completed.append(argument)
+        if argument == "--json":
+            option = following is None or (following.startswith("-") and following != "-")
+            if option or Path(str(following)).is_dir() or str(following).endswith(SUFFIX):
+                completed.append("-")
+    return completed
 
 
 def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:
