@@ -13,7 +13,7 @@ import typer
 
 from dmformer import __version__
 from dmformer.commands import _present as present
-from dmformer.commands._options import DEBUG
+from dmformer.commands._options import DEBUG, json_to_output
 from dmformer.commands.bench import bench
 from dmformer.commands.build import build
 from dmformer.commands.cache import cache
@@ -78,7 +78,7 @@ def main() -> None:
             signal.signal(getattr(signal, name), _stop)
     try:
         # Not standalone: Typer would print its own panels, and end with codes of its own.
-        code = command(args=sys.argv[1:], prog_name="dmformer", standalone_mode=False)
+        code = command(args=_completed(sys.argv[1:]), prog_name="dmformer", standalone_mode=False)
         if code == 128 + signal.SIGINT:  # what Typer makes of Ctrl-C, without a word
             code = _report(KeyboardInterrupt())
         sys.stdout.flush()
@@ -93,6 +93,11 @@ def _flags(command: Any) -> dict[str, str]:
     """Return the flags of all commands by the names of their parameters, which are those of Python's arguments."""
     parameters = (parameter for one in command.commands.values() for parameter in one.params)
     return {parameter.name: parameter.opts[0] for parameter in parameters if parameter.opts[0].startswith("--")}
+
+
+def _completed(arguments: list[str]) -> list[str]:
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    return json_to_output(arguments) if named in ("inspect", "doctor", "cache") else arguments
 
 
 def _stop(number: int, _frame: object) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -17,7 +19,6 @@ from dmformer.procfs import is_mount_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -68,6 +69,24 @@ def _printable(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_printable(value) for value in content]
     return content
+
+
+def utf8_path(path: Path) -> Path:
+    """Return a path of UTF-8 to the same file or folder, for libraries in C++ that take no other.
+
+    Where the path itself is none, it leads through this process's open folders, which Linux shows as files; a folder
+    stays open for as long as the process lives. Other systems have no such paths.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return Path(f"/proc/{os.getpid()}/fd/{_descriptor(path.absolute().parent)}", path.name)
+    return path
+
+
+@cache
+def _descriptor(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY)
 
 
 def hash_file(path: Path) -> tuple[str, int]:

@@ -4,6 +4,10 @@ Engines parse what a bundle holds in C++, and a file that means harm can make th
 on an input of 2^31 columns. A process cannot outlive that, and its parent can: a crash of the command line becomes one
 line and an exit code, a crash or hang of a function becomes an error of its stage.
 
+An engine may also never answer, and Python cannot stop native code from within its process. In the command line the
+kernel's alarm ends it (:class:`Limited`), and the parent says what hung; a process that does not end when it is told to
+is killed after a while.
+
 This module is imported before anything else is, so what takes long to import stands inside functions.
 """
 
@@ -14,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
@@ -22,6 +27,7 @@ from dmformer import errors
 from dmformer.errors import DMFormerError, StageFailed
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
@@ -45,7 +51,14 @@ class TimedOut(StageFailed):
 _CRASHES = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 _PR_SET_PDEATHSIG = 1
-_announced: int | None = None  # memory that parent and child share, once there are two
+_ENGINE_LIMIT = "DMFORMER_ENGINE_LIMIT_S"
+_USUAL_LIMIT_S = 900.0
+_LONGEST = 500  # bytes of a sentence that parent and child share
+_LONGEST_S = 1e6  # that the system's clocks take
+STOP_S = 30.0  # in which a process that is told to end should have ended
+# Memory that parent and child share, once there are two: names of temporary files, and what an alarm is set for.
+_announced: int | None = None
+_awaited: mmap.mmap | None = None
 
 
 def announce(path: Path) -> Path:
@@ -53,6 +66,49 @@ def announce(path: Path) -> Path:
     if _announced is not None:
         os.write(_announced, os.fsencode(path.absolute()) + b"\0")
     return path
+
+
+def engine_limit_s() -> float:
+    """Return how many seconds one call of an engine may take; ``DMFORMER_ENGINE_LIMIT_S`` names another number.
+
+    Raises:
+        UsageError: it is no number above 0.
+    """
+    named = os.environ.get(_ENGINE_LIMIT, "") or str(_USUAL_LIMIT_S)
+    with suppress(ValueError):
+        if (limit := float(named)) > 0:
+            return min(limit, _LONGEST_S)
+    raise errors.UsageError(f"{_ENGINE_LIMIT} is {named!r}; expected a number of seconds above 0")
+
+
+class Limited:
+    """A block in which an engine is called: in the command line its process ends where that takes too long.
+
+    A context manager, of any number of blocks one after the other; in a block within another the outer one counts. In
+    Python, and on systems without the supervising parent, nothing ends: the process is not ours, and nothing less than
+    its end stops native code.
+
+    Args:
+        doing: which engine does what, for the message.
+    """
+
+    __slots__ = ("_doing", "_outermost")
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing.encode(errors="replace")[:_LONGEST]
+        self._outermost = False
+
+    def __enter__(self) -> None:
+        if _awaited is None or _awaited[0]:
+            return
+        self._outermost = True
+        _awaited[: len(self._doing) + 1] = self._doing + b"\0"
+        signal.setitimer(signal.ITIMER_REAL, engine_limit_s())
+
+    def __exit__(self, *_: object) -> None:
+        if self._outermost and _awaited is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _awaited[0], self._outermost = 0, False
 
 
 def supervise(main: Callable[[], None]) -> None:
@@ -67,8 +123,10 @@ def supervise(main: Callable[[], None]) -> None:
     if not sys.platform.startswith("linux"):
         main()
         return
-    global _announced  # noqa: PLW0603 - one process has one parent
-    _announced = os.memfd_create("announced")
+    import mmap
+
+    global _announced, _awaited
+    _announced, _awaited = os.memfd_create("announced"), mmap.mmap(-1, mmap.PAGESIZE)
     waited_for = {signal.SIGCHLD, *(signal.Signals[name] for name in _FORWARDED)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it would not come
@@ -76,17 +134,27 @@ def supervise(main: Callable[[], None]) -> None:
     child = os.fork()
     if child == 0:
         _end_with(parent)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before - {signal.SIGALRM})
         main()
         return
+    told, deadline = 0, float("inf")  # to end: by which signal, and until when it may take
     while True:
-        received = signal.sigwaitinfo(waited_for)
+        left_s = min(max(deadline - time.monotonic(), 0.0), _LONGEST_S)
+        received = signal.sigtimedwait(waited_for, left_s)
+        if received is None:
+            if told:
+                _end_for(child, told)
+            continue
         if received.si_signo == signal.SIGCHLD:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 _end_as(os.waitstatus_to_exitcode(status))
-        elif received.si_code <= 0:  # sent by a process to this one; the terminal tells every process of the group
+            continue
+        if not told and signal.getsignal(received.si_signo) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            told, deadline = received.si_signo, time.monotonic() + STOP_S
+        if received.si_code <= 0:  # sent by a process to this one; the terminal tells every process of the group
             os.kill(child, received.si_signo)
 
 
@@ -99,12 +167,32 @@ def _end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _end_for(child: int, told: int) -> NoReturn:
+    """End a child that did not end when it was told to, and this process as the child should have ended."""
+    os.kill(child, signal.SIGKILL)
+    _remove_announced()
+    doing = f": {_what_hung()}" if _what_hung() else ""
+    sys.stderr.write(f"error: killed, for it did not end within {STOP_S:.0f} s of {signal.Signals(told).name}{doing}\n")
+    sys.exit(128 + told)
+
+
+def _what_hung() -> str:
+    assert _awaited is not None
+    return _awaited[:].split(b"\0", 1)[0].decode(errors="replace")
+
+
 def _end_as(code: int) -> NoReturn:
     """End this process as its child ended, with one line where that was a crash."""
     if code >= 0:
         os._exit(code)  # the child has flushed and cleaned up
     _remove_announced()
     name = signal.Signals(-code).name
+    if name == "SIGALRM" and _what_hung():
+        sys.stderr.write(
+            f"error: {_what_hung()}: no end within {engine_limit_s():.0f} s; the engine hangs, or is slow on this "
+            f"machine: try another --runtime, or a higher {_ENGINE_LIMIT}\n"
+        )
+        sys.exit(1)
     if name in _CRASHES:
         sys.stderr.write(
             f"error: native code crashed ({name}): an engine, on a file that it cannot take; expected the files that "
@@ -134,7 +222,7 @@ class Child:
     """A process for one call of one function, started at once: it imports the function and waits for its order.
 
     The order goes in by standard input, the result comes back in a file (native libraries print to standard output),
-    both as JSON. A context manager: leaving it ends the process.
+    both as JSON, in which paths that are no UTF-8 stay what they are. A context manager: leaving it ends the process.
 
     Args:
         function: ``module:function``, which takes an order of the type that its parameter is annotated with, and
@@ -187,7 +275,8 @@ class Child:
     ) -> None:
         if self._process.poll() is None:
             self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver or a file server may keep even what was killed
+            self._process.wait(STOP_S)
         for pipe in (self._process.stdin, self._process.stderr):
             with suppress(OSError, ValueError):  # another thread may still be in call()
                 if pipe is not None:
@@ -206,10 +295,12 @@ class Child:
             DMFormerError: the function raised it; the class and the message are the function's.
             StageFailed: it raised something else, or the process crashed, took too long or left no result.
         """
+        import json
+
         import msgspec
 
         try:
-            _, messages = self._process.communicate(msgspec.json.encode(order), timeout_s)
+            _, messages = self._process.communicate(_encoded(order), timeout_s)
         except subprocess.TimeoutExpired as error:
             raise TimedOut(f"the process did not end within {timeout_s:.0f} s") from error
         code = self._process.returncode
@@ -219,11 +310,11 @@ class Child:
             lines = messages.decode(errors="replace").strip().splitlines() or ["no message"]
             raise StageFailed(f"the process failed: {lines[-1]}")
         try:
-            failure, content = msgspec.json.decode(self._result.read_bytes(), type=tuple[str, msgspec.Raw])
+            failure, content = json.loads(self._result.read_bytes())
             if not failure:
-                return msgspec.json.decode(content, type=result)
-            message = msgspec.json.decode(content, type=str)
-        except (OSError, msgspec.DecodeError) as error:
+                return msgspec.convert(content, result, str_keys=True)
+            message = msgspec.convert(content, str)
+        except (OSError, ValueError, TypeError) as error:  # no file, half a file, or of another type
             raise StageFailed("the process ended without an answer") from error
         raise getattr(errors, failure)(message)
 
@@ -243,6 +334,7 @@ def call(
 
 def _answer(function: str, prepare: str, result: str) -> None:
     """What the process does: read the order, call the function, write ``[class of the failure or "", content]``."""
+    import json
     from pkgutil import resolve_name
 
     import msgspec
@@ -250,10 +342,20 @@ def _answer(function: str, prepare: str, result: str) -> None:
     work = resolve_name(function)
     if prepare:
         resolve_name(prepare)()
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=next(iter(get_type_hints(work).values()), Any))
+    kind = next(iter(get_type_hints(work).values()), Any)
+    order = msgspec.convert(json.loads(sys.stdin.buffer.read()), kind, str_keys=True)
     try:
         answer = ("", work(order))
     except DMFormerError as error:
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
         answer = (kind.__name__, str(error))
-    Path(result).write_bytes(msgspec.json.encode(answer))
+    Path(result).write_bytes(_encoded(answer))
+
+
+def _encoded(content: Any) -> bytes:
+    """Encode as JSON in ASCII, which can say what UTF-8 cannot: bytes of file names that Python keeps as surrogates."""
+    import json
+
+    import msgspec
+
+    return json.dumps(msgspec.to_builtins(content, str_keys=True)).encode()

@@ -231,7 +231,7 @@ def test_all_pixels_of_all_images_count_together(folder: Path) -> None:
     images = measure.images(folder, Preprocessing(image_size=64, crop_fraction=1.0), ("one", "two", "three"))
     (labels, _) = label_maps(images, 3)
     right = np.where(labels == IGNORED, 1, labels)
-    found = measure.score(np.stack([right, np.zeros_like(right)]), images, None)
+    found = measure.score(np.stack([right, np.zeros_like(right)]), images, None).accuracy()
     counts = np.bincount(labels[labels != IGNORED], minlength=3)
     total = counts.sum()
     assert found.pixel_accuracy == pytest.approx((total + counts[0]) / (2 * total))
@@ -239,7 +239,7 @@ def test_all_pixels_of_all_images_count_together(folder: Path) -> None:
     assert found.iou == pytest.approx(iou)
     assert found.miou == pytest.approx(float(np.mean(iou)))
     assert found.agreement_with_torch is None
-    half = measure.score(np.stack([right, right]), images, np.stack([right, right + 1]))
+    half = measure.score(np.stack([right, right]), images, np.stack([right, right + 1])).accuracy()
     assert half.agreement_with_torch == 0.5
 
 

@@ -283,12 +283,16 @@ class ParityEvidence(Struct, frozen=True, kw_only=True):
 
 
 class AccuracyEvidence(Struct, frozen=True, kw_only=True):
-    """What the artifacts' accuracy was measured against: PyTorch on the calibration images."""
+    """What the artifacts' accuracy was measured against: PyTorch on the calibration images.
+
+    ``label_doubt`` says why their labels may be wrong; ``null`` where nothing speaks against them.
+    """
 
     images: int
     labelled: bool
     max_points_lost: float
     torch: Accuracy
+    label_doubt: str | None = None
 
 
 class LatencyEvidence(Struct, frozen=True, kw_only=True):

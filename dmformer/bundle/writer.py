@@ -24,7 +24,7 @@ from dmformer.bundle.archive import SUFFIX, extract
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_file
 from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.files import hash_pieces, read_pieces, whole_file
+from dmformer.files import hash_pieces, read_pieces, utf8_path, whole_file
 from dmformer.process import announce
 from dmformer.procfs import is_mount_point
 
@@ -115,7 +115,7 @@ def staged(destination: Path, replaceable: Callable[[Path], None] = _check_repla
                 folder = staging / "bundle"
                 folder.mkdir(parents=True)
                 with _full_disks_named(staging):
-                    yield folder
+                    yield utf8_path(folder)
                 _flush(folder)
                 _put_in_place(folder, destination)
             finally:

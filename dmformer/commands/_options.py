@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmformer.bundle.archive import SUFFIX
 from dmformer.bundle.manifest import DEFAULT_BUNDLE
 from dmformer.bundle.trust import Policy, policy, policy_in_force
 from dmformer.commands._present import say
@@ -42,12 +43,12 @@ def check_report_target(target: str | Path | None) -> str | Path | None:
     """Refuse a report file that cannot be written, before the work is done; the callback of options that name one.
 
     Raises:
-        UsageError: its folder does not exist, or it is a folder.
+        UsageError: its folder does not exist, or it is a folder or a packed bundle.
     """
     if target is not None and target != "-":
         path = Path(target)
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists")
+        if path.is_dir() or not path.absolute().parent.is_dir() or path.suffix == SUFFIX:
+            raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists, and no bundle")
     return target
 
 
@@ -137,6 +138,21 @@ TrustedKeysOption = Annotated[
 DebugOption = Annotated[bool, typer.Option(DEBUG, hidden=True)]
 
 
+def json_to_output(arguments: list[str]) -> list[str]:
+    """Give a ``--json`` without a file ``-``: commands that show what there is print it then.
+
+    That is where an option follows it, or nothing, or what no report can replace: a folder or a packed bundle.
+    """
+    completed: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        completed.append(argument)
+        if argument == "--json":
+            option = following is None or (following.startswith("-") and following != "-")
+            if option or Path(str(following)).is_dir() or str(following).endswith(SUFFIX):
+                completed.append("-")
+    return completed
+
+
 def parse_pairs(pairs: list[str], option: str, example: str) -> dict[str, Any]:
     """Parse ``KEY=VALUE`` pairs; a value is JSON where it reads as JSON, and otherwise a string.
 
@@ -172,8 +188,8 @@ def remember_bundle(folder: Path) -> None:
     try:
         note = _note()
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(folder.absolute()), encoding="utf-8")
-    except (OSError, RuntimeError, UnicodeError):  # RuntimeError: there is no home at all
+        note.write_bytes(os.fsencode(folder.absolute()))
+    except (OSError, RuntimeError):  # RuntimeError: there is no home at all
         return
 
 
@@ -186,8 +202,8 @@ def bundle_path(named: Path | None) -> Path:
     if named is not None:
         return named
     try:
-        remembered = Path(_note().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, UnicodeError):
+        remembered = Path(os.fsdecode(_note().read_bytes()))
+    except (OSError, RuntimeError):
         remembered = Path(DEFAULT_BUNDLE)
     for candidate in (remembered, Path(DEFAULT_BUNDLE)):
         if candidate.is_dir():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dmformer.errors import StageFailed
 
@@ -110,7 +111,8 @@ def write_report(path: Path, data: bytes) -> None:
 
     if path.exists() and not path.is_file():
         try:
-            path.write_bytes(data)
+            with _open_to_write(path) as file:
+                file.write(data)
         except OSError as error:
             raise StageFailed(f"{str(path)!r} could not be written: {error.strerror or error}") from error
         return
@@ -118,6 +120,29 @@ def write_report(path: Path, data: bytes) -> None:
         staging.write_bytes(data)
 
 
+def _open_to_write(path: Path) -> IO[bytes]:
+    """Open a pipe or a device; for a named pipe, wait until somebody reads it, but not for good.
+
+    Raises:
+        StageFailed: nobody does.
+    """
+    deadline = time.monotonic() + READER_S
+    while path.is_fifo():
+        try:
+            pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                raise StageFailed(f"{str(path)!r} is a pipe that nobody reads; waited {READER_S:.0f} s") from error
+            time.sleep(0.05)
+        else:
+            os.set_blocking(pipe, True)
+            return os.fdopen(pipe, "wb")
+    return path.open("wb")
+
+
+READER_S = 60.0  # that a pipe's other end may be late
 _SILENT_S = 10.0  # after which a stage tells how far it is where there is no terminal
 
 

@@ -16,7 +16,7 @@ def cache(
         Literal["list", "clear"],
         typer.Argument(metavar="[list|clear]", help="list: what, how large, when. clear: remove all of it."),
     ] = "list",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the listing as JSON.")] = False,
+    json_file: options.JsonOption = None,
     debug: options.DebugOption = False,
 ) -> None:
     """Show or clear what exports keep, so that the same work is not done twice.
@@ -31,8 +31,8 @@ def cache(
     if action == "clear":
         opened.clear()
     found = opened.report()
-    if as_json:
-        present.write_json(found, "-")
+    present.write_json(found, json_file)
+    if json_file == "-":
         return
     listing = present.table(f"Cache {found.folder}", ["what", "size", "made", "last used"], numeric=["size"])
     for entry in found.entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,7 @@ def doctor(
     bundle: Annotated[
         Path | None, typer.Argument(metavar="[BUNDLE]", help="Also say which of its artifacts run here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    json_file: options.JsonOption = None,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
     debug: options.DebugOption = False,
@@ -33,8 +34,8 @@ def doctor(
 
     opened = open_bundle(bundle) if bundle is not None else None
     report = examine_machine(opened, partial(cannot_build, opened) if opened is not None else None)
-    if as_json:
-        present.write_json(report, "-")
+    present.write_json(report, json_file)
+    if json_file == "-":
         return
     machine = report.machine
     memory = machine["available_memory_mb"]
@@ -68,7 +69,7 @@ def _verdict(artifact: ArtifactStatus, bundle: Path | None) -> str:
     if artifact.reason:
         verdict.append(artifact.reason)
     if artifact.buildable:
-        verdict.append(f"can be built here: dmformer build {bundle} --format {artifact.format}")
+        verdict.append(f"can be built here: dmformer build {shlex.quote(str(bundle))} --format {artifact.format}")
     elif artifact.not_buildable is not None and artifact.not_buildable not in verdict:
         verdict.append(f"cannot be built here: {artifact.not_buildable}")
     return "; ".join(verdict)

@@ -189,6 +189,8 @@ def _show_result(result: ExportResult) -> None:
         present.say(f"from the cache: {cached.what}, measured {cached.made}")
     if manifest.evidence.cached:
         present.say("--no-cache makes and measures it anew")
+    if manifest.evidence.accuracy is not None and manifest.evidence.accuracy.label_doubt is not None:
+        present.say(f"note: calibration images: {manifest.evidence.accuracy.label_doubt}")
     if result.not_kept is not None:
         present.say(f"note: the cache could not be written: {result.not_kept}")
     evidence = manifest.evidence.parity

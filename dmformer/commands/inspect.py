@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
-import typer
 
 from dmformer.commands import _options as options
 from dmformer.commands import _present as present
@@ -18,15 +17,15 @@ if TYPE_CHECKING:
 
 def inspect(
     bundle: options.BundleArgument = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    json_file: options.JsonOption = None,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
     debug: options.DebugOption = False,
 ) -> None:
     """Show what is in a bundle."""
     opened = options.find_bundle(bundle)
-    if as_json:
-        present.write_json(opened.manifest, "-")
+    present.write_json(opened.manifest, json_file)
+    if json_file == "-":
         return
     _show(opened.manifest, str(opened.source))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -195,7 +196,7 @@ def _finding_lines(finding: Finding) -> Iterator[str]:
             f"{', '.join(island.nodes)}"
         )
     yield f"  found in {finding.runs} runs with at most {finding.most_shown} inner tensors shown, and one with all"
-    yield f"  to see it alone: dmformer verify --case {finding.case}"
+    yield f"  to see it alone: dmformer verify --case {shlex.quote(str(finding.case))}"
 
 
 def _cells(group: Sequence[Check]) -> list[str | Text]:

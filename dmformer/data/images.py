@@ -238,6 +238,7 @@ class ImageSet:
         preprocessing: of the network.
         annotations: a file with a class for every pixel for each image (:mod:`dmformer.data.annotated`); or none.
         notes: sentences about files that were passed over.
+        folders: the name of each class's folder, by the index of the class; empty where there are none.
     """
 
     paths: tuple[Path, ...]
@@ -245,6 +246,7 @@ class ImageSet:
     preprocessing: Preprocessing
     annotations: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -298,7 +300,9 @@ def image_set(folder: Path, preprocessing: Preprocessing, classes: Sequence[str]
         raise UsageError(f"{loose}: beside the class folders; expected every image in one, or no subfolders at all")
     index = _class_indices(folder, names, [plain_name(name) for name in classes], class_count)
     labels = np.asarray([index[str(top)] for top in tops], np.int64)
-    return ImageSet(paths, labels, preprocessing, notes=files.notes)
+    by_index = {label: name for name, label in index.items()}
+    folders = tuple(by_index.get(label, "") for label in range(class_count))
+    return ImageSet(paths, labels, preprocessing, notes=files.notes, folders=folders)
 
 
 def _class_indices(folder: Path, names: list[str], classes: Sequence[str], class_count: int) -> dict[str, int]:

@@ -173,7 +173,7 @@ class _Export(Loop):
                 return torch_answers(model, images, measure, advance)
 
         kept = self.once(what, (self.network, images), np.ndarray, ask, self.scratch)
-        return Calibration(images, measure, kept, measure.score(kept, images, kept))
+        return Calibration.scored(images, measure, kept)
 
     def trace(self, source: GraphSource, calibration: Calibration | None) -> tuple[VerifiedGraph, Work]:
         """The float32 ONNX file, and what the steps after it work with."""
@@ -309,6 +309,7 @@ class _Export(Loop):
                 labelled=calibration.images.labelled,
                 max_points_lost=self.options.max_accuracy_drop,
                 torch=calibration.accuracy,
+                label_doubt=calibration.label_doubt,
             )
         return Manifest(
             schema_version=written.SCHEMA_VERSION,

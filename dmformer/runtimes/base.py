@@ -20,12 +20,14 @@ import weakref
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
 from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
+from dmformer.files import utf8_path
 from dmformer.machine import check_threads, usable_cores
+from dmformer.process import Limited, engine_limit_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +69,9 @@ class Details:
     version: str
 
 
+T = TypeVar("T")
 _loaded: weakref.WeakSet[Runtime] = weakref.WeakSet()  # those that are open, whose copies a forked process has
+_engines: list[object] = []  # parts of engines, beside the runtimes that are open
 
 
 class Runtime(ABC):
@@ -102,12 +106,13 @@ class Runtime(ABC):
         taps: Sequence[str] = (),
     ) -> None:
         check_threads(threads)
-        self.path = path
+        self.path = utf8_path(path)
         self.threads = threads if threads is not None else usable_cores()
         self.precision = precision
         self.target = target
         self.taps = tuple(taps)
         self.turn = threading.Lock()
+        self._running = Limited(f"{self.name} running {path.name}")
         self._open = False
         self._expected: dict[str, tuple[TensorSpec, np.dtype[Any]]] = {}
         self._forked = False
@@ -183,7 +188,8 @@ class Runtime(ABC):
             self.check_inputs(inputs)
             self._checked = {name: (array.shape, array.dtype) for name, array in inputs.items()}
         try:  # as engine_errors, which would cost a microsecond more
-            return self.infer(inputs)
+            with self._running:
+                return self.infer(inputs)
         except DMFormerError:
             raise
         except Exception as error:
@@ -275,7 +281,24 @@ class Runtime(ABC):
         held, self.turn = self.turn.locked(), threading.Lock()
         if held or not self.runs_after_fork:
             self._open, self._forked = False, True
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # freeing the engine would wait for its threads
+            _never_free(self)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Hold :attr:`turn` for the block.
+
+        Raises:
+            StageFailed: another thread has been in the engine for longer than a call of it may take.
+        """
+        if not self.turn.acquire(timeout=engine_limit_s()):
+            raise StageFailed(
+                f"{self.name} has been running {self.path.name} for another thread for {engine_limit_s():.0f} s; "
+                "expected an answer: the engine hangs, and ends with the process alone"
+            )
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     def _check_taps(self) -> None:
         shown = {spec.name for spec in self.outputs} if self.taps else set()
@@ -316,7 +339,8 @@ class Runtime(ABC):
     def engine_errors(self, doing: str) -> Iterator[None]:
         """Turn whatever the engine raises in the block into :class:`StageFailed`; ``doing`` is what failed."""
         try:
-            yield
+            with Limited(f"{self.name} {doing} {self.path.name}"):
+                yield
         except DMFormerError:
             raise
         except Exception as error:
@@ -327,7 +351,20 @@ class Runtime(ABC):
         return StageFailed(f"{self.name} failed while {doing} {self.path.name}: {first_line(error)}")
 
 
+def freed_here_alone(engine: T) -> T:
+    """Pass on what belongs to an engine and outlives its runtimes, and has threads: a forked process never frees it."""
+    _engines.append(engine)
+    return engine
+
+
+def _never_free(copied: object) -> None:
+    """Keep a copy in a forked process alive to its very end: freeing it would wait for threads that are not there."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(copied))
+
+
 def _give_copies_up() -> None:
+    for engine in _engines:
+        _never_free(engine)
     for runtime in list(_loaded):
         runtime.after_fork()
 

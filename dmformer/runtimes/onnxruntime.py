@@ -14,6 +14,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed
+from dmformer.files import utf8_path
 from dmformer.machine import give_memory_back
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
@@ -125,7 +126,7 @@ class OnnxRuntime(Runtime):
 
         Without onnxruntime's fallback, which prints to standard output and tries again.
         """
-        path = self.path.resolve()
+        path = utf8_path(self.path.resolve())
         with suppress(OSError, ValueError, IndexError):  # onnxruntime has the words for what is wrong with a file
             model = model or refer_to_weights(path)
         options.add_session_config_entry(_FOLDER, str(path.parent))

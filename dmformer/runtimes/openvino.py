@@ -15,7 +15,7 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import StageFailed
 from dmformer.machine import instructions, max_isa, without_vnni
-from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.base import Details, Runtime, TensorSpec, freed_here_alone, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
 from dmformer.runtimes.support import Availability, Support
 
@@ -52,7 +52,7 @@ def core() -> Any:
     Two that are freed in the order of their making leave a stack that is gone (OpenVINO 2026.4): then the next signal
     that Python handles, like that of Ctrl-C, ends the process by SIGSEGV.
     """
-    return _import().Core()
+    return freed_here_alone(_import().Core())  # its threads stay when the last runtime is closed
 
 
 class OpenVinoSupport(Support):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dmformer.errors import UnavailableError, first_line
 from dmformer.machine import instructions
+from dmformer.process import Limited
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,7 +79,8 @@ class Support(ABC):
     def probe(self) -> Availability:
         """Return whether the engine is installed and loads here. Does not raise."""
         try:
-            return self.import_engine()
+            with Limited(f"importing {self.name}"):
+                return self.import_engine()
         except UnavailableError as error:
             return Availability(False, reason=str(error))
         except Exception as error:  # noqa: BLE001 - a half installed engine fails in ways of its own

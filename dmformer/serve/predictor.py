@@ -137,7 +137,7 @@ class Predictor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self.runtime.turn:
+        with self.runtime.in_turn():
             self.runtime.__exit__(kind, error, traceback)
 
     def predict(self, images: str | Path | Sequence[str | Path], top_k: int = 5) -> list[Prediction]:
@@ -192,7 +192,7 @@ class Predictor:
     def _run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         inputs = self.manifest.preprocessing.normalize(pixels)
         self.runtime.check_open()
-        with self.runtime.turn:  # an engine's request or execution context is one thread's at a time
+        with self.runtime.in_turn():  # an engine's request or execution context is one thread's at a time
             return self.runtime.run_rows({self.manifest.inputs[0].name: inputs})
 
     def _check_task(self, wanted: str) -> None:

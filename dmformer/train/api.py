@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dmformer.data.description import plain_name
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
 from dmformer.files import whole_file
@@ -94,16 +95,15 @@ def train(
     counts = len(images.training), len(images.validation)
     with join_processes(device) as group:
         plan = TrainingPlan(recipe, counts[0], group.world)
-        identity = _identity(recipe, images, start, plan)
         run = Run(model, recipe, images, start.preprocessing, plan, group)
         run.check_shared_memory()
+        contents = run.check_images(stage if group.first else silent, decode=not resume)
+        identity = _identity(recipe, images, start, plan, contents)
         first = 0
         if resume:
             state = load_snapshot(output / SNAPSHOT_NAME, identity, group.device)
             run.restore(state)
             first = state["step"]
-        else:
-            run.check_images(stage if group.first else silent)
         group.wait()  # before the first process writes into the folder
         if group.first:
             _prepare(output, resume=resume)
@@ -117,7 +117,7 @@ def train(
             say(behind)
         if group.first:
             description = {
-                "data": f"{data.resolve().name}, {counts[0]} images",
+                "data": f"{plain_name(data.resolve().name)}, {counts[0]} images",
                 "recipe": {"command": "dmformer train", **recipe.to_dict()},
                 "held_out_images": counts[1],
                 **{f"held_out_{name}": round(value, 6) for name, value in scores.items()},
@@ -226,11 +226,15 @@ def initial_network(start: Start, classes: tuple[str, ...], seed: int) -> tuple[
     return model, [f"{note} ({start.weights.config.num_classes} classes there, {len(classes)} here)"]
 
 
-def _identity(recipe: Recipe, images: DataSet, start: Start, plan: TrainingPlan) -> dict[str, Any]:
+def _identity(recipe: Recipe, images: DataSet, start: Start, plan: TrainingPlan, contents: str) -> dict[str, Any]:
     """Return what decides the result, in JSON types: it must be the same when a run is resumed."""
     values = {name: value for name, value in recipe.to_dict().items() if name not in _FREE_FIELDS}
     sha256 = None if start.weights is None else start.weights.sha256
-    of_data = {"data (SHA-256 of its names)": images.fingerprint, "--weights (SHA-256)": sha256}
+    of_data = {
+        "data (SHA-256 of its names)": images.fingerprint,
+        "data (sum of its files' SHA-256)": contents,
+        "--weights (SHA-256)": sha256,
+    }
     return {**values, **of_data, "images in a part of a step": plan.part}
 
 

@@ -16,6 +16,7 @@ from dmformer.data.annotated import annotated_set, load_labels
 from dmformer.data.description import plain_name
 from dmformer.data.images import class_folders, image_set, open_image
 from dmformer.errors import UsageError
+from dmformer.files import hash_file
 from dmformer.train.augment import Augmentation, seed_of
 
 if TYPE_CHECKING:
@@ -163,6 +164,21 @@ class _Images(ABC):
         if labels.shape[::-1] != image.size:
             raise UsageError(f"{label}: annotation of {labels.shape[::-1]} pixels for an image of {image.size}")
         return image, labels
+
+    def digest(self, index: int, part: int) -> NDArray[np.int64]:
+        """Return the SHA-256 of an image's file, with its annotation's, place and part of the data set: four numbers.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        digest = hashlib.sha256(f"{part} {index}".encode())
+        label = self.images.labels[index]
+        try:
+            for path in (self.images.paths[index], *([label] if isinstance(label, Path) else [])):
+                digest.update(hash_file(path)[0].encode())
+        except OSError as error:
+            raise UsageError(f"{error.filename}: cannot be read: {error.strerror}; expected an image") from error
+        return np.frombuffer(digest.digest(), np.int64)
 
     @abstractmethod
     def view(self, key: Any, image: Image, label: Any) -> tuple[NDArray[np.uint8], Any]:

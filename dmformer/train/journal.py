@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOG_NAME = "log.jsonl"
 SNAPSHOT_NAME = "last.pt"
-_SNAPSHOT_VERSION = 1
+_SNAPSHOT_VERSION = 2
 
 
 def _replace_file(path: Path, data: bytes) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
 
-from dmformer.errors import UnavailableError, UsageError
+from dmformer.errors import StageFailed, UnavailableError, UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
+
+_PEER_LIMIT = timedelta(minutes=30)  # PyTorch's own for gloo
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def join_processes(device: str | None) -> Iterator[Processes]:
     Raises:
         UsageError: the device is none to train on.
         UnavailableError: this machine does not have the device.
+        StageFailed: another process ended, or did not answer within half an hour.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), world)
@@ -73,11 +77,19 @@ def join_processes(device: str | None) -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, chosen)
         return
-    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Processes(distributed.get_rank(), world, chosen)
-    finally:
-        distributed.destroy_process_group()
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PEER_LIMIT)
+        try:
+            yield Processes(distributed.get_rank(), world, chosen)
+        finally:
+            distributed.destroy_process_group()
+    except RuntimeError as error:  # gloo has no class of its own
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise StageFailed(
+            f"a process of the run does not answer: {first_line(error)}; expected {world} processes that live and "
+            "reach each other: its own message says why it ended"
+        ) from error
 
 
 def _device(name: str | None, local_rank: int, world: int) -> torch.device:

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from dmformer.verify.tasks.segmentation import confusion_matrix, pixel_accuracy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from dmformer.data.preprocessing import Preprocessing
@@ -265,20 +267,34 @@ class Run:
         sampler = StepSampler(len(images), self.recipe, steps, self.group.rank, self.group.world)
         return self._read(images, batch_sampler=sampler, pin_memory=self.group.device.type == "cuda")
 
-    def check_images(self, stage: Progress) -> None:
-        """Read this process's share of all images once: one that cannot be read would end the run much later.
+    def check_images(self, stage: Progress, *, decode: bool = True) -> str:
+        """Read all files once, each process its share: one that cannot be read would end the run much later.
+
+        Args:
+            stage: shows the progress.
+            decode: whether they are decoded too, which a run that is resumed has behind it.
+
+        Returns:
+            A sum of SHA-256, by which other contents are told apart.
 
         Raises:
             UsageError: an image or an annotation cannot be used; the message has the first, and how many there are.
         """
         parts = (self.data.training, self.data.validation)
+        total = np.zeros(4, np.int64)
         with stage("read every image once", sum(map(len, parts))) as advance:
-            for part in parts:
+            for number, part in enumerate(parts):
                 images = ValidationImages(part, self.preprocessing, self.pixel_classes)
-                found = unreadable(range(self.group.rank, len(part), self.group.world), images.__getitem__, advance)
+                digests: dict[int, NDArray[np.int64]] = {}
+                read = partial(_read_once, images, number, decode, digests)
+                found = unreadable(range(self.group.rank, len(part), self.group.world), read, advance)
                 if found:
                     more = f" ({len(found)} of {len(part)} such images)" if len(found) > 1 else ""
                     raise UsageError(f"{found[min(found)]}{more}")
+                for digest in digests.values():
+                    total += digest
+        summed = self.group.total(torch.from_numpy(total).to(self.group.device))
+        return str(summed.cpu().numpy().tobytes().hex())
 
     def _read(self, images: TrainingImages | ValidationImages, **options: Any) -> Iterator[Any]:
         """Give batches; a process that reads them and dies, or gives none for long, ends the run in one line."""
@@ -329,6 +345,14 @@ class Run:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _read_once(
+    images: ValidationImages, part: int, decode: bool, digests: dict[int, NDArray[np.int64]], row: int
+) -> object:
+    """Keep the digest of an image's file, and decode it where asked to."""
+    digests[row] = images.digest(row, part)
+    return images[row] if decode else None
 
 
 def train_steps(

@@ -123,7 +123,7 @@ def evaluate(
     with stage(", ".join(names), measure.parts(images)) as advance:
         left_out: list[str] | None = [] if skip_unreadable else None
         scores, torch = _score(chosen, checkpoint, measure, _batches(images, measure, left_out, advance))
-    doubt = (torch or scores[-1]).label_doubt()
+    doubt = (torch or scores[-1]).label_doubt(images.folders)
     return EvalReport(
         data=str(data),
         images=len(images) - len(left_out or ()),

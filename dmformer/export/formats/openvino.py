@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.export.formats import Converted, versions
+from dmformer.process import Limited
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,9 +27,10 @@ def to_openvino(source: ConversionSource, folder: Path) -> Converted:
     ov = require("openvino", extra="openvino", purpose="export to openvino")
     path = folder / "model.xml"
     try:
-        model = ov.Core().read_model(str(source.onnx))
-        _name_by_position(model)
-        ov.save_model(model, str(path), compress_to_fp16=False)
+        with Limited(f"openvino converting {source.onnx.name}"):
+            model = ov.Core().read_model(str(source.onnx))
+            _name_by_position(model)
+            ov.save_model(model, str(path), compress_to_fp16=False)
     except Exception as error:  # names that are no text, too
         raise StageFailed(f"conversion to OpenVINO failed: {first_line(error)}") from error
     return Converted((path, path.with_suffix(".bin")), versions("openvino"))

@@ -19,7 +19,7 @@ import msgspec
 from dmformer.errors import StageFailed, UnavailableError
 from dmformer.export.formats import Converted
 from dmformer.files import hash_file
-from dmformer.process import Child
+from dmformer.process import STOP_S, Child
 from dmformer.runtimes.cuda import Gpu, find_gpu
 from dmformer.runtimes.target import (
     AUTO,
@@ -168,7 +168,7 @@ def _build(source: ConversionSource, targets: tuple[str, ...], plan: Path, cache
             except StageFailed as error:
                 hint = "; it usually is memory: bound it with `workspace_mb`" if "SIGKILL" in str(error) else ""
                 raise StageFailed(f"building a TensorRT engine at {source.precision}: {error}{hint}") from error
-        watcher.join()  # the pipe ends with the process
+        watcher.join(STOP_S)  # the pipe ends with the process, and those that it may have started
     return result
 
 

@@ -57,12 +57,14 @@ class Calibration:
         measure: what answers to them are scored by.
         kept: what it keeps of PyTorch's outputs.
         accuracy: PyTorch's accuracy, where there are labels.
+        label_doubt: a sentence on why the labels may be wrong; ``None`` where nothing speaks against them.
     """
 
     images: ImageSet
     measure: Measure
     kept: NDArray[Any]
     accuracy: Accuracy
+    label_doubt: str | None = None
 
     @classmethod
     def of(cls, model: DMFormerBackbone, images: ImageSet, advance: Callable[[], object] = lambda: None) -> Calibration:
@@ -75,12 +77,17 @@ class Calibration:
         from dmformer.verify.reference import torch_answers
 
         measure = measure_of(model.config.task, model.config.num_classes)
-        kept = torch_answers(model, images, measure, advance)
-        return cls(images, measure, kept, measure.score(kept, images, kept))
+        return cls.scored(images, measure, torch_answers(model, images, measure, advance))
+
+    @classmethod
+    def scored(cls, images: ImageSet, measure: Measure, kept: NDArray[Any]) -> Calibration:
+        """Score what was kept of PyTorch's answers."""
+        score = measure.score(kept, images, kept)
+        return cls(images, measure, kept, score.accuracy(), score.label_doubt(images.folders))
 
     def points_lost(self, kept: NDArray[Any]) -> tuple[Accuracy, float]:
         """The accuracy of what was kept of other answers, and the percentage points that it is below PyTorch's."""
-        accuracy = self.measure.score(kept, self.images, self.kept)
+        accuracy = self.measure.score(kept, self.images, self.kept).accuracy()
         return accuracy, self.measure.points_lost(accuracy, self.accuracy)
 
 

@@ -13,7 +13,7 @@ from dmformer.errors import StageFailed, UsageError
 from dmformer.task import class_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -75,7 +75,7 @@ class Measure(ABC):
             UsageError: an annotation cannot be read.
         """
 
-    def score(self, kept: NDArray[Any], images: ImageSet, torch: NDArray[Any] | None) -> Accuracy:
+    def score(self, kept: NDArray[Any], images: ImageSet, torch: NDArray[Any] | None) -> RunningScore:
         """Compare what was kept with the right answers, and with PyTorch's, where there are such.
 
         Raises:
@@ -85,7 +85,7 @@ class Measure(ABC):
         for number, labels in enumerate(self.labels(images)):
             rows = slice(number * self.batch, (number + 1) * self.batch)
             score.add(kept[rows], labels, None if torch is None else torch[rows])
-        return score.accuracy()
+        return score
 
     @abstractmethod
     def points_lost(self, accuracy: Accuracy, reference: Accuracy) -> float:
@@ -175,8 +175,13 @@ class RunningScore(ABC):
         """Test whether PyTorch is better; ``None`` where the task has no such test, without labels or PyTorch."""
         return None
 
-    def label_doubt(self) -> str | None:
-        """Say in a sentence why the labels may be wrong; ``None`` where nothing speaks against them."""
+    def label_doubt(self, folders: Sequence[str] = ()) -> str | None:
+        """Say in a sentence why the labels may be wrong; ``None`` where nothing speaks against them.
+
+        Args:
+            folders: of the images, as :class:`~dmformer.data.images.ImageSet` has them.
+        """
+        del folders
         return None
 
 

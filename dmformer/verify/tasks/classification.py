@@ -15,9 +15,10 @@ from dmformer.bundle.manifest import Accuracy
 from dmformer.data.images import image_set
 from dmformer.task import OUTPUT_NAME, class_logits
 from dmformer.verify.tasks import Measure, RunningScore
+from dmformer.verify.tasks.order import NO_CLASS, Counts, better_order, likely_order, numbered_orders
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dmformer.verify.tasks import Outputs
 
 
+_MOST_MOVED = 3  # folders that a sentence names
 _NORMAL_97_5 = 1.959964  # the quantile that leaves 5 % outside on both sides
 
 
@@ -49,7 +51,7 @@ class Classification(Measure):
 
     def new_score(self) -> RunningScore:
         """Make a score that keeps the logits, for they are few."""
-        return _ClassScore()
+        return _ClassScore(self.classes)
 
     def labels(self, images: ImageSet) -> Iterator[NDArray[Any] | None]:
         """Give indices of classes (n,)."""
@@ -64,7 +66,8 @@ class Classification(Measure):
 class _ClassScore(RunningScore):
     """Top-1 and top-5 accuracy, and McNemar's exact test."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
         self._batches: tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]] = ([], [], [])
 
     def add(self, kept: NDArray[Any], labels: NDArray[Any] | None, torch: NDArray[Any] | None) -> None:
@@ -82,6 +85,29 @@ class _ClassScore(RunningScore):
     def paired(self) -> Paired | None:
         logits, labels, torch = self._joined()
         return None if labels is None or torch is None else paired(logits, torch, labels)
+
+    def label_doubt(self, folders: Sequence[str] = ()) -> str | None:
+        """Say where the folders are in another order than the classes, and which folder seems to be which class."""
+        logits, labels, _ = self._joined()
+        if labels is None:
+            return None
+        counts = Counts.of(labels, class_logits(logits).argmax(1))
+        better = better_order(counts, numbered_orders(self._classes), likely_order(counts, self._classes))
+        if better is None:
+            return None
+        present = [int(label) for label in np.unique(labels)]
+        moved = [(label, int(better.order.classes[label])) for label in present]
+        read = [
+            f"{(folders[label] if folders else str(label))!r} as class {answer}, not {label}"
+            for label, answer in moved
+            if answer not in (label, NO_CLASS)
+        ]
+        name = f" ({better.order.name})" if better.order.name else ""
+        return (
+            f"another order of the classes fits the answers far better{name}: {better.fits:.0%} of the images are "
+            f"right with folder {', '.join(read[:_MOST_MOVED])}{', …' if len(read) > _MOST_MOVED else ''}; "
+            f"{better.as_read:.0%} as they are read; expected folders named after the classes or their index"
+        )
 
 
 def score(

@@ -18,9 +18,10 @@ from dmformer.data.annotated import IGNORED, annotated_images, label_maps
 from dmformer.errors import UsageError
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.tasks import Measure, RunningScore
+from dmformer.verify.tasks.order import Counts, better_order, shifted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -99,17 +100,18 @@ class _PixelScore(RunningScore):
         pixels = pixel_accuracy(self._matrix)
         return msgspec.structs.replace(found, miou=pixels.miou, pixel_accuracy=pixels.pixel_accuracy, iou=pixels.iou)
 
-    def label_doubt(self) -> str | None:
+    def label_doubt(self, folders: Sequence[str] = ()) -> str | None:
         """Say where annotations are numbered from another start: they fit best beside the matrix's diagonal."""
-        total, right = int(self._matrix.sum()), int(np.trace(self._matrix))
-        for offset, start in ((1, "0"), (-1, "2")):
-            beside = int(np.trace(self._matrix, offset=offset))
-            if 2 * beside > total and beside > 2 * right:
-                return (
-                    f"the classes fit {beside / total:.0%} of the pixels if the annotations number them from {start} "
-                    f"on, and {right / total:.0%} as they are read; expected 0 for what is ignored and 1 for the first"
-                )
-        return None
+        del folders
+        labels, answers = np.nonzero(self._matrix)
+        starts = [shifted(len(self._matrix), by, start) for by, start in ((1, "0"), (-1, "2"))]
+        better = better_order(Counts(labels, answers, self._matrix[labels, answers]), starts)
+        if better is None:
+            return None
+        return (
+            f"the classes fit {better.fits:.0%} of the pixels if the annotations number them from {better.order.name} "
+            f"on, and {better.as_read:.0%} as they are read; expected 0 for what is ignored and 1 for the first"
+        )
 
 
 class PixelAccuracy(Struct, frozen=True, kw_only=True):
