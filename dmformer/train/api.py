@@ -17,6 +17,7 @@ from dmformer.files import whole_file
 from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_checkpoint, save_checkpoint
 from dmformer.models.dmformer import DMFormerConfig, build_network, variant_config
 from dmformer.models.infer import variant_name
+from dmformer.ownership import resolve
 from dmformer.progress import silent
 from dmformer.train.images import find_data_set
 from dmformer.train.journal import LOG_NAME, SNAPSHOT_NAME, load_snapshot
@@ -235,6 +236,7 @@ def _identity(recipe: Recipe, images: DataSet, start: Start, plan: TrainingPlan)
 
 def _prepare(output: Path, *, resume: bool) -> None:
     """Make the folder, and remove what a killed run left half written."""
+    resolve(output)  # refuses another user's link in a shared folder
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is not empty; expected a new folder, or `resume` to go on with the run in it")
     try:
