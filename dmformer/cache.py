@@ -22,15 +22,17 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
 from dmformer.errors import UsageError
-from dmformer.files import Sha256, hash_file, hash_pieces, read_pieces
+from dmformer.files import Sha256, decode_json, hash_file, hash_pieces, open_regular, read_bounded, read_pieces
 from dmformer.machine import describe_processor, usable_cores
+from dmformer.names import check_name
+from dmformer.ownership import exposure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +43,7 @@ FOLDER = "DMFORMER_CACHE"
 LIMIT_MB = "DMFORMER_CACHE_LIMIT_MB"
 _DEFAULT_LIMIT_MB = 4096
 _LOCK_S = 60.0
+_MOST_ENTRY_BYTES = 16 << 20
 _PACKAGES = (
     "numpy", "pillow", "msgspec", "safetensors", "torch", "onnx", "onnxsim", "onnxruntime", "openvino", "tensorrt",
     "tensorrt-rtx", "cuda-bindings", "ncnn", "pnnx",
@@ -67,6 +70,21 @@ class CacheEntry(Struct, frozen=True, kw_only=True):
     def bytes(self) -> int:
         """Size of all that it needs; entries may share objects."""
         return sum(self.objects.values())
+
+
+class _StoredFile(Struct, frozen=True):
+    """How a value has a file: its path below the root, and the object that is its content."""
+
+    path: str
+    sha256: Sha256
+
+
+class _StoredArray(Struct, frozen=True):
+    """How a value has an array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
 
 
 class Listed(Struct, frozen=True, kw_only=True):
@@ -175,14 +193,17 @@ class Cache:
 
             def decode(wanted: type, raw: Any) -> Any:
                 if wanted is not Path:
-                    return np.frombuffer(raw["data"], raw["dtype"]).reshape(raw["shape"]).copy()
-                destination = root / raw["path"]
-                written.append(destination)
+                    array = msgspec.convert(raw, _StoredArray)
+                    return np.frombuffer(array.data, array.dtype).reshape(array.shape).copy()
+                stored = msgspec.convert(raw, _StoredFile)
+                check_name(stored.path)
+                destination = root / stored.path
                 destination.parent.mkdir(parents=True, exist_ok=True)
-                _copy_object(self._objects / raw["sha256"], destination)
+                written.append(destination)
+                _copy_object(self._objects / stored.sha256, destination)
                 return destination
 
-            value = msgspec.msgpack.decode(data, type=kind, dec_hook=decode)
+            value = _decode_value(data, kind, decode)
         except (FileNotFoundError, NotADirectoryError, PermissionError):  # not there, or not any more, or not for us
             _remove(written)
             return None
@@ -265,7 +286,7 @@ class Cache:
         from filelock import FileLock
 
         assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make_private(self.folder)
         return FileLock(self.folder / "lock", timeout=_LOCK_S)
 
     def _adopt(self, path: Path) -> tuple[str, int]:
@@ -283,11 +304,12 @@ class Cache:
     @contextmanager
     def _put(self, path: Path) -> Iterator[Path]:
         """Give a path to write to, which becomes ``path`` when the block ends without an error."""
-        self._objects.mkdir(exist_ok=True)
+        for folder in (self._objects, self._entries):
+            _make_private(folder)
+            folder.chmod(0o700)  # versions before made them as other folders
         new = self._objects / f"new-{secrets.token_hex(8)}"
         try:
             yield new
-            path.parent.mkdir(exist_ok=True)
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
@@ -333,7 +355,42 @@ def open_cache() -> Cache:
         nowhere = Cache()
         nowhere.trouble = f"there is no home folder for it; {FOLDER} names another"
         return nowhere
+    if reason := _untrusted(folder):
+        distrusted = Cache()
+        distrusted.trouble = reason
+        return distrusted
     return Cache(folder, int(limit) << 20)
+
+
+def _untrusted(folder: Path) -> str | None:
+    """Say why what is in a cache's folder may be somebody else's; ``None`` where it is this user's, or not there."""
+    for part in (folder, folder / "entries", folder / "objects"):
+        if os.path.lexists(part):
+            try:
+                reason = exposure(part)
+            except OSError as error:
+                reason = error.strerror
+            if reason:
+                return (
+                    f"{str(part)!r}: {reason}; expected a folder that is yours alone (chmod go-w), or another {FOLDER}"
+                )
+    return None
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that is there for this user alone; those above it are made as usual."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _open_object(path: Path) -> IO[bytes]:
+    """Open an object, which is a regular file and no link."""
+    try:
+        return open_regular(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        raise
+    except OSError as error:
+        raise _Damaged(path.name) from error
 
 
 def surroundings() -> dict[str, Any]:
@@ -372,25 +429,56 @@ class _Damaged(Exception):
     """An entry, or the object that the argument names, is not what was written."""
 
 
+def _decode_value(data: bytes, kind: type[T], decode: Callable[[type, Any], Any]) -> T:
+    """Decode a value, which somebody who can write to the cache may have made."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind, dec_hook=decode)
+    except (_Damaged, OSError):
+        raise
+    except (msgspec.DecodeError, RecursionError, ValueError, TypeError, LookupError) as error:
+        cause = error.__cause__  # msgspec wraps what a hook raises
+        if isinstance(cause, (_Damaged, OSError)):
+            raise cause from None
+        raise _Damaged from error
+
+
 def _copy_object(path: Path, destination: Path) -> None:
     """Copy an object, and make sure that it has the SHA-256 that it is named after."""
-    with path.open("rb") as file, destination.open("wb") as copy:
+    with _open_object(path) as file, _create(destination) as copy:
         if hash_pieces(read_pieces(file), copy.write)[0] != path.name:
             raise _Damaged(path.name)
 
 
+def _create(path: Path) -> IO[bytes]:
+    """Open a file to be written anew, which may be there already and is no link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
 def _read_object(path: Path) -> bytes:
-    data = path.read_bytes()
+    with _open_object(path) as file:
+        data = file.read()
     if hashlib.sha256(data).hexdigest() != path.name:
         raise _Damaged(path.name)
     return data
 
 
 def _read_entry(path: Path) -> CacheEntry:
-    sha256, _, content = path.read_bytes().partition(b"\n")
-    if hashlib.sha256(content).hexdigest().encode() != sha256:
-        raise _Damaged
-    return msgspec.json.decode(content, type=CacheEntry)
+    """Read an entry.
+
+    Raises:
+        FileNotFoundError: there is none.
+        _Damaged: it is not what was written.
+    """
+    try:
+        sha256, _, content = read_bounded(path, _MOST_ENTRY_BYTES).partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() == sha256:
+            return decode_json(content, CacheEntry)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        raise
+    except (OSError, msgspec.DecodeError) as error:
+        raise _Damaged from error
+    raise _Damaged
 
 
 def _remove(paths: list[Path]) -> None:

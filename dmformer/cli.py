@@ -30,6 +30,7 @@ from dmformer.commands.train import train
 from dmformer.commands.unpack import unpack
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
+from dmformer.text import plain, plain_lines
 
 app = typer.Typer(
     name="dmformer",
@@ -84,7 +85,7 @@ def main() -> None:
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every failure becomes one line
         if DEBUG in sys.argv:
-            traceback.print_exc()
+            sys.stderr.write(plain_lines(traceback.format_exc()))
         sys.exit(_report(error))
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -124,7 +125,7 @@ def _report(error: BaseException) -> int:
         message, code = f"{type(error).__name__}: {first_line(error)}", 1
     else:
         message, code = f"{type(error).__name__}: {first_line(error)} (a defect of dmformer; add --debug)", 1
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {plain(' '.join(message.split()))}\n")
     return code
 
 

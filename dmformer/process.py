@@ -212,7 +212,7 @@ def _remove_announced() -> None:
     assert _announced is not None
     for name in os.pread(_announced, os.fstat(_announced).st_size, 0).split(b"\0")[:-1]:
         path = Path(os.fsdecode(name))
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -14,10 +14,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import dmformer
+from dmformer.bundle.inspection import FIELDS, external_files
 from dmformer.bundle.integrity import check_integrity
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, check_distinct, check_name
-from dmformer.bundle.reader import FIELDS, external_files, open_bundle
+from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, UsageError
+from dmformer.files import OpenFile
 from tests.bundles import adopt, one_line, rewrite
 
 if TYPE_CHECKING:
@@ -223,7 +225,7 @@ def with_external(bundle: Path, location: str, inside: str = "initializer") -> N
 @pytest.mark.parametrize("inside", ["initializer", "attribute", "constant", "function"])
 def test_weights_elsewhere_are_found_wherever_the_tensor_is(bundle: Path, inside: str) -> None:
     with_external(bundle, "weights.bin", inside)
-    assert external_files(bundle / ONNX) == {"weights.bin"}
+    assert external_files(OpenFile(bundle / ONNX)) == {"weights.bin"}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_the_fields_are_those_of_the_specification() -> None:
 def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.onnx").write_bytes(data)
     with pytest.raises(UsageError) as caught:
-        external_files(tmp_path / "m.onnx")
+        external_files(OpenFile(tmp_path / "m.onnx"))
     assert "ONNX file" in one_line(caught.value)
 
 
@@ -320,10 +322,10 @@ def test_nesting_has_an_end(tmp_path: Path) -> None:
         inner = nested(depth)
         path.write_bytes(b"\x3a" + bytes([len(inner) & 0x7F | 0x80, len(inner) >> 7]) + inner)
         if fits:
-            assert external_files(path) == set()
+            assert external_files(OpenFile(path)) == set()
         else:
             with pytest.raises(UsageError, match="in one another"):
-                external_files(path)
+                external_files(OpenFile(path))
 
 
 def test_a_golden_file_that_expands_without_end(bundle: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from onnx.external_data_helper import load_external_data_for_model
 
 from dmformer.bundle.reader import open_bundle
+from dmformer.files import OpenFile
 from dmformer.machine import give_memory_back
 from dmformer.runtimes.onnx_weights import LEAST_BYTES, bytes_field, fields, number_field, refer_to_weights
 from dmformer.runtimes.onnxruntime import OnnxRuntime
@@ -52,7 +53,7 @@ def plain(path: Path, rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def test_the_graph_with_its_weights_is_the_file(path: Path) -> None:
-    expected, data = onnx.load(path), refer_to_weights(path)
+    expected, data = onnx.load(path), refer_to_weights(OpenFile(path))
     assert data is not None
     large = [tensor for tensor in expected.graph.initializer if len(tensor.raw_data) >= LEAST_BYTES]
     assert large
@@ -76,7 +77,7 @@ def test_answers_are_those_of_the_file_to_the_bit(reduced: ExportResult) -> None
     rows = bundle.golden().inputs[:2]
     for artifact in artifacts:
         path = bundle.load_path(artifact)
-        assert refer_to_weights(path) is not None
+        assert refer_to_weights(OpenFile(path)) is not None
         np.testing.assert_array_equal(answer(path, rows), plain(path, rows), err_msg=artifact.precision)
 
 
@@ -91,7 +92,7 @@ def test_the_engine_is_given_the_graph_alone(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     with OnnxRuntime(path) as runtime:
         assert runtime.inspect().layers()
-    assert given == [refer_to_weights(path)] * 2  # to run, and to be profiled
+    assert given == [refer_to_weights(OpenFile(path))] * 2  # to run, and to be profiled
 
 
 def test_a_file_of_small_tensors_is_taken_as_it_is(
@@ -99,7 +100,7 @@ def test_a_file_of_small_tensors_is_taken_as_it_is(
 ) -> None:
     expected = answer(path, rows)
     monkeypatch.setattr("dmformer.runtimes.onnx_weights.LEAST_BYTES", path.stat().st_size)
-    assert refer_to_weights(path) is None
+    assert refer_to_weights(OpenFile(path)) is None
     np.testing.assert_array_equal(answer(path, rows), expected)
 
 
@@ -114,7 +115,7 @@ def test_weights_that_were_in_another_file_stay_there(path: Path, rows: NDArray[
     apart = tmp_path / "apart/model.onnx"
     apart.parent.mkdir()
     onnx.save_model(onnx.load(path), apart, save_as_external_data=True, location="weights.bin", size_threshold=1 << 17)
-    data = refer_to_weights(apart)
+    data = refer_to_weights(OpenFile(apart))
     assert data is not None, "some are between the two thresholds"
     locations = {
         entry.value

@@ -102,7 +102,10 @@ def device_modules() -> list[str]:
     found = [
         "dmformer",
         "dmformer.cli",
-        *(f"dmformer.{name}" for name in ("cache", "errors", "files", "machine", "process", "progress")),
+        *(
+            f"dmformer.{name}"
+            for name in ("cache", "errors", "files", "machine", "names", "ownership", "process", "progress", "text")
+        ),
     ]
     for room in rooms:
         found.append(f"dmformer.{room}")
@@ -218,6 +221,9 @@ LAYERS = (
     "assets",
     "cache",
     "files",
+    "names",
+    "text",
+    "ownership",
     "process",
     "machine",
     "procfs",

@@ -72,11 +72,11 @@ def test_every_precision_builds_and_the_plan_is_what_the_manifest_says(
     assert target.platform == this_platform()
     assert target.onnx_sha256 == hash_file(source)[0]
     assert target.build_s > 0
-    header = plan.read_header(made.files[0])
+    header = plan.read_header(made.files[0].read_bytes())
     assert header is not None
     assert header.bytes == made.files[0].stat().st_size
     assert header.compute_capabilities == target.compute_capabilities == ("8.6", "8.9")
-    assert plan.contradiction(made.files[0], target) is None
+    assert plan.contradiction(made.files[0].read_bytes(), target) is None
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_dmformer_s_builds_and_its_weights_have_their_precision(small: dict[str,
     for precision, source in small.items():
         made = build(source, tmp_path / precision, EngineOptions("rtx", ["sm89"], 1, 4, 8, 512))
         assert made.target is not None
-        assert plan.contradiction(made.files[0], made.target) is None
+        assert plan.contradiction(made.files[0].read_bytes(), made.target) is None
         assert (made.target.opt_batch, made.target.workspace_mb) == (4, 512)
         sizes[precision] = made.files[0].stat().st_size
     assert sizes["fp16"] < 0.65 * sizes["fp32"], sizes
@@ -287,16 +287,16 @@ def engine(exported: ExportResult, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_plan_that_contradicts_the_manifest(engine: Converted, change: dict[str, Any], said: str) -> None:
     assert engine.target is not None
     wrong = msgspec.structs.replace(engine.target, **change)
-    assert said in (plan.contradiction(engine.files[0], wrong) or "")
+    assert said in (plan.contradiction(engine.files[0].read_bytes(), wrong) or "")
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: data[:30]])
 def test_a_plan_that_was_damaged(engine: Converted, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     assert engine.target is not None
-    assert plan.contradiction(engine.files[0], engine.target) is None
+    assert plan.contradiction(engine.files[0].read_bytes(), engine.target) is None
     spoilt = tmp_path / engine.files[0].name
     spoilt.write_bytes(spoil(engine.files[0].read_bytes()))
-    assert plan.contradiction(spoilt, engine.target)
+    assert plan.contradiction(spoilt.read_bytes(), engine.target)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

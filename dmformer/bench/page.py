@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,8 +68,20 @@ def check_installed() -> None:
     Raises:
         UnavailableError: a package is missing.
     """
-    for module in ("matplotlib", "jinja2"):
-        require(module, extra="report", purpose="--html")
+    _matplotlib()
+    require("jinja2", extra="report", purpose="--html")
+
+
+def _matplotlib() -> Any:
+    """Import matplotlib in another folder: it reads a ``matplotlibrc`` in the working folder, whoever put it there."""
+    if "matplotlib" in sys.modules:
+        return sys.modules["matplotlib"]
+    here = Path.cwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        return require("matplotlib", extra="report", purpose="the pictures of --html")
+    finally:
+        os.chdir(here)
 
 
 def render(report: BenchReport, manifest: Manifest) -> str:
@@ -194,8 +209,7 @@ def _plain(value: Any) -> str:
 
 def _svg(draw: Draw, height_in: float, *, narrow: bool) -> str:
     """Return a picture as an ``<svg>`` element; its names differ from those of every other picture of this process."""
-    require("matplotlib", extra="report", purpose="the pictures of --html")
-    from matplotlib import rc_context
+    matplotlib = _matplotlib()
     from matplotlib.figure import Figure
 
     style: Any = {
@@ -203,7 +217,7 @@ def _svg(draw: Draw, height_in: float, *, narrow: bool) -> str:
         "axes.edgecolor": _GRID, "axes.labelcolor": _MUTED, "text.color": _INK, "xtick.color": _MUTED,
         "ytick.color": _INK, "grid.color": _GRID,
     }  # fmt: skip
-    with rc_context(style):
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **style}):
         figure = Figure(figsize=(NARROW_IN if narrow else WIDE_IN, height_in), layout="constrained")
         draw(figure, narrow)
         target = io.StringIO()

@@ -18,13 +18,12 @@ from dmformer.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     SIGNATURE,
     FileEntry,
-    check_distinct,
-    check_name,
     decode_manifest,
 )
 from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, UsageError, first_line
 from dmformer.files import hash_pieces, read_pieces
+from dmformer.names import check_distinct, check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -164,10 +164,7 @@ def parse_golden(data: bytes, path: Path) -> Golden:
         UsageError: it is damaged or lacks an array.
     """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            _check_expansion(sum(member.file_size for member in archive.zip.infolist()), len(data))
-            arrays = {name: archive[name] for name in archive.files}
-        golden = _golden(arrays)
+        golden = _golden(read_arrays(data))
     except KeyError as error:
         raise UsageError(f"{path}: no array {error}; expected the golden file of a bundle") from error
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
@@ -176,6 +173,20 @@ def parse_golden(data: bytes, path: Path) -> Golden:
         if part is not None:
             _check_part(part, path)
     return golden
+
+
+def read_arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a ``.npz`` file by name, none of them of Python's objects.
+
+    Raises:
+        Exception: zipfile, zlib and NumPy each have their own kinds of damage.
+        UsageError: the data expand to far more than they are, or an array is there twice.
+    """
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        _check_expansion(sum(member.file_size for member in archive.zip.infolist()), len(data))
+        if len(set(archive.files)) < len(archive.files):
+            raise UsageError("an array is there twice")
+        return {name: archive[name] for name in archive.files}
 
 
 def _golden(arrays: dict[str, NDArray[Any]]) -> Golden:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    from dmformer.bundle.manifest import FileEntry
     from dmformer.bundle.reader import Bundle
+    from dmformer.files import OpenFile
 
 
 def sign_bundle(folder: Path, key: Ed25519PrivateKey) -> Signature:
@@ -115,13 +117,17 @@ def check_integrity(named: Path) -> IntegrityReport:
 
 
 def _check_files(bundle: Bundle) -> list[FileCheck]:
-    found = [_checked(entry.path, partial(bundle.check, entry)) for entry in bundle.manifest.entries]
-    failed = {file.path for file in found if not file.passed}
+    held: dict[str, OpenFile] = {}
+
+    def open_listed(entry: FileEntry) -> None:
+        held[entry.path] = bundle.open(entry)
+
+    found = [_checked(entry.path, partial(open_listed, entry)) for entry in bundle.manifest.entries]
     for artifact in bundle.manifest.artifacts:
-        main = artifact.files[0].path
-        if not failed.intersection(file.path for file in artifact.files):
-            reach = _checked(main, partial(bundle.check_reach, artifact))
-            found += [] if reach.passed else [reach]
+        files = [held[file.path] for file in artifact.files if file.path in held]
+        if len(files) == len(artifact.files):
+            inspected = _checked(artifact.files[0].path, partial(bundle.inspect, artifact, files))
+            found += [] if inspected.passed else [inspected]
     unlisted = bundle.unlisted()
     return [*found, *(FileCheck(path=name, passed=False, reason="not listed in the manifest") for name in unlisted)]
 

@@ -1,9 +1,8 @@
-"""The manifest: what is in a bundle, as types, from which ``schemas/manifest.json`` is made; and the names of files."""
+"""The manifest: what is in a bundle, as types, from which ``schemas/manifest.json`` is made."""
 
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -12,69 +11,15 @@ from msgspec import Meta, Struct
 from dmformer.cache import Cached
 from dmformer.data.preprocessing import Preprocessing
 from dmformer.errors import UsageError
-from dmformer.files import Sha256, hash_file, indented_json
+from dmformer.files import Sha256, decode_json, hash_file, indented_json
 from dmformer.machine import Processor
 from dmformer.models.specification import KeyMap, ModuleOrigin
+from dmformer.names import check_distinct, check_name
 from dmformer.runtimes.target import Target
 from dmformer.task import FEATURE_NAMES, OUTPUT_NAME, THRESHOLD, Task, class_count
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
-
-
-_MOST_BYTES = 200  # Windows takes 260 with the folder that the bundle is in
-_FORBIDDEN = frozenset('\\:*?"<>|')
-# Windows takes these for devices, whatever follows the first dot.
-_DEVICES = frozenset(
-    ("con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(10)))
-)
-
-
-def check_name(name: str) -> None:
-    """Refuse what is no relative path with forward slashes, inside the bundle, on every system.
-
-    Raises:
-        UsageError: the name is absolute, leads upwards, or is one that some system cannot hold or reads otherwise.
-    """
-    if len(name) > _MOST_BYTES or not all(map(_is_plain, name.split("/"))):
-        raise UsageError(
-            f"path {name[:_MOST_BYTES]!r}; expected a relative path inside the bundle, legal on every system"
-        )
-
-
-def _is_plain(part: str) -> bool:
-    return (
-        part.isprintable()  # neither control characters nor halves of a surrogate pair
-        and part not in ("", ".", "..")
-        and part[-1] not in ". "  # Windows drops them
-        and not _FORBIDDEN.intersection(part)
-        and part.partition(".")[0].strip().casefold() not in _DEVICES
-        and len(part.encode()) <= _MOST_BYTES
-    )
-
-
-def check_distinct(names: Iterable[str]) -> None:
-    """Refuse names of which a system that ignores case, or writes accents in its own way, would make one file.
-
-    Raises:
-        UsageError: two names collide, or one is a folder in another.
-    """
-    seen: dict[str, str] = {}
-    for name in names:
-        key = _key(name)
-        if key in seen:
-            raise UsageError(f"paths {seen[key]!r} and {name!r} are the same file to some systems; expected each once")
-        seen[key] = name
-    for key, name in seen.items():
-        parts = key.split("/")
-        folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
-        if above := next((folder for folder in folders if folder in seen), None):
-            raise UsageError(f"path {name!r} lies in {seen[above]!r}, which is a file; expected a folder")
-
-
-def _key(name: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 SCHEMA_VERSION = 1
@@ -93,6 +38,11 @@ _OUTPUTS: dict[Task, tuple[str, ...]] = {
     "segmentation": (OUTPUT_NAME,),
     "features": FEATURE_NAMES,
 }
+
+
+# Of what goes into the configuration of servers. A pattern's $ alone would let a last line break pass.
+Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$(?!\n)", max_length=64)]
+TensorName = Annotated[str, Meta(pattern=r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]+$(?!\n)", max_length=512)]
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
@@ -180,8 +130,8 @@ class Artifact(Struct, frozen=True, kw_only=True):
             so many. ``null`` where one inference takes any batch.
     """
 
-    format: str
-    precision: str
+    format: Word
+    precision: Word
     files: Annotated[tuple[FileEntry, ...], Meta(min_length=1)]
     built_with: dict[str, str]
     promised_share: Annotated[float, Meta(ge=0, le=1)] = 1.0
@@ -217,9 +167,9 @@ class Artifact(Struct, frozen=True, kw_only=True):
 class Tensor(Struct, frozen=True, kw_only=True):
     """An input or output; a dimension that may vary has a name instead of a number."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: TensorName
+    dtype: Word
+    shape: tuple[int | TensorName, ...]
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -444,7 +394,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
             raise UsageError(
                 f"{where}: schema version {version}; expected {SCHEMA_VERSION}: use the dmformer that wrote the bundle"
             )
-        return msgspec.json.decode(data, type=Manifest)
+        return decode_json(data, Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{where} is no manifest that this version reads: {error}") from error
 

@@ -1,12 +1,7 @@
 """Open bundles, folders and packed files alike: nothing in one is parsed before its hash was checked, but the manifest.
 
 This is the one place that opens bundles, so it is here that the policy of :mod:`dmformer.bundle.trust` is asked, before
-the manifest is parsed.
-
-An ONNX file may keep tensors in other files ("external data", onnx.proto3: ``TensorProto.external_data``) and name them
-by a path, which an engine opens on its own. So those paths are looked at before an engine sees the file, without the
-onnx package: only the tags of the protocol buffer are walked, along the fields that lead to tensors; the weights
-themselves are skipped.
+the manifest is parsed. :mod:`dmformer.bundle.inspection` looks into what a bundle holds.
 
 A content store (huggingface_hub's cache, DVC, git-annex) keeps a folder of which every file is a link to a blob. Such a
 folder is copied as a packed bundle is unpacked, each file checked on its way, so that no link is followed after that; a
@@ -16,7 +11,6 @@ single link among files is refused.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import secrets
 import shutil
@@ -28,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.archive import extract
 from dmformer.bundle.golden import Golden, parse_golden
+from dmformer.bundle.inspection import inspect_artifact
 from dmformer.bundle.manifest import (
     GOLDEN,
     MANIFEST,
@@ -40,71 +35,16 @@ from dmformer.bundle.manifest import (
 )
 from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.files import hash_file, hash_pieces, read_pieces
+from dmformer.files import OpenFile, hash_pieces, open_regular, read_pieces
 from dmformer.process import announce
-from dmformer.runtimes.onnx_weights import fields
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
-_ENTRY = "StringStringEntryProto"
-# For each message of onnx.proto3 the fields that lead to a TensorProto: number, and the message in it.
-FIELDS: dict[str, dict[int, str]] = {
-    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
-    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
-    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
-    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
-    "NodeProto": {5: "AttributeProto"},
-    "AttributeProto": {
-        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto", 22: "SparseTensorProto",
-        23: "SparseTensorProto",
-    },
-    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
-    "TensorProto": {13: _ENTRY},
-}  # fmt: skip
-_MOST_DEPTH = 100  # as protobuf's own parsers
-_MOST_FIELDS = 2_000_000  # seconds of work; a network has some thousands
 _OF_FILE_MANAGERS = frozenset((".DS_Store", "Thumbs.db", "desktop.ini"))  # they leave them wherever they look in
 _MOST_TEXT_BYTES = 64 << 20  # of a file whose line endings are looked at
 _COPY = "copy the bundle with the files themselves (cp -rL)"
-
-
-def external_files(path: Path) -> set[str]:
-    """Return the paths of other files that the tensors of an ONNX file name.
-
-    Raises:
-        UsageError: the file is no ONNX file.
-    """
-    if path.stat().st_size == 0:  # which cannot be mapped
-        raise UsageError(f"{path} is empty; expected an ONNX file")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return {location for start, end in _entries(data) for location in _location(data, start, end)}
-        except (ValueError, IndexError) as error:
-            raise UsageError(f"{path} is damaged, or no ONNX file: {error}; export it again") from error
-
-
-def _entries(data: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Give start and end of each entry of each tensor's ``external_data``."""
-    waiting, seen = [("ModelProto", 0, len(data), 0)], 0
-    while waiting:
-        kind, start, end, depth = waiting.pop()
-        for field, _, first, last in fields(data, start, end):
-            seen += 1
-            inner = FIELDS[kind].get(field)
-            if seen > _MOST_FIELDS or depth > _MOST_DEPTH:
-                raise ValueError(f"more than {_MOST_FIELDS} fields, or {_MOST_DEPTH} messages in one another")
-            if inner == _ENTRY:
-                yield first, last
-            elif inner is not None:
-                waiting.append((inner, first, last, depth + 1))
-
-
-def _location(data: mmap.mmap, start: int, end: int) -> set[str]:
-    """Return the value of an entry whose key is ``location``; of a field that comes twice the last counts."""
-    entry = {field: data[first:last].decode() for field, _, first, last in fields(data, start, end)}
-    return {entry.get(2, "")} if entry.get(1) == "location" else set()
 
 
 @dataclass(frozen=True)
@@ -134,9 +74,21 @@ class Bundle:
         Raises:
             CheckFailed: it is missing, reached over a link, or of another content.
         """
+        return self.open(entry).path
+
+    def open(self, entry: FileEntry) -> OpenFile:
+        """Return a listed file, open, after checking its size and SHA-256.
+
+        Raises:
+            CheckFailed: it is missing, reached over a link, or of another content.
+        """
         path = self.locate(entry)
-        self._compare(entry, path, *hash_file(path))
-        return path
+        try:
+            file = OpenFile(path)
+        except OSError as error:
+            raise CheckFailed(f"{path}: cannot be read: {error.strerror}; expected a file of the bundle") from error
+        self._compare(entry, path, file.sha256, file.bytes)
+        return file
 
     def read(self, entry: FileEntry) -> bytes:
         """Return the content of a listed file, read once, so that what was checked is what is used.
@@ -156,26 +108,17 @@ class Bundle:
         Raises:
             CheckFailed: it is missing, or reached over a link.
         """
-        path = self.root
-        for part in PurePosixPath(entry.path).parts:
-            path /= part
-            if path.is_symlink():
-                raise CheckFailed(
-                    f"{self.root / entry.path}: {path.name!r} is a link; expected the file itself: {_COPY}"
-                )
-        if not path.is_file():
-            raise CheckFailed(f"{path}: missing, or no file; expected the file that the manifest lists")
-        return path
+        return locate(self.root, entry)
 
-    def copy_linked(self, entry: FileEntry, target: Path) -> None:
-        """Copy a listed file that is a link, and check what was copied.
+    def copy(self, entry: FileEntry, target: Path, *, links: bool = False) -> None:
+        """Copy a listed file, which may be a link where ``links`` says so, to a new one; check what was copied.
 
         Raises:
-            CheckFailed: the file is of another size or content.
+            CheckFailed: the file is of another size or content, or a link.
         """
-        path = self.root / entry.path
+        path = self.root / entry.path if links else self.locate(entry)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as file, target.open("xb") as copy:
+        with open_regular(path, links=links) as file, target.open("xb") as copy:
             fits = os.fstat(file.fileno()).st_size == entry.bytes  # else nothing is copied
             self._compare(entry, path, *hash_pieces(read_pieces(file), copy.write if fits else None))
 
@@ -192,29 +135,32 @@ class Bundle:
 
         Raises:
             CheckFailed: a file is not what the manifest says, or the runtime could reach one that was not checked.
-            UsageError: an ONNX file is damaged.
+            UsageError: a file is damaged, or of another format than the manifest says.
         """
-        paths = [self.check(entry) for entry in artifact.files]
-        self.check_reach(artifact)
-        return paths[0]
+        return self.open_artifact(artifact)[0].path
 
-    def check_reach(self, artifact: Artifact) -> None:
-        """Check that a runtime which is given an artifact's first file finds no other file than the artifact's.
+    def open_artifact(self, artifact: Artifact) -> tuple[OpenFile, ...]:
+        """Return the files of an artifact, open, the one to load first, after checking all that an engine may read.
+
+        Raises:
+            CheckFailed: a file is not what the manifest says, or the runtime could reach one that was not checked.
+            UsageError: a file is damaged, or of another format than the manifest says.
+        """
+        files = tuple(self.open(entry) for entry in artifact.files)
+        self.inspect(artifact, files)
+        return files
+
+    def inspect(self, artifact: Artifact, files: Sequence[OpenFile]) -> None:
+        """Check that an engine which is given an artifact's first file finds no other files than the artifact's.
 
         Raises:
             CheckFailed: it would.
-            UsageError: an ONNX file is damaged.
+            UsageError: a file is damaged, or of another format than the manifest says.
         """
-        main, *others = (self.root / entry.path for entry in artifact.files)
         # Engines look for files of their own beside the one that they are given: a .bin beside an .xml.
-        for name in self.unlisted(main.parent):
+        for name in self.unlisted(files[0].path.parent):
             raise CheckFailed(f"{self.root / name} is not listed in the manifest; expected no other files: remove it")
-        for location in external_files(main) if main.suffix == ".onnx" else ():
-            if main.parent / location not in others:
-                raise CheckFailed(
-                    f"{main}: keeps weights in {location!r}, which is no file of this artifact in the manifest; "
-                    "expected its weights inside"
-                )
+        inspect_artifact(artifact.format, files, artifact.target)
 
     def unlisted(self, folder: Path | None = None) -> list[str]:
         """List files and links below a folder, or below the root, that the manifest does not list.
@@ -266,6 +212,22 @@ class Bundle:
             for artifact in self.manifest.artifacts
             if artifact.format == format_name and precision in (None, artifact.precision)
         ]
+
+
+def locate(root: Path, entry: FileEntry) -> Path:
+    """Return the path of a file below a folder, whose content is not looked at.
+
+    Raises:
+        CheckFailed: it is missing, or reached over a link.
+    """
+    path = root
+    for part in PurePosixPath(entry.path).parts:
+        path /= part
+        if path.is_symlink():
+            raise CheckFailed(f"{root / entry.path}: {path.name!r} is a link; expected the file itself: {_COPY}")
+    if not path.is_file():
+        raise CheckFailed(f"{path}: missing, or no file; expected the file that the manifest lists")
+    return path
 
 
 def open_bundle(named: Path) -> Bundle:
@@ -323,7 +285,7 @@ def _copy_links(source: Path, folder: Path) -> None:
     if foreign := linked.unlisted():
         raise CheckFailed(f"{source}: {foreign[0]!r} is not listed in the manifest; expected no other files")
     for entry in entries:
-        linked.copy_linked(entry, folder / entry.path)
+        linked.copy(entry, folder / entry.path, links=True)
     if signature is not None:
         (folder / SIGNATURE).write_bytes(signature)
     (folder / MANIFEST).write_bytes(manifest)
@@ -355,7 +317,7 @@ def read_manifest(root: Path, *, links: bool = False) -> bytes:
             raise UsageError(f"no bundle at {str(root)!r} ({MANIFEST}: a link, no file); {_COPY}")
         if path.exists() and not path.is_file():
             raise UsageError(f"no bundle at {str(root)!r} ({MANIFEST}: no file); run: dmformer export")
-        with path.open("rb") as file:
+        with open_regular(path, links=links) as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise UsageError(f"no bundle at {str(root)!r} ({MANIFEST}: {error.strerror}); run: dmformer export") from error
@@ -376,7 +338,7 @@ def read_signature_file(root: Path, *, links: bool = False) -> bytes | None:
     if (path.is_symlink() and not links) or not path.is_file():
         raise CheckFailed(f"{path}: no file; expected a signature, or nothing")
     try:
-        with path.open("rb") as file:
+        with open_regular(path, links=links) as file:
             data = file.read(MAX_SIGNATURE_BYTES + 1)
     except OSError as error:
         raise CheckFailed(f"{path}: cannot be read: {error.strerror}; expected a signature, or nothing") from error

@@ -43,22 +43,30 @@ class Choice:
         return caveat(self.entry, self.artifact)
 
     def runtime(self, threads: int | None = None, taps: Sequence[str] = ()) -> Runtime:
-        """Return the runtime, not yet open, over files whose hashes were checked.
+        """Return the runtime, not yet entered, over the open files whose hashes were checked.
 
         Args:
             threads: for one inference; otherwise all cores.
             taps: inner tensors to show.
 
         Raises:
-            CheckFailed: a file is not what the manifest says.
+            CheckFailed: a file is not what the manifest says, or leads to one that it does not list.
             UnavailableError: the runtime, or this artifact, cannot run on this machine.
+            UsageError: a file is damaged, or of another format than the manifest says.
         """
         adapter = registry.available_adapter(self.entry)
         if reason := adapter.support.cannot_load(self.artifact.target):
             raise UnavailableError(f"{self.artifact.format} {self.artifact.precision}: {reason}")
-        path = self.bundle.load_path(self.artifact)
+        files = self.bundle.open_artifact(self.artifact)
         artifact = self.artifact
-        return adapter(path, threads=threads, precision=artifact.precision, target=artifact.target, taps=taps)
+        return adapter(
+            files[0].path,
+            files=files,
+            threads=threads,
+            precision=artifact.precision,
+            target=artifact.target,
+            taps=taps,
+        )
 
 
 def choose(bundle: Bundle, runtime: str | None, precision: str | None) -> Choice:

@@ -30,7 +30,8 @@ from msgspec import Meta, Struct
 from dmformer._optional import require
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.errors import CheckFailed, UsageError, first_line
-from dmformer.files import Sha256, indented_json
+from dmformer.files import Sha256, indented_json, read_bounded
+from dmformer.ownership import exposure, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,7 +115,10 @@ def load_public_key(path: Path) -> bytes:
         ) from error
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(f"key {str(path)!r} is no Ed25519 key; remove it, or put the right one there")
-    return _public_der(key)
+    public = _public_der(key)
+    if weak := weakness(public):
+        raise UsageError(f"key {str(path)!r} is {weak}; anybody can sign with it: remove it")
+    return public
 
 
 def generate_keys(path: Path) -> Path:
@@ -145,21 +149,15 @@ def generate_keys(path: Path) -> Path:
 
 def _read_key(path: Path) -> bytes:
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"key {str(path)!r} is no file; expected a key in PEM form")
-        with path.open("rb") as file:
-            data = file.read(_MAX_KEY_BYTES + 1)
+        return read_bounded(path, _MAX_KEY_BYTES, links=True)
     except OSError as error:
         raise UsageError(f"key {str(path)!r} cannot be read: {error.strerror}; expected a key in PEM form") from error
-    if len(data) > _MAX_KEY_BYTES:
-        raise UsageError(f"key {str(path)!r}: more than {_MAX_KEY_BYTES >> 10} KiB; expected a key in PEM form")
-    return data
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
     """Write a file that must not be there yet: a key that is replaced is lost."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        handle = os.open(resolve(path.parent) / path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except OSError as error:
         raise UsageError(f"key {str(path)!r} cannot be written: {error.strerror}; choose another file") from error
     try:
@@ -185,8 +183,8 @@ class Signature(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     algorithm: Literal["ed25519"]
     manifest_sha256: Sha256
     fingerprint: Sha256
-    public_key: Annotated[str, Meta(pattern="^[A-Za-z0-9+/=]{60}$")]
-    signature: Annotated[str, Meta(pattern="^[A-Za-z0-9+/=]{88}$")]
+    public_key: Annotated[str, Meta(pattern="^[A-Za-z0-9+/=]{60}$", max_length=60)]
+    signature: Annotated[str, Meta(pattern="^[A-Za-z0-9+/=]{88}$", max_length=88)]
 
     def encode(self) -> bytes:
         """Return the content of ``manifest.sig``."""
@@ -216,17 +214,46 @@ def read_signature(data: bytes, manifest: bytes, where: str) -> Signature:
     damaged = f"{where}: damaged, or no signature of this version; copy the bundle or sign it again"
     try:
         found = msgspec.json.decode(data, type=Signature)
-        public = base64.b64decode(found.public_key, validate=True)
+        public, signed = _decode_base64(found.public_key), _decode_base64(found.signature)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise CheckFailed(f"{damaged} ({first_line(error)})") from error
-    if data != found.encode() or found.fingerprint != fingerprint(public):
+    if data != found.encode() or found.fingerprint != fingerprint(public) or len(signed) != _SIGNATURE_BYTES:
         raise CheckFailed(damaged)
+    if weak := weakness(public):
+        raise CheckFailed(f"{where}: its key is {weak}, with which anybody can sign; expected a sound one")
     if found.manifest_sha256 != hashlib.sha256(manifest).hexdigest():
         raise CheckFailed(
             f"{where}: the signature is of another {MANIFEST}; expected one of this: the bundle was changed after it "
             "was signed: copy it again, or look at what is in it and sign it again"
         )
     return found
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 in its one form: the bits that are left over are zero."""
+    data = base64.b64decode(text, validate=True)
+    if base64.b64encode(data).decode() != text:
+        raise ValueError("base64 in another form")
+    return data
+
+
+# RFC 8032: a point is its y, little-endian, with the sign of x in the last bit. Those of small order, over which a
+# signature says nothing, have the y of the points of order 1 (1), 2 (-1), 4 (0) and 8.
+_PRIME = 2**255 - 19
+_ORDER_8 = 2707385501144840649318225287225658788936804267575313519463743609750303021422
+_SMALL_ORDER = frozenset((0, 1, _PRIME - 1, _ORDER_8, _PRIME - _ORDER_8))
+_DER_PREFIX = bytes.fromhex("302a300506032b6570032100")  # RFC 8410, of every Ed25519 key
+_SIGNATURE_BYTES = 64
+
+
+def weakness(public: bytes) -> str | None:
+    """Say what is wrong with an Ed25519 public key in DER form; ``None`` where it can be trusted."""
+    if len(public) != len(_DER_PREFIX) + 32 or not public.startswith(_DER_PREFIX):
+        return "no Ed25519 key in its one form"
+    y = int.from_bytes(public[len(_DER_PREFIX) :], "little") & (1 << 255) - 1
+    if y >= _PRIME:
+        return "not in its canonical form"
+    return "of small order" if y in _SMALL_ORDER else None
 
 
 def check_signature(signature: Signature, manifest: bytes, where: str) -> None:
@@ -312,13 +339,13 @@ def admit(manifest: bytes, signature: bytes | None, where: str) -> None:
         UsageError: one is required, and there are no trusted keys.
     """
     found = None if signature is None else read_signature(signature, manifest, f"{where}/{SIGNATURE}")
-    current = policy()
-    if not current.required:
+    if not policy().required:
         return
-    keys = trusted_keys(current.folder)
+    folder = policy().folder
+    keys = trusted_keys(folder)
     if not keys:
         raise UsageError(
-            f"a signature is required, and there is no trusted key in {str(current.folder)!r}; expected public keys, "
+            f"a signature is required, and there is no trusted key in {str(folder)!r}; expected public keys, "
             f"*.pem: put the signer's there, or name their folder with `trusted_keys` or {TRUSTED_KEYS}"
         )
     if found is None:
@@ -328,9 +355,22 @@ def admit(manifest: bytes, signature: bytes | None, where: str) -> None:
     if found.fingerprint not in keys:
         raise CheckFailed(
             f"{where}: signed by key {found.fingerprint[:16]}…, which is not among the {len(keys)} trusted in "
-            f"{str(current.folder)!r}; expected one of those"
+            f"{str(folder)!r}; expected one of those"
         )
     check_signature(found, manifest, f"{where}/{SIGNATURE}")
+
+
+def admit_unsigned(where: str) -> None:
+    """Apply the policy to what is run and cannot be signed, like a case.
+
+    Raises:
+        CheckFailed: signatures are required.
+    """
+    if policy().required:
+        raise CheckFailed(
+            f"{where}: not signed, and a signature is required here, which only a bundle can have; run it where none "
+            f"is required (without {REQUIRE})"
+        )
 
 
 def trusted_keys(folder: Path) -> dict[str, Path]:
@@ -338,12 +378,18 @@ def trusted_keys(folder: Path) -> dict[str, Path]:
 
     Raises:
         UnavailableError: the package that reads them is not installed.
-        UsageError: one of them is no public Ed25519 key, or the folder cannot be read.
+        UsageError: one of them is no public Ed25519 key, other users could have put it there, or the folder cannot be
+            read.
     """
     if not folder.exists():
         return {}
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix == ".pem")
+        for path in (folder, *files):
+            if reason := exposure(path):
+                raise UsageError(
+                    f"trusted keys {str(path)!r}: {reason}; expected keys that only you or root can write (chmod go-w)"
+                )
     except OSError as error:
         raise UsageError(f"trusted keys {str(folder)!r}: {error.strerror}; expected a folder of public keys") from error
     return {fingerprint(load_public_key(path)): path for path in files}

@@ -24,7 +24,8 @@ from dmformer.bundle.archive import SUFFIX, extract
 from dmformer.bundle.manifest import MANIFEST, SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_file
 from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.files import hash_pieces, read_pieces, utf8_path, whole_file
+from dmformer.files import hash_pieces, open_regular, read_pieces, utf8_path, whole_file
+from dmformer.ownership import is_own, resolve
 from dmformer.process import announce
 from dmformer.procfs import is_mount_point
 
@@ -102,10 +103,10 @@ def staged(destination: Path, replaceable: Callable[[Path], None] = _check_repla
 
     Raises:
         StageFailed: writing failed, for instance because the disk is full.
-        UsageError: the destination cannot be used, or another process is writing it.
+        UsageError: the destination cannot be used, another user's link leads there, or another process is writing it.
     """
     check_destination(destination, replaceable)
-    destination = destination.resolve()  # through a link, so that the link stays
+    destination = resolve(destination)  # through a link, so that the link stays
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _locked(destination):
@@ -147,7 +148,10 @@ def _locked(destination: Path) -> Iterator[None]:
     """One writer at a time; the system gives the lock back however the process that holds it ends."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(_hidden(destination, "lock"), timeout=_PATIENCE_S)
+    path = _hidden(destination, "lock")
+    # Made here, because a link that somebody put there beforehand would be followed, and its target emptied.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
+    lock = FileLock(path, timeout=_PATIENCE_S)
     try:
         lock.acquire()
     except Timeout as error:
@@ -167,10 +171,14 @@ def _clear_leftovers(destination: Path) -> None:
     """Remove what killed processes left, and put a bundle back that one of them had moved out of the way."""
     leftover = re.compile(re.escape(_hidden(destination, "").name) + rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}")
     for folder in destination.parent.iterdir():
-        if leftover.fullmatch(folder.name):
-            if not destination.exists() and (folder / _RETIRED).exists():
+        if leftover.fullmatch(folder.name) and _is_own_folder(folder):  # in a shared folder, others may have made some
+            if not destination.exists() and _is_own_folder(folder / _RETIRED):
                 (folder / _RETIRED).rename(destination)
             shutil.rmtree(folder)
+
+
+def _is_own_folder(path: Path) -> bool:
+    return is_own(path) and path.is_dir() and not path.is_symlink()
 
 
 def _flush(folder: Path) -> None:
@@ -270,6 +278,7 @@ def pack(bundle: Bundle, destination: Path | None = None) -> Path:
     bundle.check_all()
     folder = bundle.source.resolve()
     target = destination or folder.with_name(folder.name + SUFFIX)
+    target = resolve(target.parent) / target.name
     _check_replaceable_file(target)
     if target.resolve().is_relative_to(folder):
         raise UsageError(f"output {str(target)!r} is inside the bundle; expected a file outside it")
@@ -343,7 +352,7 @@ def _member(name: str) -> zipfile.ZipInfo:
 def _add(archive: zipfile.ZipFile, entry: FileEntry, path: Path) -> None:
     member = _member(entry.path)
     member.file_size = entry.bytes
-    with path.open("rb") as file, archive.open(member, "w") as target:
+    with open_regular(path) as file, archive.open(member, "w") as target:
         sha256, _ = hash_pieces(read_pieces(file), target.write)
     if sha256 != entry.sha256:
         raise CheckFailed(f"{path} changed while it was packed; run it again")

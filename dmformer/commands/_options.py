@@ -20,8 +20,10 @@ from dmformer.bundle.archive import SUFFIX
 from dmformer.bundle.manifest import DEFAULT_BUNDLE
 from dmformer.bundle.trust import Policy, policy, policy_in_force
 from dmformer.commands._present import say
-from dmformer.errors import UsageError
+from dmformer.errors import DMFormerError, UsageError
 from dmformer.export.options import EngineOptions, sentences
+from dmformer.files import read_bounded, whole_file
+from dmformer.ownership import is_own, is_shared, resolve
 
 if TYPE_CHECKING:
     from dmformer.bundle.reader import Bundle
@@ -43,16 +45,17 @@ def check_report_target(target: str | Path | None) -> str | Path | None:
     """Refuse a report file that cannot be written, before the work is done; the callback of options that name one.
 
     Raises:
-        UsageError: its folder does not exist, or it is a folder or a packed bundle.
+        UsageError: its folder does not exist, it is a folder or a packed bundle, or another user's link leads there.
     """
     if target is not None and target != "-":
-        path = Path(target)
+        path = resolve(Path(target))
         if path.is_dir() or not path.absolute().parent.is_dir() or path.suffix == SUFFIX:
             raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists, and no bundle")
     return target
 
 
 DEBUG = "--debug"
+_MOST_NOTE_BYTES = 1 << 16
 
 BundleArgument = Annotated[
     Path | None,
@@ -188,8 +191,9 @@ def remember_bundle(folder: Path) -> None:
     try:
         note = _note()
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_bytes(os.fsencode(folder.absolute()))
-    except (OSError, RuntimeError):  # RuntimeError: there is no home at all
+        with whole_file(resolve(note.parent) / note.name) as staging:
+            staging.write_bytes(os.fsencode(folder.absolute()))
+    except (OSError, RuntimeError, DMFormerError):  # RuntimeError: there is no home at all
         return
 
 
@@ -197,18 +201,31 @@ def bundle_path(named: Path | None) -> Path:
     """Return the path that the user named, or else that of the last bundle written from this working folder.
 
     Raises:
-        UsageError: none is named, and there is no such folder.
+        UsageError: none is named, and there is no such folder, or it belongs to another user.
     """
     if named is not None:
         return named
     try:
-        remembered = Path(os.fsdecode(_note().read_bytes()))
+        remembered = Path(os.fsdecode(read_bounded(_note(), _MOST_NOTE_BYTES))) if is_own(_note()) else None
     except (OSError, RuntimeError):
-        remembered = Path(DEFAULT_BUNDLE)
-    for candidate in (remembered, Path(DEFAULT_BUNDLE)):
-        if candidate.is_dir():
-            return candidate
+        remembered = None
+    if remembered is not None and remembered.is_dir():
+        return _own_folder(remembered, "the last bundle written from here")
+    default = Path(DEFAULT_BUNDLE)
+    if default.is_dir():
+        return _own_folder(default, "the bundle that is taken where none is named") if is_shared(Path()) else default
     raise UsageError(f"no bundle named, and none at ./{DEFAULT_BUNDLE}; name one, or run: dmformer export")
+
+
+def _own_folder(folder: Path, what: str) -> Path:
+    """Return a folder that nobody named, after checking that it is still the user's: others may have put theirs there.
+
+    Raises:
+        UsageError: it belongs to another user.
+    """
+    if is_own(folder) and is_own(folder.resolve()):
+        return folder
+    raise UsageError(f"{what}, {str(folder)!r}, belongs to another user; expected one of yours: name the bundle")
 
 
 def find_bundle(named: Path | None) -> Bundle:

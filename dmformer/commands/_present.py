@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dmformer.errors import StageFailed
+from dmformer.ownership import is_own, is_shared, resolve
+from dmformer.text import plain, plain_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +33,11 @@ FLAGS: dict[str, str] = {}  # of the whole command line, which fills it, by the 
 def in_flags(text: str) -> str:
     """Write a sentence of Python's functions, which name arguments in backticks, in flags of the command line."""
     return re.sub(r"`(\w+)`", lambda named: FLAGS.get(named[1], named[0]), text)
+
+
+def shown(text: str) -> str:
+    """Return a text as it is printed on one line: in flags of the command line, and without control characters."""
+    return plain(in_flags(text))
 
 
 def _console(stderr: bool, **settings: Any) -> Console:
@@ -54,7 +61,7 @@ def results(json_target: str | None = None) -> Console:
 
 def say(line: str) -> None:
     """Print one line to standard error."""
-    messages().print(in_flags(line))
+    messages().print(shown(line))
 
 
 def table(title: str, columns: Sequence[str], numeric: Sequence[str] = ()) -> Table:
@@ -62,7 +69,9 @@ def table(title: str, columns: Sequence[str], numeric: Sequence[str] = ()) -> Ta
     from rich import box
     from rich.table import Table
 
-    empty = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    empty = Table(
+        title=plain(title) or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for column in columns:
         empty.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     return empty
@@ -72,7 +81,7 @@ def add_row(listing: Table, cells: Sequence[str | Text]) -> None:
     """Add a row of literal texts: nothing in them is markup."""
     from rich.text import Text
 
-    listing.add_row(*(Text(in_flags(cell)) if isinstance(cell, str) else cell for cell in cells))
+    listing.add_row(*(Text(shown(cell)) if isinstance(cell, str) else cell for cell in cells))
 
 
 def mark(good: bool, bad: str = "no") -> Text:
@@ -84,7 +93,7 @@ def mark(good: bool, bad: str = "no") -> Text:
 
 def show(renderable: RenderableType, json_target: str | None = None) -> None:
     """Print a result."""
-    results(json_target).print(in_flags(renderable) if isinstance(renderable, str) else renderable)
+    results(json_target).print(shown(renderable) if isinstance(renderable, str) else renderable)
 
 
 def write_json(report: Any, target: str | None) -> None:
@@ -95,7 +104,7 @@ def write_json(report: Any, target: str | None) -> None:
 
     data = indented_json(report)
     if target == "-":
-        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.write(plain_json(data))
         sys.stdout.buffer.flush()
         return
     write_report(Path(target), data)
@@ -105,18 +114,22 @@ def write_report(path: Path, data: bytes) -> None:
     """Write the file of a report or a picture, all of it or nothing, through a link too; or into a pipe or a device.
 
     Raises:
-        StageFailed: it could not be written.
+        StageFailed: it could not be written, or is another user's pipe in a shared folder.
+        UsageError: another user's link in a shared folder leads there.
     """
     from dmformer.files import whole_file
 
+    target = resolve(path)
     if path.exists() and not path.is_file():
+        if not is_own(target) and is_shared(target.parent):
+            raise StageFailed(f"{str(path)!r} is no file, and another user's in a shared folder; choose another file")
         try:
             with _open_to_write(path) as file:
                 file.write(data)
         except OSError as error:
             raise StageFailed(f"{str(path)!r} could not be written: {error.strerror or error}") from error
         return
-    with whole_file(path.resolve()) as staging:
+    with whole_file(target) as staging:
         staging.write_bytes(data)
 
 
@@ -192,7 +205,7 @@ class Stages:
     def stage(self, name: str, parts: int | None = None) -> Iterator[Advance]:
         """One stage; its bar moves while it runs, by parts where they are known, and is full when it is done."""
         begun = time.monotonic()
-        task = self.progress.add_task(name, total=parts)
+        task = self.progress.add_task(plain(name), total=parts)
         ended, said = 0, begun
 
         def advance() -> None:
@@ -203,25 +216,25 @@ class Stages:
             if not self.live and parts is not None and ended < parts and now - said >= _SILENT_S:
                 said = now
                 left = (now - begun) / ended * (parts - ended)
-                self.console.print(f"{name}: {ended} of {parts} in {now - begun:.0f} s, about {left:.0f} s left")
+                self.console.print(f"{plain(name)}: {ended} of {parts} in {now - begun:.0f} s, about {left:.0f} s left")
 
         yield advance
         self.progress.update(task, total=parts or 1, completed=parts or 1)
         self.progress.stop_task(task)
         if not self.live:
-            self.console.print(f"{name}: {time.monotonic() - begun:.1f} s")
+            self.console.print(f"{plain(name)}: {time.monotonic() - begun:.1f} s")
 
     def say(self, line: str) -> None:
         """Print one line above the bars."""
-        self.console.print(line)
+        self.console.print(shown(line))
 
 
 @contextmanager
 def stages() -> Iterator[Stages]:
     """Show progress on standard error for the length of the block."""
-    shown = Stages(messages())
-    with shown.progress:
-        yield shown
+    opened = Stages(messages())
+    with opened.progress:
+        yield opened
 
 
 def artifact_findings(artifacts: Sequence[Artifact]) -> Table:

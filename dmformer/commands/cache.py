@@ -26,6 +26,8 @@ def cache(
     from dmformer.cache import FOLDER, open_cache
 
     opened = open_cache()
+    if opened.folder is None and opened.trouble:
+        raise UsageError(f"the cache is not used: {opened.trouble}")
     if opened.folder is None:
         raise UsageError(f"{FOLDER} is empty, so nothing is kept; expected a folder, or no such variable")
     if action == "clear":

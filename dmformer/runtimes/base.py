@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
-from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
-from dmformer.files import utf8_path
+from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError, first_line
+from dmformer.files import OpenFile
 from dmformer.machine import check_threads, usable_cores
 from dmformer.process import Limited, engine_limit_s
 
@@ -84,6 +84,7 @@ class Runtime(ABC):
 
     Args:
         path: the artifact's main file.
+        files: all files of the artifact, open since they were checked; otherwise they are opened as they are loaded.
         threads: threads for one inference; ``None`` means all the cores that this process may use.
         precision: what the artifact was made for; the runtime refuses to run it in another, and entering refuses one
             that its ``support`` does not have.
@@ -100,13 +101,15 @@ class Runtime(ABC):
         self,
         path: Path,
         *,
+        files: Sequence[OpenFile] = (),
         threads: int | None = None,
         precision: str = "fp32",
         target: Target | None = None,
         taps: Sequence[str] = (),
     ) -> None:
         check_threads(threads)
-        self.path = utf8_path(path)
+        self.path = path
+        self.files = tuple(files)
         self.threads = threads if threads is not None else usable_cores()
         self.precision = precision
         self.target = target
@@ -130,6 +133,37 @@ class Runtime(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free everything, also after an error in :meth:`load`. Called by leaving the context."""
+
+    def open_file(self, path: Path) -> OpenFile | None:
+        """Return a file of the artifact, the one that was checked; ``None`` where the artifact has no such file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if not self.files:
+            return OpenFile(path, links=True) if path.exists() else None
+        return next((file for file in self.files if file.path == path), None)
+
+    def main_file(self) -> OpenFile:
+        """Return the file that the engine loads, as :meth:`open_file` does.
+
+        Raises:
+            StageFailed: there is no such file.
+        """
+        file = self.open_file(self.path)
+        if file is None:
+            raise StageFailed(f"{self.path}: no such file; expected an artifact for {self.name}")
+        return file
+
+    def check_unchanged(self, *files: OpenFile) -> None:
+        """Check, after an engine has opened files by their paths, that these were the files which were checked.
+
+        Raises:
+            CheckFailed: one of them was written to, moved or exchanged in the meantime.
+        """
+        for file in (*files, *self.files):
+            if not file.is_unchanged():
+                raise CheckFailed(f"{file.path} changed while it was loaded; expected a file that stays: run it again")
 
     @property
     @abstractmethod

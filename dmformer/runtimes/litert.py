@@ -97,7 +97,7 @@ class LiteRtRuntime(Runtime):
 
     def load(self) -> None:
         """Read the file and plan its memory."""
-        content = self.path.read_bytes()
+        content = self.main_file().data[:]
         if content[4:8] != _IDENTIFIER:
             raise StageFailed(f"{self.path.name} is no .tflite file; expected the one that was exported")
         self.interpreter = _import().Interpreter(model_content=content, num_threads=self.threads)

@@ -18,6 +18,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed
+from dmformer.files import utf8_path
 from dmformer.machine import instructions
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel
@@ -232,9 +233,12 @@ class NcnnRuntime(Runtime):
 
     def load(self) -> None:
         """Check both files, and load them with every option of precision set."""
-        weights = self.path.with_suffix(".bin")
-        self.layers = tuple(read_param(self.path.read_text("ascii")))
-        locate_weights(self.layers, weights.read_bytes())
+        param, weights = self.main_file(), self.open_file(self.path.with_suffix(".bin"))
+        if weights is None:
+            raise StageFailed(f"{self.path.name} has no .bin beside it; expected both files that were exported")
+        text = param.data[:].decode("ascii")
+        self.layers = tuple(read_param(text))
+        locate_weights(self.layers, weights.data[:])
         self.net = _import().Net()
         half = self.precision == "fp16" and not self.support.cannot_compute("fp16")
         wanted = dict.fromkeys(_REDUCING, half) | dict.fromkeys(_NEVER, False) | {"vulkan_compute": False}
@@ -242,8 +246,10 @@ class NcnnRuntime(Runtime):
             if hasattr(self.net.opt, f"use_{name}"):  # older versions have fewer
                 setattr(self.net.opt, f"use_{name}", value)
         self.net.opt.num_threads = self.threads
-        if self.net.load_param(str(self.path)) or self.net.load_model(str(weights)):
+        # The package takes weights by their path only: it would cut bytes in memory at the first zero.
+        if self.net.load_param_mem(text) or self.net.load_model(str(utf8_path(weights.path))):
             raise StageFailed("ncnn refused the files; expected those that were exported")
+        self.check_unchanged(weights)
         if self.net.opt.use_fp16_arithmetic is not half:
             raise StageFailed(f"ncnn took float16 arithmetic {'off' if half else 'on'}; expected the other")
         self._outputs = ()

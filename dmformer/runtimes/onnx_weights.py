@@ -8,12 +8,13 @@ weights in the very file that it came from. Field numbers are those of onnx.prot
 
 from __future__ import annotations
 
-import mmap
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+
+    from dmformer.files import OpenFile
 
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -56,7 +57,7 @@ def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[Field]:
         at += length
 
 
-def rewrite(data: mmap.mmap, message: Field, replace: Mapping[int, Callable[[Field], bytes | None]]) -> bytes:
+def rewrite(data: mmap.mmap | bytes, message: Field, replace: Mapping[int, Callable[[Field], bytes | None]]) -> bytes:
     """Return the value of a message with some of its fields replaced.
 
     Args:
@@ -109,36 +110,33 @@ _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 LEAST_BYTES = 1 << 16  # a page is mapped as a whole, and shapes must be readable in the graph
 
 
-def refer_to_weights(path: Path) -> bytes | None:
+def refer_to_weights(file: OpenFile) -> bytes | None:
     """Return the model, in which each large initializer says where in the file its weights are.
 
     The engine looks for the file in its folder. ``None`` where there is no large initializer.
 
     Raises:
-        OSError: the file cannot be read.
         ValueError: it is no ONNX file; also :class:`IndexError`.
     """
-    referred = False
+    data, referred = file.data, False
 
     def reference(raw: Field) -> bytes | None:
         nonlocal referred
         if raw.last - raw.first < LEAST_BYTES:
             return None
         referred = True
-        where = {"location": path.name, "offset": raw.first, "length": raw.last - raw.first}
+        where = {"location": file.path.name, "offset": raw.first, "length": raw.last - raw.first}
         entries = (
             bytes_field(_EXTERNAL_DATA, bytes_field(_KEY, key.encode()) + bytes_field(_VALUE, str(value).encode()))
             for key, value in where.items()
         )
         return b"".join([*entries, number_field(_DATA_LOCATION, _EXTERNAL)])
 
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    def initializer(tensor: Field) -> bytes:
+        return bytes_field(_INITIALIZER, rewrite(data, tensor, {_RAW_DATA: reference}))
 
-        def initializer(tensor: Field) -> bytes:
-            return bytes_field(_INITIALIZER, rewrite(data, tensor, {_RAW_DATA: reference}))
+    def graph(message: Field) -> bytes:
+        return bytes_field(_GRAPH, rewrite(data, message, {_INITIALIZER: initializer}))
 
-        def graph(message: Field) -> bytes:
-            return bytes_field(_GRAPH, rewrite(data, message, {_INITIALIZER: initializer}))
-
-        model = rewrite(data, Field(0, 0, 0, len(data)), {_GRAPH: graph})
+    model = rewrite(data, Field(0, 0, 0, len(data)), {_GRAPH: graph})
     return model if referred else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 import tempfile
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +16,6 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed
-from dmformer.files import utf8_path
 from dmformer.machine import give_memory_back
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
@@ -23,7 +24,7 @@ from dmformer.runtimes.support import Availability, Support
 from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -74,7 +75,8 @@ class OnnxInspector(Inspector):
     def inner_tensors(self) -> frozenset[str]:
         """Return the outputs of the file's nodes."""
         onnx = require("onnx", extra="export", purpose="showing inner tensors")
-        return frozenset(name for node in onnx.load(self.runtime.path).graph.node for name in node.output if name)
+        model = onnx.load_model_from_string(self.runtime.main_file().data[:])
+        return frozenset(name for node in model.graph.node for name in node.output if name)
 
     def read_layers(self) -> dict[str, int]:
         """Read the profile of one inference, in which each executed kernel has its types."""
@@ -126,18 +128,21 @@ class OnnxRuntime(Runtime):
 
         Without onnxruntime's fallback, which prints to standard output and tries again.
         """
-        path = utf8_path(self.path.resolve())
-        with suppress(OSError, ValueError, IndexError):  # onnxruntime has the words for what is wrong with a file
-            model = model or refer_to_weights(path)
-        options.add_session_config_entry(_FOLDER, str(path.parent))
-        session = _import().InferenceSession(model or str(path), options, providers=[_PROVIDER], enable_fallback=0)
+        file = self.main_file()
+        with suppress(ValueError, IndexError):  # onnxruntime has the words for what is wrong with a file
+            model = model or refer_to_weights(file)
+        with _opened_folder(file.path.parent) as folder:
+            options.add_session_config_entry(_FOLDER, folder)
+            given = model or bytes(file.data)
+            session = _import().InferenceSession(given, options, providers=[_PROVIDER], enable_fallback=0)
+        self.check_unchanged(file)  # weights are mapped by their path
         give_memory_back()
         return session
 
     def _tapped(self) -> bytes:
         """Return the model with the taps among its outputs."""
         onnx = require("onnx", extra="export", purpose="showing inner tensors")
-        model = onnx.load(self.path)
+        model = onnx.load_model_from_string(self.main_file().data[:])
         known = {value.name for value in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.taps if name not in known)
         data: bytes = model.SerializeToString()
@@ -182,6 +187,20 @@ class OnnxRuntime(Runtime):
     def infer(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run the session; onnxruntime allocates the outputs anew for each call."""
         return dict(zip(self._names, self._session.run(self._names, dict(inputs)), strict=True))
+
+
+@contextmanager
+def _opened_folder(folder: Path) -> Iterator[str]:
+    """Give a path to a folder that stays the same folder, on Linux, wherever its name leads in the meantime."""
+    folder = folder.resolve()
+    if not sys.platform.startswith("linux"):
+        yield str(folder)
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _least(spec: TensorSpec) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed
+from dmformer.files import utf8_path
 from dmformer.machine import instructions, max_isa, without_vnni
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, freed_here_alone, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dmformer.files import OpenFile
     from dmformer.runtimes.base import Arrays
 
 
@@ -174,6 +176,7 @@ class OpenVinoRuntime(Runtime):
     support = OpenVinoSupport()
     inspector = OpenVinoInspector
     model: Any = None  # the first that was compiled
+    _weights: NDArray[np.uint8] | None = None  # memory of the mapped file, which models point into and do not hold
     source: Any = None  # has the names; compiling may fold a cast away and leave its tensor with two
 
     def load(self) -> None:
@@ -185,15 +188,24 @@ class OpenVinoRuntime(Runtime):
             "INFERENCE_NUM_THREADS": self.threads,
         }
         self._core = core()  # lives as long as this, after a fork too
-        self.source = self._core.read_model(str(self.path))
+        file, weights = self.main_file(), self.open_file(self.path.with_suffix(".bin"))
+        self.source = self._read(file, weights)
         known = {name for port in self.source.outputs for name in port.get_names()}
         self.source.add_outputs([name for name in self.taps if name not in known])
-        weights = self.path.with_suffix(".bin")
-        if not weights.is_file():  # an ONNX file, as bisection saves its cuts
-            weights = self.path
-        self._most_fixed = _FIXED_SIZES if weights.stat().st_size <= FIXED_MOST_BYTES else 0
+        self._most_fixed = _FIXED_SIZES if (weights or file).bytes <= FIXED_MOST_BYTES else 0
         self._requests: dict[int | None, _Request] = {}  # by batch size; None is an open batch
         self._request_for(1)
+
+    def _read(self, file: OpenFile, weights: OpenFile | None) -> Any:
+        """Read a model from what was checked: IR as it was mapped; ONNX, as bisection saves its cuts, by its path."""
+        if not file.data[:16].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+            model = self._core.read_model(str(utf8_path(self.path)))
+            self.check_unchanged(file)
+            return model
+        if weights is None or not weights.data:
+            return self._core.read_model(bytes(file.data), b"")
+        self._weights = np.frombuffer(weights.data, np.uint8)
+        return self._core.read_model(bytes(file.data), _import().Tensor(self._weights, shared_memory=True))
 
     def _request_for(self, batch: int) -> _Request:
         """Return what runs a batch size; compile it where nothing does yet."""
@@ -234,6 +246,7 @@ class OpenVinoRuntime(Runtime):
         self._requests = {}
         self.model = None
         self.source = None
+        self._weights = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

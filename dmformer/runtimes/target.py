@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from dmformer.errors import UnavailableError, UsageError, first_line
+from dmformer.files import Sha256
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import mmap
 
     from dmformer.runtimes.cuda import Gpu
 
 AUTO = "auto"
-ComputeCapability = Annotated[str, Meta(pattern=r"^[0-9]{1,2}\.[0-9]$")]
+# A pattern's $ alone would let a last line break pass.
+ComputeCapability = Annotated[str, Meta(pattern=r"^[0-9]{1,2}\.[0-9]$(?!\n)")]
+_Version = Annotated[str, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]*$(?!\n)", max_length=64)]
 
 
 class Target(Struct, frozen=True, kw_only=True):
@@ -49,16 +52,16 @@ class Target(Struct, frozen=True, kw_only=True):
     """
 
     flavour: Literal["tensorrt", "rtx"]
-    version: str
+    version: _Version
     compute_capabilities: Annotated[tuple[ComputeCapability, ...], Meta(min_length=1)]
-    platform: str
+    platform: _Version
     gpu: str | None
     min_batch: Annotated[int, Meta(ge=1)]
     opt_batch: Annotated[int, Meta(ge=1)]
     max_batch: Annotated[int, Meta(ge=1)]
     workspace_mb: int | None
     build_s: float
-    onnx_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    onnx_sha256: Sha256
 
     def __post_init__(self) -> None:
         if not self.min_batch <= self.opt_batch <= self.max_batch:
@@ -98,10 +101,9 @@ class Header:
     compute_capabilities: tuple[str, ...]
 
 
-def read_header(path: Path) -> Header | None:
-    """Return the header of a plan; ``None`` where the file has none of this kind."""
-    with path.open("rb") as file:
-        data = file.read(_LENGTH)
+def read_header(plan: mmap.mmap | bytes) -> Header | None:
+    """Return the header of a plan; ``None`` where it has none of this kind."""
+    data = plan[:_LENGTH]
     if len(data) < _LENGTH or not data.startswith(_MAGIC):
         return None
     mask = int.from_bytes(data[32:36], "little")
@@ -112,14 +114,13 @@ def read_header(path: Path) -> Header | None:
     )
 
 
-def contradiction(path: Path, target: Target) -> str | None:
+def contradiction(plan: mmap.mmap | bytes, target: Target) -> str | None:
     """Return in what a plan's header contradicts the manifest; ``None`` where it does not, or says nothing."""
-    header = read_header(path)
+    header = read_header(plan)
     if header is None:
         return "the plan does not start as one of TensorRT-RTX does" if target.flavour == "rtx" else None
-    size = path.stat().st_size
-    if header.bytes != size:
-        return f"the plan says that it has {header.bytes} bytes; it has {size}"
+    if header.bytes != len(plan):
+        return f"the plan says that it has {header.bytes} bytes; it has {len(plan)}"
     if target.flavour != "rtx":
         return f"the plan is one of TensorRT-RTX; the manifest says {target.flavour}"
     # A version like 1.7.1.116 may have more digits in its package than its last byte holds.

@@ -145,7 +145,8 @@ class TensorRtRuntime(Runtime):
         if (reason := self.support.cannot_load(self.target)) is not None:
             raise UnavailableError(f"{self.path.name}: {reason}")
         assert self.target is not None
-        if (wrong := contradiction(self.path, self.target)) is not None:
+        plan = self.main_file().data
+        if (wrong := contradiction(plan, self.target)) is not None:
             raise StageFailed(f"{self.path.name}: {wrong}; expected the plan that the manifest describes")
         _, engine = load_flavour(self.target.flavour)
         self.trt = engine
@@ -154,7 +155,7 @@ class TensorRtRuntime(Runtime):
         self._cuda = self._open_things.enter_context(Session())
         self._log = EngineLog(engine)
         self._runtime = engine.Runtime(self._log.logger)
-        self.engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
+        self.engine = self._runtime.deserialize_cuda_engine(plan[:])
         if self.engine is None:
             raise StageFailed(f"the engine was not loaded: {self._log.last}")
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dmformer._optional import require
+from dmformer.errors import CheckFailed
 from dmformer.runtimes.base import Details, Runtime, TensorSpec
 from dmformer.runtimes.inspector import Inspector, Kernel, precision_of
 from dmformer.runtimes.support import Availability, Support
@@ -105,6 +106,8 @@ class TorchRuntime(Runtime):
         from dmformer.models.checkpoint import load_checkpoint
 
         checkpoint = load_checkpoint(self.path)
+        if any(file.path == self.path and file.sha256 != checkpoint.sha256 for file in self.files):
+            raise CheckFailed(f"{self.path} changed while it was loaded; expected a file that stays: run it again")
         return checkpoint, checkpoint.model()
 
     def close(self) -> None:

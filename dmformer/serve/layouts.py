@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from dmformer.bundle.writer import staged
 from dmformer.errors import UsageError
+from dmformer.names import check_distinct
 from dmformer.task import STRIDES, THRESHOLD
+from dmformer.text import markdown, markdown_code, pbtxt_string, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,25 +65,28 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
 
     Args:
         server: ``triton`` or ``ovms``.
-        bundle: every file is compared with its hash before it is copied.
+        bundle: every file is looked into, and compared with its hash as it is copied.
         output: a new or empty folder.
         force: replace whatever is in the folder.
         max_batch: largest batch that Triton makes of what waits; an engine's own bound goes before it.
 
     Raises:
-        CheckFailed: a file is not what the manifest says.
+        CheckFailed: a file is not what the manifest says, or leads to one that it does not list.
         StageFailed: writing failed.
-        UsageError: no such server, the bundle has nothing for it, or the folder is not empty.
+        UsageError: no such server, the bundle has nothing for it, two of its models or files would have one name, or
+            the folder is not empty.
     """
     if server not in SERVERS:
         raise UsageError(f"server {server!r}; expected {' or '.join(SERVERS)}")
     named: dict[str, Artifact] = {}
     left_out: list[str] = []
     for artifact in bundle.manifest.artifacts:
-        if reason := _unservable(server, artifact):
+        if reason := _unservable(server, bundle.manifest, artifact):
             left_out.append(f"{artifact.format} {artifact.precision}: {reason}")
-        else:
-            named[_name(bundle.manifest, artifact)] = artifact
+            continue
+        name = _name(bundle.manifest, artifact)
+        check_distinct([*named, name])
+        named[name] = artifact
     if not named:
         raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
 
@@ -107,8 +111,13 @@ def _name(manifest: Manifest, artifact: Artifact) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", f"{manifest.model.arch}_{artifact.format}_{artifact.precision}")
 
 
-def _unservable(server: str, artifact: Artifact) -> str | None:
+def _unservable(server: str, manifest: Manifest, artifact: Artifact) -> str | None:
     """Say why a server cannot serve an artifact; ``None`` where it can."""
+    for tensor in (*manifest.inputs, *manifest.outputs):
+        if tensor.dtype not in _TYPES:
+            return f"a tensor of {tensor.dtype}; expected {' or '.join(_TYPES)}"
+    if artifact.precision not in _PRECISION_HINTS:
+        return f"precision {artifact.precision}; expected {', '.join(_PRECISION_HINTS)}"
     if artifact.format not in (_TRITON if server == "triton" else _OVMS):
         return f"{server} has no backend for it"
     if artifact.target is not None and artifact.target.flavour == "rtx":
@@ -117,14 +126,23 @@ def _unservable(server: str, artifact: Artifact) -> str | None:
 
 
 def _copy(bundle: Bundle, artifact: Artifact, folder: Path, server: str) -> None:
-    """Copy an artifact's files, the main one and what belongs to it under the names that the server looks for."""
-    folder.mkdir(parents=True)
-    main = _TRITON[artifact.format].main if server == "triton" else _OVMS[artifact.format]
-    loaded, *others = (bundle.check(entry) for entry in artifact.files)
-    shutil.copyfile(loaded, folder / main)
-    for path in others:
-        belongs = path.stem == loaded.stem  # weights are found by the name of the file that is loaded
-        shutil.copyfile(path, folder / (main.rpartition(".")[0] + path.suffix if belongs else path.name))
+    """Copy an artifact's files, each checked: the main one under the name that the server looks for, and the others.
+
+    OpenVINO finds weights by the name of the file that is loaded; ONNX names them as they lie beside it.
+    """
+    bundle.open_artifact(artifact)
+    main = PurePosixPath(_TRITON[artifact.format].main if server == "triton" else _OVMS[artifact.format])
+    loaded = PurePosixPath(artifact.files[0].path)
+    targets = {artifact.files[0]: str(main)}
+    for entry in artifact.files[1:]:
+        path = PurePosixPath(entry.path)
+        if artifact.format == "openvino" and path == loaded.with_suffix(".bin"):
+            targets[entry] = str(main.with_suffix(".bin"))
+        else:
+            targets[entry] = str(path.relative_to(loaded.parent)) if path.is_relative_to(loaded.parent) else path.name
+    check_distinct(targets.values())
+    for entry, target in targets.items():
+        bundle.copy(entry, folder / target)
 
 
 def _write_triton(folder: Path, manifest: Manifest, named: dict[str, Artifact], max_batch: int) -> None:
@@ -133,7 +151,7 @@ def _write_triton(folder: Path, manifest: Manifest, named: dict[str, Artifact], 
             _config(manifest, artifact, name, max_batch), encoding="utf-8", newline="\n"
         )
         if _is_labelled(manifest):
-            lines = (" ".join(label.split()) for label in manifest.model.classes)
+            lines = (plain(" ".join(label.split())) for label in manifest.model.classes)
             (folder / name / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -155,12 +173,12 @@ def _config(manifest: Manifest, artifact: Artifact, name: str, max_batch: int) -
 
     def tensor(spec: Tensor, more: str = "") -> str:
         dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:])
-        name = json.dumps(spec.name)
+        name = pbtxt_string(spec.name)
         return f"  {{\n    name: {name}\n    data_type: {_TYPES[spec.dtype]}\n    dims: [ {dims} ]{more}\n  }}"
 
     outputs = ",\n".join(tensor(output, label) for output in manifest.outputs)
     return (
-        f"{comment}name: {json.dumps(name)}\n"
+        f"{comment}name: {pbtxt_string(name)}\n"
         f'backend: "{backend.name}"\n'
         f'default_model_filename: "{backend.main}"\n'
         f"max_batch_size: {bound}\n"
@@ -193,7 +211,7 @@ def _write_ovms(folder: Path, named: dict[str, Artifact]) -> None:
 def _tied(artifact: Artifact) -> str:
     target = artifact.target
     assert target is not None
-    return (
+    return plain(
         f"TensorRT {target.version} on {target.platform}, compute capability {', '.join(target.compute_capabilities)}, "
         f"batch {target.min_batch} to {target.max_batch}: Triton must bring this version, and the GPU be one of these"
     )
@@ -209,9 +227,9 @@ def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_ou
         "ovms": "docker run --rm -p 9000:9000 -p 8000:8000 -v ./models:/models openvino/model_server:latest "
         "--config_path /models/config.json --port 9000 --rest_port 8000",
     }[server]
-    labels = [f"{index}: {' '.join(label.split())}" for index, label in enumerate(manifest.model.classes)]
+    labels = [f"{index}: {markdown(' '.join(label.split()))}" for index, label in enumerate(manifest.model.classes)]
     lines = [
-        f"# {manifest.model.arch} for {server}",
+        f"# {markdown(manifest.model.arch)} for {server}",
         "",
         f"    {start}",
         "",
@@ -224,9 +242,13 @@ def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_ou
         "## Models",
         "",
         *(f"- `{name}`: SHA-256 {artifact.sha256}" for name, artifact in named.items()),
-        *(f"- `{name}`: {_tied(artifact)}" for name, artifact in named.items() if artifact.target is not None),
+        *(
+            f"- `{name}`: {markdown(_tied(artifact))}"
+            for name, artifact in named.items()
+            if artifact.target is not None
+        ),
         *(f"- `{name}`: {_FULL_RANGE}" for name, artifact in named.items() if artifact.full_range),
-        *(f"- not here: {reason}" for reason in left_out),
+        *(f"- not here: {markdown(reason)}" for reason in left_out),
     ]
     if labels and manifest.class_count:
         lines += ["", "## Classes", "", *(f"- {label}" for label in labels)]
@@ -251,8 +273,12 @@ def _steps(manifest: Manifest) -> list[str]:
         f"Decode the image; channels {pre.channels}.",
         *fit,
         f"Divide by 255; for each channel subtract the mean {list(pre.mean)}, divide by the deviation {list(pre.std)}.",
-        f"Send `{given.name}`, {given.dtype}, (batch, channels, height, width) = {list(given.shape)}.",
+        f"Send {markdown_code(given.name)}, {given.dtype}, (batch, channels, height, width) = {_sides(given)}.",
     ]
+
+
+def _sides(tensor: Tensor) -> str:
+    return f"[{', '.join(markdown(repr(side)) for side in tensor.shape)}]"
 
 
 _MEANING = {
@@ -276,7 +302,7 @@ def _answers(manifest: Manifest) -> list[str]:
     task = manifest.model.task
     return [
         *(
-            f"Back comes `{output.name}`, {output.dtype}, {list(output.shape)}: "
+            f"Back comes {markdown_code(output.name)}, {output.dtype}, {_sides(output)}: "
             f"{_ONE_LOGIT if manifest.one_logit else _MEANING[task]}"
             for output in manifest.outputs
         ),

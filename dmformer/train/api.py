@@ -19,6 +19,7 @@ from dmformer.models.checkpoint import Checkpoint, default_preprocessing, load_c
 from dmformer.models.config import DMFormerConfig
 from dmformer.models.dmformer import build_network, variant_config
 from dmformer.models.infer import variant_name
+from dmformer.ownership import resolve
 from dmformer.progress import silent
 from dmformer.train.images import find_data_set
 from dmformer.train.journal import LOG_NAME, SNAPSHOT_NAME, load_snapshot
@@ -240,6 +241,7 @@ def _identity(recipe: Recipe, images: DataSet, start: Start, plan: TrainingPlan,
 
 def _prepare(output: Path, *, resume: bool) -> None:
     """Make the folder, and remove what a killed run left half written."""
+    resolve(output)  # refuses another user's link in a shared folder
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is not empty; expected a new folder, or `resume` to go on with the run in it")
     try:

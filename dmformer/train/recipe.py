@@ -147,7 +147,10 @@ def read_recipe(name: str) -> dict[str, Any]:
     except OSError as error:
         known = ", ".join(shipped_recipes())
         raise UsageError(f"no recipe {name!r}; expected a TOML file or one of {known}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # msgspec's errors are ValueErrors, and so is a number of 5,000 digits
         raise UsageError(f"recipe {name!r} is no TOML: {' '.join(str(error).split())}") from error
     _check_keys(values, f"recipe {name!r}")
     return dict(values)

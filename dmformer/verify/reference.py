@@ -14,7 +14,7 @@ from PIL import Image
 from dmformer._optional import require
 from dmformer.bundle.golden import Golden, thinned
 from dmformer.data.images import load_pixels, spread, synthetic_pixels
-from dmformer.errors import UsageError
+from dmformer.errors import CheckFailed, UsageError
 from dmformer.task import STRIDES
 from dmformer.verify.answers import batch_sizes
 
@@ -100,7 +100,10 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
                 )
         return checkpoint
     for artifact in bundle.artifacts("torch"):
-        return load_checkpoint(bundle.load_path(artifact))
+        checkpoint = load_checkpoint(bundle.load_path(artifact))
+        if checkpoint.sha256 != artifact.files[0].sha256:
+            raise CheckFailed(f"{bundle.root / artifact.files[0].path} changed while it was loaded; run it again")
+        return checkpoint
     raise UsageError(
         "images have no stored answers; give the checkpoint as `weights`, or export the format torch as well"
     )

@@ -18,7 +18,7 @@ import msgspec
 
 from dmformer.errors import StageFailed, UnavailableError
 from dmformer.export.formats import Converted
-from dmformer.files import hash_file
+from dmformer.files import OpenFile, hash_file
 from dmformer.process import STOP_S, Child
 from dmformer.runtimes.cuda import Gpu, find_gpu
 from dmformer.runtimes.target import (
@@ -126,7 +126,7 @@ def to_tensorrt(source: ConversionSource, folder: Path) -> Converted:
         build_s=round(engine.build_s, 3),
         onnx_sha256=hash_file(source.onnx)[0],
     )
-    if wrong := contradiction(plan, target):
+    if wrong := contradiction(OpenFile(plan).data, target):
         raise StageFailed(f"the engine that was built is not what was asked for: {wrong}")
     package = "tensorrt" if target.flavour == "tensorrt" else "tensorrt-rtx"
     if target.flavour == "rtx":

@@ -6,10 +6,9 @@ from the same execution at the artifact's precision.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -355,7 +354,9 @@ class _Bisection:
             runtime = runtime if at_fault == "engine" else "onnxruntime"
         else:
             self.choice.bundle.load_path(artifact)
-            files = [Path(shutil.copy(self.choice.bundle.root / entry.path, folder)) for entry in artifact.files]
+            files = [folder / PurePosixPath(entry.path).name for entry in artifact.files]
+            for entry, path in zip(artifact.files, files, strict=True):
+                self.choice.bundle.copy(entry, path)
             inputs = {self.trusted.input: self.rows}
         case = Case(
             runtime=runtime,

@@ -11,25 +11,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
+from dmformer.bundle.golden import read_arrays
+from dmformer.bundle.inspection import inspect_artifact
 from dmformer.bundle.manifest import FileEntry
+from dmformer.bundle.reader import locate
 from dmformer.bundle.select import saturation_risk
+from dmformer.bundle.trust import admit_unsigned
 from dmformer.errors import CheckFailed, UsageError, first_line
-from dmformer.files import hash_file, indented_json
+from dmformer.files import OpenFile, decode_json, indented_json, read_bounded
+from dmformer.ownership import resolve
 from dmformer.runtimes import registry
 from dmformer.verify.compare import Limit, compare
 from dmformer.verify.report import Check, ParityReport, add_cause, parity_report
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
 CASE = "case.json"
 _ARRAYS = "case.npz"
+_MOST_CASE_BYTES = 1 << 20
+_MOST_ARRAYS_BYTES = 1 << 30
 
 
 class Case(Struct, frozen=True, kw_only=True):
@@ -55,6 +61,7 @@ class Case(Struct, frozen=True, kw_only=True):
 @contextmanager
 def staged_case(folder: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of ``folder``, and of an older case in it, unless writing fails."""
+    folder = resolve(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     staging.chmod(0o755)  # it was made for this user alone
@@ -77,51 +84,73 @@ def save_case(
     (folder / CASE).write_bytes(indented_json(case))
 
 
-def run_case(folder: Path) -> ParityReport:
-    """Run a case on this machine and compare its tensors with what was expected, one check for each.
+def read_case(folder: Path) -> tuple[Case, dict[str, NDArray[Any]]]:
+    """Read the description and the arrays of a case, all of them numbers.
 
     Raises:
-        CheckFailed: a model file is not the one that was saved.
-        StageFailed: the runtime failed.
-        UnavailableError: the runtime cannot run on this machine.
         UsageError: the folder has no case that this version reads.
     """
     try:
-        case = msgspec.json.decode((folder / CASE).read_bytes(), type=Case)
-        with (folder / _ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        case = decode_json(read_bounded(folder / CASE, _MOST_CASE_BYTES), Case)
+        arrays = read_arrays(read_bounded(folder / _ARRAYS, _MOST_ARRAYS_BYTES))
     except Exception as error:  # zipfile, zlib, NumPy and msgspec each have their own kinds
         raise UsageError(f"{folder}: no case: {first_line(error)}; expected a folder of verify --bisect") from error
-    for entry in case.files:
-        path = folder / entry.path
-        if not path.is_file() or hash_file(path)[0] != entry.sha256:
-            raise CheckFailed(f"{path}: missing or changed; expected the file that was saved with the case")
-    expected = {name.removeprefix("expected/"): array for name, array in arrays.items() if name.startswith("expected/")}
-    if not expected or set(expected) != set(case.limits) or not case.files:
+    expected = {name.removeprefix("expected/") for name in arrays if name.startswith("expected/")}
+    if not expected or expected != set(case.limits) or not case.files:
         raise UsageError(
             f"{folder}: the case names {sorted(case.limits)} and has {sorted(expected)}; run verify --bisect again"
         )
     if wrong := [name for name, array in arrays.items() if array.ndim == 0 or array.dtype.kind not in "fiu"]:
         raise UsageError(f"{folder}: array {wrong[0]!r} is {arrays[wrong[0]].dtype}; expected numbers, rows first")
-    answered = _answer(case, folder, {name.removeprefix("inputs/"): array for name, array in arrays.items()}, expected)
+    return case, arrays
+
+
+def run_case(folder: Path) -> ParityReport:
+    """Run a case on this machine and compare its tensors with what was expected, one check for each.
+
+    Raises:
+        CheckFailed: a model file is not the one that was saved, or leads to another one; or signatures are required.
+        StageFailed: the runtime failed.
+        UnavailableError: the runtime cannot run on this machine.
+        UsageError: the folder has no case that this version reads.
+    """
+    admit_unsigned(str(folder))
+    case, arrays = read_case(folder)
+    row = registry.entry(case.runtime)
+    files = tuple(_open_saved(folder, entry) for entry in case.files)
+    # A cut out of an ONNX file is one, whichever engine is to run it.
+    inspect_artifact("onnx" if files[0].path.suffix == ".onnx" else row.format, files)
+    expected = {name.removeprefix("expected/"): array for name, array in arrays.items() if name.startswith("expected/")}
+    answered = _answer(case, files, {name.removeprefix("inputs/"): array for name, array in arrays.items()}, expected)
     checks = []
     for name, array in expected.items():
         limit = Limit(case.limits[name], "saved with the case")
         comparison = compare(answered[name].astype(np.float64), array.astype(np.float64), limit)
         checks.append(Check.of(name, case.runtime, case.precision, len(array), comparison, limit, "expected"))
-    return parity_report(add_cause(checks, saturation_risk(registry.entry(case.runtime), case.full_range)))
+    return parity_report(add_cause(checks, saturation_risk(row, case.full_range)))
+
+
+def _open_saved(folder: Path, entry: FileEntry) -> OpenFile:
+    """Open a model file of a case, after checking that it is the one that was saved."""
+    try:
+        file = OpenFile(locate(folder, entry))
+    except OSError as error:
+        raise CheckFailed(f"{folder / entry.path}: {error.strerror}; expected the file saved with the case") from error
+    if (file.sha256, file.bytes) != (entry.sha256, entry.bytes):
+        raise CheckFailed(f"{file.path}: changed; expected the file that was saved with the case")
+    return file
 
 
 def _answer(
-    case: Case, folder: Path, given: Mapping[str, NDArray[Any]], names: Collection[str]
+    case: Case, files: Sequence[OpenFile], given: Mapping[str, NDArray[Any]], names: Collection[str]
 ) -> dict[str, NDArray[Any]]:
     """Run the model for the tensors named; one that is no output of it has to be shown, which may need ONNX."""
     adapter = registry.available_adapter(registry.entry(case.runtime))
-    path = folder / case.files[0].path
-    with adapter(path, precision=case.precision) as runtime:
+    path = files[0].path
+    with adapter(path, files=files, precision=case.precision) as runtime:
         inner = [name for name in names if name not in {spec.name for spec in runtime.outputs}]
         inputs = {spec.name: given[spec.name] for spec in runtime.inputs if spec.name in given}
         if not inner:
             return runtime.run(inputs)
-    with adapter(path, precision=case.precision, taps=inner) as runtime:
+    with adapter(path, files=files, precision=case.precision, taps=inner) as runtime:
         return runtime.run(inputs)

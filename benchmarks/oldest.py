@@ -1,0 +1,87 @@
+"""Run what a device does with the oldest releases that pyproject.toml admits: ``python benchmarks/oldest.py BUNDLE``.
+
+Makes an environment with exactly the minimum of each requirement of the device's extras, and in it checks, verifies,
+predicts, times, signs, packs and serves a bundle that was exported with today's; then the tests that need no PyTorch
+run there. A minimum that fails is to be raised. With ``--keep DIR`` the environment stays, and is taken again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("onnxruntime", "openvino", "signing", "report")
+TESTS = ("tests/test_fuzz.py",)
+OURS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-xdist>=3.6")
+
+
+def minimums() -> list[str]:
+    """Return the oldest release that each requirement admits, as pip takes it."""
+    from packaging.requirements import Requirement
+
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    lines = re.findall(r'"([^"]+)"', listed[1])
+    for extra in EXTRAS:
+        found = re.search(rf"^{extra} = \[(.*?)\]", text, re.MULTILINE)
+        assert found is not None
+        lines += re.findall(r'"([^"]+)"', found[1])
+    pinned = []
+    for line in (Requirement(line) for line in lines):
+        least = next(one.version for one in line.specifier if one.operator == ">=")
+        # The first release of a series may be 4.0 or 4.0.0.
+        pinned.append(f"{line.name}=={least}")
+    return pinned
+
+
+def run(*command: object, environment: dict[str, str]) -> bool:
+    """Run a command and say how it ended."""
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+    print(f"{'ok    ' if done.returncode == 0 else 'FAILED'} {' '.join(map(str, command[1:]))[:90]}", *said)
+    return done.returncode == 0
+
+
+def main() -> None:
+    """Install, and run everything; end with 1 where something failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--keep", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="dmformer-oldest-") as scratch:
+        home, work = asked.keep or Path(scratch) / "venv", Path(scratch)
+        python = home / "bin/python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", *minimums(), *OURS], check=True)
+        print(*minimums())
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DMFORMER_CACHE": "", "HOME": str(work)}
+        bundle, dmformer = asked.bundle.resolve(), (python, "-m", "dmformer")
+        held = [
+            run(*dmformer, "check", bundle, environment=environment),
+            run(*dmformer, "inspect", bundle, environment=environment),
+            run(*dmformer, "verify", bundle, "--runtime", "ort", "--runtime", "ov", environment=environment),
+            run(*dmformer, "predict", bundle, ROOT / "dmformer/assets/digits/7.png", environment=environment),
+            run(*dmformer, "bench", bundle, "--duration", "0.2", "--html", work / "b.html", environment=environment),
+            run(*dmformer, "pack", bundle, "--output", work / "b.dmf", environment=environment),
+            run(*dmformer, "unpack", work / "b.dmf", environment=environment),
+            run(*dmformer, "sign", "--generate-key", work / "k.pem", environment=environment),
+            run(*dmformer, "sign", work / "b", "--key", work / "k.pem", environment=environment),
+            run(*dmformer, "serve-layout", "triton", work / "b", "--output", work / "s", environment=environment),
+            run(
+                python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT,
+                *(ROOT / name for name in TESTS), environment=environment,
+            ),
+        ]  # fmt: skip
+    sys.exit(0 if all(held) else 1)
+
+
+if __name__ == "__main__":
+    main()
