@@ -22,6 +22,7 @@ from dmformer.errors import UsageError
 from dmformer.models.checkpoint import Checkpoint, checked_classes, default_preprocessing, load_checkpoint
 from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, LayerScale, create_model
 from dmformer.models.own import load_own
+from dmformer.models.program import is_program
 from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
@@ -138,14 +139,15 @@ def find_network(options: ExportOptions) -> Network:
     config = {**(options.options or {}), **(FEATURES_ONLY if options.task == "features" else {})}
     weights: Literal["checkpoint", "demonstration", "random", "module"]
     tasks = ["features"]
-    if options.module is not None:
-        path = Path(options.weights) if options.weights is not None else None
+    path = Path(options.weights) if options.weights is not None else None
+    module = options.module
+    if module is None and options.arch is None and path is not None and is_program(path):
+        module, path = path, None
+    if module is not None:
         key = options.weights_key
-        own_network = load_own(
-            options.module, options.module_options, path, seed=options.seed, weights_key=key, **given
-        )
+        own_network = load_own(module, options.module_options, path, seed=options.seed, weights_key=key, **given)
         checkpoint, tasks = own_network.checkpoint, []
-        weights = "random" if own_network.random else "module" if path is None else "checkpoint"
+        weights = "random" if own_network.random else "checkpoint" if options.weights is not None else "module"
         seed = options.seed if own_network.random else None
     elif options.weights is not None:
         weights = "checkpoint"

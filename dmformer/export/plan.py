@@ -112,7 +112,7 @@ def make_plan(options: ExportOptions) -> ExportPlan:
         UsageError: an option or a file cannot be used.
     """
     network = find_network(options)
-    if options.module is not None:  # folding knows the layers of a DMFormer
+    if network.checkpoint.config.origin is not None:  # folding knows the layers of a DMFormer
         options = replace(options, deploy_form=False)
     _check_task(network, options)
     automatic = any(name.lower() == AUTO for name in options.precisions)
@@ -127,7 +127,7 @@ def make_plan(options: ExportOptions) -> ExportPlan:
             f"int8 weights of {options.weight_bits} bits, and no int8; expected `precisions` int8 or auto as well"
         )
     check_calibrated(precisions, network.calibration)
-    formats, not_made = _formats(options, precisions)
+    formats, not_made = _formats(options, precisions, network)
     return ExportPlan(options, network, formats, precisions, automatic, not_made)
 
 
@@ -166,7 +166,9 @@ def _precisions(names: Sequence[str], automatic: bool, *, calibrated: bool) -> t
     return tuple(dict.fromkeys(lower))
 
 
-def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _formats(
+    options: ExportOptions, precisions: Sequence[str], network: Network
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Canonical names, each once, in the order given; ``all`` stands for those that can be made, and says of the rest.
 
     Those that take none of the precisions are no part of ``all``.
@@ -177,7 +179,7 @@ def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[s
         if name.lower() != "all":
             row = registry.entry_of_format(name)
             check_size(row, options.open_size)
-            _check_kept(row, options)
+            _check_kept(row, network)
             _check_taken(row, precisions)
             formats.append(row.format)
             continue
@@ -186,7 +188,7 @@ def _formats(options: ExportOptions, precisions: Sequence[str]) -> tuple[tuple[s
                 continue
             try:
                 check_size(row, options.open_size)
-                _check_kept(row, options)
+                _check_kept(row, network)
                 check_convertible(row, options.engine)
                 formats.append(row.format)
             except (UnavailableError, UsageError) as error:
@@ -207,9 +209,9 @@ def _check_taken(row: registry.RuntimeEntry, precisions: Sequence[str]) -> None:
         )
 
 
-def _check_kept(row: registry.RuntimeEntry, options: ExportOptions) -> None:
+def _check_kept(row: registry.RuntimeEntry, network: Network) -> None:
     """Refuse the format of checkpoints for a network of one's own: the code that it needs is not in a bundle."""
-    if row.format == "torch" and options.module is not None:
+    if row.format == "torch" and network.checkpoint.config.origin is not None:
         raise UsageError(
             "format torch holds the weights of a DMFormer alone, and not the code of a network of one's own; expected "
             "another format: verify compares with PyTorch by `module` and `weights`"

@@ -159,9 +159,9 @@ class ModuleTruth:
             far = {one: largest_difference(array, self.truth[one]) for one in fitting}
             multiples = [one for one in fitting if _is_scaled(array, self.truth[one], self.limits[one])]
             right = [one for one in fitting if far[one] <= self.limits[one]]
-            chosen = [*right, *multiples, *fitting][0]
-            if chosen not in found or not found[chosen] <= far[chosen]:
-                found[chosen] = far[chosen]
+            for one in right or [*multiples, *fitting][:1]:
+                if one not in found or not found[one] <= far[one]:
+                    found[one] = far[one]
             if not right:
                 scaled.update(multiples[:1])
         return {module: found[module] for module in self.truth if module in found}, scaled

@@ -43,7 +43,7 @@ class OwnModule(NamedTuple):
     """A network of one's own, as :func:`dmformer.models.own.load_own` takes it; importing it runs its code.
 
     Attributes:
-        module: ``FILE.py:NAME``, ``package.module:NAME`` or an ``nn.Module``.
+        module: ``FILE.py:NAME``, ``package.module:NAME``, an ``nn.Module`` or the path of a program of ``torch.export``.
         options: arguments that it is made with; otherwise those in the manifest.
     """
 
@@ -74,7 +74,10 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
     from dmformer.models.checkpoint import load_checkpoint
     from dmformer.models.dmformer import FEATURES_ONLY
     from dmformer.models.infer import HIDDEN_FIELDS
+    from dmformer.models.program import is_program
 
+    if module is None and weights is not None and is_program(weights):
+        module, weights = OwnModule(weights, None), None
     origin = bundle.manifest.model.module
     if module is not None:
         return _own_checkpoint(bundle, weights, module)
