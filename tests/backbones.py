@@ -1,4 +1,4 @@
-"""Backbones that nobody here wrote: Hugging Face's, small, from their configurations, with weights that can be heard."""
+"""Backbones that nobody here wrote: Hugging Face's, small, from configurations, with weights that can be heard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ConvNextConfig", "ConvNextForImageClassification", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
     ),
     "convnextv2": (
-        "ConvNextV2Config", "ConvNextV2ForImageClassification", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+        "ConvNextV2Config", "ConvNextV2ForImageClassification", {"hidden_sizes": [8, 16, 24, 32],
+         "depths": [1, 1, 2, 1]}
     ),
     "swin": (
         "SwinConfig", "SwinForImageClassification",
@@ -54,11 +55,13 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "pvt": (
         "PvtConfig", "PvtForImageClassification",
-        {"image_size": SIZE, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4]},
+        {"image_size": SIZE, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+         "num_attention_heads": [1, 2, 3, 4]},
     ),
     "pvtv2": (
         "PvtV2Config", "PvtV2ForImageClassification",
-        {"image_size": SIZE, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_attention_heads": [1, 2, 3, 4]},
+        {"image_size": SIZE, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1],
+         "num_attention_heads": [1, 2, 3, 4]},
     ),
     "vit": (
         "ViTConfig", "ViTForImageClassification",
@@ -76,7 +79,8 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "focalnet": (
         "FocalNetConfig", "FocalNetForImageClassification",
-        {"image_size": SIZE, "embed_dim": 12, "depths": [1, 1, 2], "hidden_sizes": [12, 24, 48], "focal_levels": [2, 2, 2],
+        {"image_size": SIZE, "embed_dim": 12, "depths": [1, 1, 2], "hidden_sizes": [12, 24, 48],
+         "focal_levels": [2, 2, 2],
          "focal_windows": [3, 3, 3]},
     ),
     "mobilevit": (
@@ -104,7 +108,8 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "convnext maps": (
         "ConvNextConfig", "ConvNextBackbone",
-        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3",
+         "stage4"]},
     ),
     "segformer masks": (
         "SegformerConfig", "SegformerForSemanticSegmentation",

@@ -215,7 +215,7 @@ def test_other_archives_are_refused(program: Path, tmp_path: Path) -> None:
         load_program(compiled)
     with zipfile.ZipFile(tmp_path / "old.pt2", "w") as old:
         old.writestr("serialized_exported_program.json", "{}")
-    with pytest.raises(UsageError, match="with 0 networks as PyTorch writes them from 2.8 on"):
+    with pytest.raises(UsageError, match=r"with 0 networks as PyTorch writes them from 2\.8 on"):
         load_program(tmp_path / "old.pt2")
     (tmp_path / "cut.pt2").write_bytes(program.read_bytes()[:3000])
     assert not is_program(tmp_path / "cut.pt2")

@@ -52,11 +52,7 @@ _SHARD_OF_TENSORFLOW = re.compile(r".*\.data-\d{5}-of-\d{5}")
 _PROGRAM = "a program of torch.export, which is a network by itself: export and verify take it as `weights` alone"
 # What a zip archive is, by the end of the name of a file in it.
 _ARCHIVES = (
-    (
-        "/constants.pkl",
-        "TorchScript, which is code; expected a state dict, torch.save(model.state_dict(), FILE), or the network as a "
-        "program, torch.export.save",
-    ),
+    ("/constants.pkl", f"TorchScript, which is code; {_STATE_DICT}, or the network as torch.export.save writes it"),
     ("/archive_format", _PROGRAM),
     ("serialized_exported_program.json", _PROGRAM),
     ("model.weights.h5", f"a Keras model; {_STATE_DICT}"),

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dmformer.data.description import InputDescription, description_beside
 from dmformer.errors import UsageError, first_line
@@ -164,6 +165,7 @@ def load_own(
         notes += read
     elif not random and sha256 is None:
         notes.append(f"no checkpoint was given: the weights are those that {title} comes with")
+    _fold_parametrizations_(network)
     if image_size is None:
         notes.append(f"nothing tells the size of the input: {_USUAL_SIZE} pixels a side were assumed")
     size = image_size or _USUAL_SIZE
@@ -320,8 +322,20 @@ def _prepared(network: nn.Module, title: str, notes: list[str]) -> nn.Module:
     try:
         copied = copy.deepcopy(network)
     except Exception as error:
-        raise UsageError(f"{title} cannot be copied: {first_line(error)}; expected plain modules") from error
+        raise UsageError(
+            f"{title} cannot be copied: {first_line(error)}; expected plain modules, without what "
+            "torch.nn.utils.remove_weight_norm and remove_spectral_norm remove"
+        ) from error
     return copied.cpu().float().eval().requires_grad_(False)
+
+
+def _fold_parametrizations_(network: nn.Module) -> None:
+    """Put weights that are computed anew each time (weight norm, spectral norm) where they are used, in place."""
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name)
+    network.requires_grad_(False)
 
 
 def _input_channels(network: nn.Module) -> int:
@@ -476,9 +490,10 @@ def _blocks(network: nn.Module) -> Iterator[str]:
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
     """Whether the children of a list are of one class, or several of them, which has modules of its own."""
-    numbered = [name for name, _ in module.named_children()] == [*map(str, range(len(module._modules)))]
+    children = dict(module.named_children())
+    numbered = list(children) == [str(index) for index in range(len(children))]
     if not isinstance(module, nn.Sequential) and not numbered:  # of a program's modules the names alone are left
         return False
-    kinds = Counter(type(child) for child in module.children() if any(True for _ in child.children()))
+    kinds = Counter(type(child) for child in children.values() if any(True for _ in child.children()))
     most = max(kinds.values(), default=0)
-    return most > 0 and (most == len(module._modules) or most >= _FEWEST_REPEATED)
+    return most > 0 and (most == len(children) or most >= _FEWEST_REPEATED)

@@ -25,7 +25,6 @@ from dmformer.models.checkpoint_file import title_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
     from torch.export import ExportedProgram
 
 _MODEL = re.compile(r"models/[^/]+\.json")
@@ -56,7 +55,7 @@ class Program:
         image_size: side of that image in pixels; ``None`` where the program leaves it open.
     """
 
-    network: nn.Module
+    network: torch.nn.Module
     channels: int
     image_size: int | None
 
@@ -117,7 +116,7 @@ def _keep_sizes_open(graph: torch.fx.Graph) -> None:
         operator = node.target
         if operator is torch.ops.aten.sym_size.int:
             node.target = torch.Tensor.size
-        elif isinstance(operator, torch._ops.OpOverload) and any(map(_is_size, node.all_input_nodes)):
+        elif hasattr(operator, "overloadpacket") and any(map(_is_size, node.all_input_nodes)):
             name = operator.overloadpacket.__name__
             node.target = getattr(torch.Tensor, name, None) or getattr(torch, name, operator)
 
@@ -141,7 +140,7 @@ def _safe_archive(entries: dict[str, bytes], title: str) -> bytes:
             "expected one: load it where it was made, and torch.export.save it with a newer PyTorch"
         )
     buffer = io.BytesIO()
-    writer = torch._C.PyTorchFileWriter(buffer)
+    writer = torch._C.PyTorchFileWriter(buffer)  # noqa: SLF001 - the layout that torch.export reads
     for name, data in entries.items():
         kept = data
         if _CONFIG.fullmatch(name):

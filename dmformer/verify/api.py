@@ -29,7 +29,14 @@ from dmformer.verify.parity import (
     check_preprocessing,
     references,
 )
-from dmformer.verify.reference import OwnModule, form_in, golden_at_other_size, make_golden, reference_checkpoint
+from dmformer.verify.reference import (
+    OwnModule,
+    ReferenceSource,
+    form_in,
+    golden_at_other_size,
+    make_golden,
+    reference_checkpoint,
+)
 from dmformer.verify.report import PYTORCH, Check, ParityReport, add_cause, parity_report
 from dmformer.verify.tasks import measure_of
 from dmformer.verify.tasks.classification import paired
@@ -57,6 +64,7 @@ def verify(
     weights: str | Path | None = None,
     module: Any = None,
     module_options: Mapping[str, Any] | None = None,
+    weights_key: str | None = None,
     images: str | Path | None = None,
     layers: bool = False,
     bisect: str | Path | None = None,
@@ -75,6 +83,7 @@ def verify(
         module: a network of one's own to compare with, ``FILE.py:NAME``, ``package.module:NAME`` or an ``nn.Module``;
             with ``weights``, where it was exported with some. This runs the file's code.
         module_options: arguments of the function or class that makes it; otherwise those of the export.
+        weights_key: which of several sets of weights in that file; ``.`` is its top level.
         images: a folder of images to compare on beside the golden ones, at most 64 of them, spread evenly over the
             folder; needs PyTorch, and ``weights`` or a bundle with the ``torch`` format.
         layers: compare with the checkpoint of the ``torch`` format, layer by layer, where the bundle has it.
@@ -89,8 +98,8 @@ def verify(
         UsageError: an argument or a file cannot be used.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    weights = Path(weights) if weights is not None else None
     own = OwnModule.of(module, module_options)
+    source = ReferenceSource.of(weights, own, weights_key)
     if bisect is not None:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="`bisect`")
@@ -102,8 +111,7 @@ def verify(
         opened,
         chosen,
         skipped,
-        weights,
-        own,
+        source,
         Path(images) if images is not None else None,
         layers or bisect is not None,
         stage,
@@ -113,15 +121,16 @@ def verify(
         return report
     from dmformer.verify.localize import localize
 
-    return localize(opened, report, weights=weights, folder=Path(bisect), stage=stage, module=own)
+    return localize(
+        opened, report, weights=source.weights, folder=Path(bisect), stage=stage, module=own, weights_key=weights_key
+    )
 
 
 def _compare(
     bundle: Bundle,
     chosen: Sequence[Choice],
     skipped: list[str],
-    weights: Path | None,
-    module: OwnModule | None,
+    source: ReferenceSource,
     images: Path | None,
     layers: bool,
     stage: Progress,
@@ -136,12 +145,12 @@ def _compare(
     extra: ImageSet | None = None
     reference = golden
     truth: ModuleTruth | None = None
-    if weights is not None or module is not None or images is not None or (layers and bundle.artifacts("torch")):
+    if source.is_given or images is not None or (layers and bundle.artifacts("torch")):
         if images is not None:
             extra, reason = _image_set(bundle, images)
             skipped += [reason] if reason else []
         with stage("PyTorch reference"):
-            checkpoint = reference_checkpoint(bundle, weights, module)
+            checkpoint = reference_checkpoint(bundle, *source)
             reference = _recompute(bundle, checkpoint, golden, extra)
             checks.append(_check_description(bundle, checkpoint))
             checks += [_check_golden(part, reference.sizes[size], size) for size, part in golden.sizes.items()]

@@ -336,6 +336,12 @@ def round_layers_(model: nn.Module, emulation: Emulation) -> None:
 
     modules = dict(model.named_modules())
     layers = {name: modules[name] for name in emulation.modules}
+    without = [name for name, layer in layers.items() if not isinstance(getattr(layer, "weight", None), torch.Tensor)]
+    if emulation.precision == "int8" and without:
+        raise StageFailed(
+            f"precision int8: the convolution in module {without[0]!r} has no weight of that module's own; expected a "
+            "torch.nn.Conv2d, or `precisions` without int8"
+        )
     with torch.no_grad():
         if emulation.precision == "fp16":
             unrounded = {modules[_module(node)] for node in emulation.exact if "/" in node and _module(node) in modules}
