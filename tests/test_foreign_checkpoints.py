@@ -423,8 +423,8 @@ def onnx_model() -> bytes:
 
 
 KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "TorchScript": (torchscript, "is TorchScript; expected a state dict: torch.save(model.state_dict()"),
-    "torch.export": (lambda: archive(m__archive_format=b"pt2"), "is a program of torch.export; expected a state dict"),
+    "TorchScript": (torchscript, "is TorchScript, which is code; expected a state dict, torch.save(model.state_dict()"),
+    "torch.export": (lambda: archive(m__archive_format=b"pt2"), "is a program of torch.export, which is a network by"),
     "ONNX": (onnx_model, "is an ONNX model; expected a state dict"),
     "Keras": (lambda: archive(**{"model.weights.h5": b"x"}), "is a Keras model"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file"),

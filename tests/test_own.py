@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import dmformer
 from dmformer.bundle.reader import open_bundle
-from dmformer.errors import UsageError
+from dmformer.errors import StageFailed, UsageError
 from dmformer.export.options import ExportOptions
 from dmformer.export.run import plan_export
 from dmformer.files import hash_file
 from dmformer.models.own import load_own
 from dmformer.progress import silent
 from dmformer.task import FEATURE_NAMES
+from dmformer.verify.executors import Emulation, round_layers_
 from dmformer.verify.localize import localize
 from dmformer.verify.reference import OwnModule
 from tests import own_network
@@ -74,6 +75,29 @@ def test_the_task_is_what_the_network_gives(answer: Any, task: str, outputs: dic
     assert checkpoint.config.num_classes == (0 if task == "features" else 4)
     assert list(checkpoint.shapes) == ["image", *outputs]
     assert list(checkpoint.model()(torch.zeros(1, 3, 64, 64))) == list(outputs)
+
+
+def test_weights_that_are_computed_are_folded_in() -> None:
+    from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+    torch.manual_seed(3)
+    model = Small()
+    model.conv = spectral_norm(weight_norm(model.conv))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.eval()(images)
+    checkpoint = load_own(model, image_size=32).checkpoint
+    assert [name for name in checkpoint.state if name.startswith("conv.")] == ["conv.bias", "conv.weight"]
+    with torch.no_grad():
+        torch.testing.assert_close(checkpoint.model()(images)["logits"], expected)
+    assert nn.utils.parametrize.is_parametrized(model.conv)  # the one at hand is left as it is
+
+
+def test_int8_of_a_weight_that_no_module_owns_is_refused() -> None:
+    model = Small(lambda m, x: nn.functional.conv2d(x, m.norm.weight.view(1, 4, 1, 1)[:, :3]).mean((2, 3)))
+    emulation = Emulation("int8", layers=frozenset({"/Conv"}), peaks={"": 1.0})
+    with pytest.raises(StageFailed, match=r"in module '' has no weight of that module's own; expected a torch.nn.Conv"):
+        round_layers_(model, emulation)
 
 
 def train_norm(model: nn.Module, x: Tensor) -> Tensor:
@@ -333,9 +357,6 @@ def test_a_fault_is_found_in_its_own_module(own_exported: ExportResult, tmp_path
     assert "the first is module block2.1.attn.value: by" in str(layers[0].reason)
 
 
-@pytest.mark.xfail(
-    reason="the bisection does not name the module where onnxsim folded a block's own scale", strict=True
-)
 def test_a_fault_is_bisected_to_its_own_module(own_exported: ExportResult, tmp_path: Path) -> None:
     bundle, own = with_fault(own_exported, tmp_path, slice(None)), OwnModule(f"{SOURCE}:OwnDMFormer", None)
     weights = weights_of(own_exported.output)

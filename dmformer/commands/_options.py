@@ -80,6 +80,10 @@ ModuleOption = Annotated[
         help="Compare with this network of one's own, as dmformer export takes it. This runs the file's code.",
     ),
 ]
+WeightsKeyOption = Annotated[
+    str | None,
+    typer.Option("--weights-key", metavar="KEY", help="Which of several sets of weights in --weights; . is the top."),
+]
 ModuleArgumentsOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -33,6 +33,7 @@ def evaluate(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Checkpoint to agree with; otherwise the bundle's own."),
     ] = None,
+    weights_key: options.WeightsKeyOption = None,
     module: options.ModuleOption = None,
     module_options: options.ModuleArgumentsOption = None,
     strict: Annotated[
@@ -59,6 +60,7 @@ def evaluate(
             runtimes=runtimes or [],
             precisions=precisions or [],
             weights=weights,
+            weights_key=weights_key,
             module=module,
             module_options=options.parse_pairs(module_options or [], "--module-option", "num_classes=10"),
             skip_unreadable=not strict,

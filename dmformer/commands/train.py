@@ -35,6 +35,7 @@ def train(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Checkpoint to start from; its head may differ."),
     ] = None,
+    weights_key: options.WeightsKeyOption = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", help="Images of one optimizer step, over all processes.")
@@ -89,6 +90,7 @@ def train(
             output,
             make_recipe(values),
             weights=weights,
+            weights_key=weights_key,
             resume=resume,
             device=device,
             stage=shown.stage,

@@ -30,6 +30,7 @@ def verify(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Compare with this checkpoint; needs PyTorch."),
     ] = None,
+    weights_key: options.WeightsKeyOption = None,
     module: options.ModuleOption = None,
     module_options: options.ModuleArgumentsOption = None,
     images: Annotated[
@@ -100,6 +101,7 @@ def verify(
                 opened,
                 runtimes=runtimes or [],
                 weights=weights,
+                weights_key=weights_key,
                 module=module,
                 module_options=options.parse_pairs(module_options or [], "--module-option", "num_classes=10"),
                 images=images,

@@ -23,6 +23,7 @@ from dmformer.models.checkpoint import Checkpoint, checked_classes, default_prep
 from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, LayerScale, create_model
 from dmformer.models.key_map import read_key_map
 from dmformer.models.own import load_own
+from dmformer.models.program import is_program
 from dmformer.models.recognise import recognised
 from dmformer.verify.tasks import measure_of
 
@@ -141,16 +142,17 @@ def find_network(options: ExportOptions) -> Network:
     config = {**(options.options or {}), **(FEATURES_ONLY if options.task == "features" else {})}
     weights: Literal["checkpoint", "demonstration", "random", "module"]
     tasks = ["features"]
-    if options.module is not None:
-        path = Path(options.weights) if options.weights is not None else None
+    path = Path(options.weights) if options.weights is not None else None
+    module = options.module
+    if module is None and options.arch is None and path is not None and is_program(path):
+        module, path = path, None
+    if module is not None:
         key = options.weights_key
-        own_network = load_own(
-            options.module, options.module_options, path, seed=options.seed, weights_key=key, **given
-        )
+        own_network = load_own(module, options.module_options, path, seed=options.seed, weights_key=key, **given)
         checkpoint, tasks = recognised(own_network.checkpoint), []
         if options.save_key_map is not None and checkpoint.key_map is None:
             raise UsageError(f"`save_key_map`: the network was {checkpoint.notes[-1]}; expected a DMFormer")
-        weights = "random" if own_network.random else "module" if path is None else "checkpoint"
+        weights = "random" if own_network.random else "checkpoint" if options.weights is not None else "module"
         seed = options.seed if own_network.random else None
     elif options.weights is not None:
         weights = "checkpoint"

@@ -49,11 +49,12 @@ _FOREIGN = (
 )
 _LEVELDB_END = bytes.fromhex("57fb808b247547db")  # of the .index of a TensorFlow checkpoint
 _SHARD_OF_TENSORFLOW = re.compile(r".*\.data-\d{5}-of-\d{5}")
+_PROGRAM = "a program of torch.export, which is a network by itself: export and verify take it as `weights` alone"
 # What a zip archive is, by the end of the name of a file in it.
 _ARCHIVES = (
-    ("/constants.pkl", f"TorchScript; {_STATE_DICT}"),
-    ("/archive_format", f"a program of torch.export; {_STATE_DICT}"),
-    ("serialized_exported_program.json", f"a program of torch.export; {_STATE_DICT}"),
+    ("/constants.pkl", f"TorchScript, which is code; {_STATE_DICT}, or the network as torch.export.save writes it"),
+    ("/archive_format", _PROGRAM),
+    ("serialized_exported_program.json", _PROGRAM),
     ("model.weights.h5", f"a Keras model; {_STATE_DICT}"),
     (".npy", f"a NumPy archive; {_STATE_DICT}"),
     (".mlmodel", f"a Core ML model; {_STATE_DICT}"),

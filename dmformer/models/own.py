@@ -22,10 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dmformer.data.description import InputDescription, description_beside
 from dmformer.errors import UsageError, first_line
+from dmformer.files import hash_file
 from dmformer.models.checkpoint import Checkpoint, checked_classes, decide_input, load_weights_, sigmoid_note
+from dmformer.models.checkpoint_file import title_of
+from dmformer.models.program import load_program
 from dmformer.models.specification import ModuleOrigin
 from dmformer.task import FEATURE_NAMES, INPUT_NAME, OUTPUT_NAME, STRIDES, Task
 
@@ -106,7 +110,7 @@ class OwnNetwork:
 
 
 def load_own(
-    module: str | nn.Module,
+    module: str | nn.Module | Path,
     options: Mapping[str, Any] | None = None,
     weights: Path | None = None,
     image_size: int | None = None,
@@ -120,7 +124,8 @@ def load_own(
 
     Args:
         module: ``FILE.py:NAME`` or ``package.module:NAME``, where NAME is a function or a class that makes the network,
-            or the network itself; or an ``nn.Module``, which is left as it is.
+            or the network itself; or an ``nn.Module``, which is left as it is; or the file of a program of
+            ``torch.export``, which has its weights in it and of which nothing is run.
         options: arguments of the function or class.
         weights: a file with weights that fit exactly; without it the network keeps those that it comes with.
         image_size: side of the input in pixels; otherwise 224.
@@ -136,7 +141,13 @@ def load_own(
     """
     title, random = f"module {_shown(module)}", False
     notes: list[str] = []
-    if isinstance(module, str):
+    sha256, channels = None, None
+    if isinstance(module, Path):
+        title, reference, source = title_of(module), module.name, None
+        program = load_program(module)
+        network, channels, image_size = program.network, program.channels, image_size or program.image_size
+        sha256 = hash_file(module)[0]
+    elif isinstance(module, str):
         found, source = _imported(module, title)
         network = _made(found, dict(options or {}), title, seed)
         if weights is None and not isinstance(found, nn.Module):
@@ -149,16 +160,16 @@ def load_own(
         network, reference = module, f"{type(module).__module__}:{type(module).__qualname__}"
         source = _source_file(type(module))
     network = _prepared(network, title, notes)
-    sha256 = None
     if weights is not None:
         sha256, read = load_weights_(network, weights, title, weights_key)
         notes += read
-    elif not random:
+    elif not random and sha256 is None:
         notes.append(f"no checkpoint was given: the weights are those that {title} comes with")
+    _fold_parametrizations_(network)
     if image_size is None:
         notes.append(f"nothing tells the size of the input: {_USUAL_SIZE} pixels a side were assumed")
     size = image_size or _USUAL_SIZE
-    channels = _input_channels(network)
+    channels = channels or _input_channels(network)
     task, outputs, sources = _asked(network, (_PROBE_BATCH, channels, size, size), title, notes)
     origin = ModuleOrigin(
         reference=reference,
@@ -168,11 +179,12 @@ def load_own(
     count = 0 if task == "features" else next(iter(outputs.values()))[0]
     specification = OwnSpecification(task, channels, count, outputs, sources, tuple(_blocks(network)), origin, network)
     given = {**(preprocessing or {}), "image_size": size}
-    beside = description_beside(weights) if description is None and weights is not None else description
+    file = module if isinstance(module, Path) else weights
+    beside = description_beside(file) if description is None and file is not None else description
     decided, named = decide_input(specification, None, beside, given, notes)
     notes += sigmoid_note(specification)
     checkpoint = Checkpoint(
-        arch=type(network).__name__,
+        arch=module.stem if isinstance(module, Path) else type(network).__name__,
         config=specification,
         state=network.state_dict(),
         preprocessing=decided,
@@ -183,8 +195,8 @@ def load_own(
     return OwnNetwork(checkpoint, random)
 
 
-def _shown(module: str | nn.Module) -> str:
-    return repr(module) if isinstance(module, str) else type(module).__name__
+def _shown(module: str | nn.Module | Path) -> str:
+    return repr(str(module)) if isinstance(module, (str, Path)) else type(module).__name__
 
 
 def _imported(reference: str, title: str) -> tuple[Any, Path | None]:
@@ -310,8 +322,20 @@ def _prepared(network: nn.Module, title: str, notes: list[str]) -> nn.Module:
     try:
         copied = copy.deepcopy(network)
     except Exception as error:
-        raise UsageError(f"{title} cannot be copied: {first_line(error)}; expected plain modules") from error
+        raise UsageError(
+            f"{title} cannot be copied: {first_line(error)}; expected plain modules, without what "
+            "torch.nn.utils.remove_weight_norm and remove_spectral_norm remove"
+        ) from error
     return copied.cpu().float().eval().requires_grad_(False)
+
+
+def _fold_parametrizations_(network: nn.Module) -> None:
+    """Put weights that are computed anew each time (weight norm, spectral norm) where they are used, in place."""
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name)
+    network.requires_grad_(False)
 
 
 def _input_channels(network: nn.Module) -> int:
@@ -471,8 +495,10 @@ def _blocks(network: nn.Module) -> Iterator[str]:
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
     """Whether the children of a list are of one class, or several of them, which has modules of its own."""
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+    children = dict(module.named_children())
+    numbered = list(children) == [str(index) for index in range(len(children))]
+    if not isinstance(module, nn.Sequential) and not numbered:  # of a program's modules the names alone are left
         return False
-    kinds = Counter(type(child) for child in module if any(True for _ in child.children()))
+    kinds = Counter(type(child) for child in children.values() if any(True for _ in child.children()))
     most = max(kinds.values(), default=0)
-    return most > 0 and (most == len(module) or most >= _FEWEST_REPEATED)
+    return most > 0 and (most == len(children) or most >= _FEWEST_REPEATED)

@@ -257,7 +257,8 @@ class Runtime(ABC):
             keep: chooses what of each batch's outputs is returned, row by row; otherwise all is.
 
         Returns:
-            An array for each output that was kept, with as many rows as ``inputs``.
+            An array for each output that was kept, with as many rows as ``inputs``; an inner tensor that has something
+            else than rows in front is given as the engine has it.
 
         Raises:
             UsageError: as :meth:`run`.
@@ -274,9 +275,9 @@ class Runtime(ABC):
             for name, array in keep(self.run(given)).items() if keep else self.run(given).items():
                 parts.setdefault(name, []).append(array)
         # One batch is not copied: all inner tensors of a large image take a gigabyte.
-        return {
-            name: (np.concatenate(arrays) if len(arrays) > 1 else arrays[0])[:count] for name, arrays in parts.items()
-        }
+        joined = {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in parts.items()}
+        filled = -(-count // size) * size
+        return {name: array[:count] if len(array) == filled else array for name, array in joined.items()}
 
     def __enter__(self) -> Self:
         if self.precision not in (taken := self.support.precisions):

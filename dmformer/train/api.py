@@ -65,6 +65,7 @@ def train(
     recipe: Recipe,
     *,
     weights: Path | None = None,
+    weights_key: str | None = None,
     resume: bool = False,
     device: str | None = None,
     stage: Progress = silent,
@@ -78,6 +79,7 @@ def train(
         output: folder for the checkpoint, the log and the snapshot; new or empty, unless the run is resumed.
         recipe: hyper-parameters.
         weights: a checkpoint to start from; by default weights are drawn anew.
+        weights_key: which of several sets of weights in that file; ``.`` is its top level.
         resume: go on from the snapshot in ``output``; the weights at the end are those of a run without interruption.
         device: ``cpu``, ``cuda`` or ``cuda:N``; by default a GPU where there is one.
         stage: shows the progress of each interval, in the first process.
@@ -90,7 +92,7 @@ def train(
         UnavailableError: the device or a package is missing.
         StageFailed: the loss is not finite, or a file cannot be written.
     """
-    start = find_start(recipe, weights)
+    start = find_start(recipe, weights, weights_key)
     images = find_data_set(data, start.config.task, start.preprocessing)
     model, notes = initial_network(start, images.classes, recipe.seed)
     counts = len(images.training), len(images.validation)
@@ -156,14 +158,14 @@ class Start:
     weights: Checkpoint | None
 
 
-def find_start(recipe: Recipe, weights: Path | None) -> Start:
+def find_start(recipe: Recipe, weights: Path | None, weights_key: str | None = None) -> Start:
     """Return what the recipe and the checkpoint to start from decide: configuration and preprocessing.
 
     Raises:
         UsageError: the checkpoint cannot be used, or its stages are not those of the architecture asked for.
     """
     options = {**recipe.model, "drop_path": recipe.drop_path}
-    checkpoint = None if weights is None else load_checkpoint(weights)
+    checkpoint = None if weights is None else load_checkpoint(weights, weights_key=weights_key)
     if checkpoint is None:
         config = variant_config(recipe.arch or DEFAULT_ARCH, **options)
     else:

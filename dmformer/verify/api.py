@@ -29,7 +29,14 @@ from dmformer.verify.parity import (
     check_preprocessing,
     references,
 )
-from dmformer.verify.reference import OwnModule, form_in, golden_at_other_size, make_golden, reference_checkpoint
+from dmformer.verify.reference import (
+    OwnModule,
+    ReferenceSource,
+    form_in,
+    golden_at_other_size,
+    make_golden,
+    reference_checkpoint,
+)
 from dmformer.verify.report import PYTORCH, Check, ParityReport, add_cause, parity_report
 from dmformer.verify.tasks import measure_of
 from dmformer.verify.tasks.classification import paired
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
     from dmformer.progress import Progress
     from dmformer.verify.inner import ModuleTruth
 
+_NOTHING_GIVEN = ReferenceSource()
 MOST_IMAGES = 64  # of a folder, evenly spread over it
 _FOR_TRAINING = ("drop_path", "layer_scale")  # fields of the configuration that change nothing in a trained network
 
@@ -57,6 +65,7 @@ def verify(
     weights: str | Path | None = None,
     module: Any = None,
     module_options: Mapping[str, Any] | None = None,
+    weights_key: str | None = None,
     images: str | Path | None = None,
     layers: bool = False,
     bisect: str | Path | None = None,
@@ -78,6 +87,7 @@ def verify(
         module: a network of one's own to compare with, ``FILE.py:NAME``, ``package.module:NAME`` or an ``nn.Module``;
             with ``weights``, where it was exported with some. This runs the file's code.
         module_options: arguments of the function or class that makes it; otherwise those of the export.
+        weights_key: which of several sets of weights in that file; ``.`` is its top level.
         images: a folder of images to compare on beside the golden ones, at most 64 of them, spread evenly over the
             folder; needs PyTorch, and ``weights`` or a bundle with the ``torch`` format.
         layers: compare with the checkpoint of the ``torch`` format, layer by layer, where the bundle has it.
@@ -96,10 +106,16 @@ def verify(
         UsageError: an argument or a file cannot be used.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    weights = Path(weights) if weights is not None else None
     own = OwnModule.of(module, module_options)
     if cpus or engines or root is not None:
-        if weights is not None or own is not None or images is not None or layers or bisect is not None:
+        if (
+            weights is not None
+            or weights_key is not None
+            or own is not None
+            or images is not None
+            or layers
+            or bisect is not None
+        ):
             raise UsageError(
                 "`cpus`, `engines` and `root` ask for the golden answers; expected them without `weights`, `module`, "
                 "`images`, `layers` and `bisect`"
@@ -110,6 +126,7 @@ def verify(
         return verify_elsewhere(
             opened, runtimes=runtimes, cpus=cpus, engines=engines, root=folder, stage=stage, note=note
         )
+    source = ReferenceSource.of(weights, own, weights_key)
     if bisect is not None:
         for package in ("torch", "onnx"):
             require(package, extra="export", purpose="`bisect`")
@@ -121,8 +138,7 @@ def verify(
         opened,
         chosen,
         skipped,
-        weights=weights,
-        module=own,
+        source=source,
         images=Path(images) if images is not None else None,
         layers=layers or bisect is not None,
         stage=stage,
@@ -132,7 +148,9 @@ def verify(
         return report
     from dmformer.verify.localize import localize
 
-    return localize(opened, report, weights=weights, folder=Path(bisect), stage=stage, module=own)
+    return localize(
+        opened, report, weights=source.weights, folder=Path(bisect), stage=stage, module=own, weights_key=weights_key
+    )
 
 
 def check_choices(
@@ -140,8 +158,7 @@ def check_choices(
     chosen: Sequence[Choice],
     skipped: list[str],
     *,
-    weights: Path | None = None,
-    module: OwnModule | None = None,
+    source: ReferenceSource = _NOTHING_GIVEN,
     images: Path | None = None,
     layers: bool = False,
     stage: Progress = silent,
@@ -156,12 +173,12 @@ def check_choices(
     extra: ImageSet | None = None
     reference = golden
     truth: ModuleTruth | None = None
-    if weights is not None or module is not None or images is not None or (layers and bundle.artifacts("torch")):
+    if source.is_given or images is not None or (layers and bundle.artifacts("torch")):
         if images is not None:
             extra, reason = _image_set(bundle, images)
             skipped += [reason] if reason else []
         with stage("PyTorch reference"):
-            checkpoint = reference_checkpoint(bundle, weights, module)
+            checkpoint = reference_checkpoint(bundle, *source)
             reference = _recompute(bundle, checkpoint, golden, extra)
             checks.append(_check_description(bundle, checkpoint))
             checks += [_check_golden(part, reference.sizes[size], size) for size, part in golden.sizes.items()]

@@ -17,7 +17,7 @@ from dmformer.data.images import load_pixels, unreadable
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.progress import silent
 from dmformer.task import Task
-from dmformer.verify.reference import OwnModule, reference_checkpoint, torch_outputs
+from dmformer.verify.reference import OwnModule, ReferenceSource, reference_checkpoint, torch_outputs
 from dmformer.verify.tasks import finite, measure_of
 from dmformer.verify.tasks.classification import Paired  # noqa: TC001 - the type of a field
 
@@ -85,6 +85,7 @@ def evaluate(
     weights: str | Path | None = None,
     module: Any = None,
     module_options: Mapping[str, Any] | None = None,
+    weights_key: str | None = None,
     skip_unreadable: bool = False,
     stage: Progress = silent,
 ) -> EvalReport:
@@ -99,6 +100,7 @@ def evaluate(
         weights: the checkpoint for agreement, where the bundle has not the ``torch`` format.
         module: a network of one's own for agreement, as :func:`dmformer.verify` takes it; this runs its code.
         module_options: arguments of the function or class that makes it; otherwise those of the export.
+        weights_key: which of several sets of weights in that file; ``.`` is its top level.
         skip_unreadable: leave images out that cannot be read, and name them in the report; otherwise the first one ends
             the work.
         stage: told about each step.
@@ -114,9 +116,8 @@ def evaluate(
     chosen, skipped = select(opened, runtimes, precisions)
     measure = measure_of(manifest.model.task, manifest.class_count)
     images = measure.images(Path(data), manifest.preprocessing, manifest.model.classes)
-    checkpoint, reason = _reference(
-        opened, images, Path(weights) if weights is not None else None, OwnModule.of(module, module_options)
-    )
+    source = ReferenceSource.of(weights, OwnModule.of(module, module_options), weights_key)
+    checkpoint, reason = _reference(opened, images, source)
     if reason:
         skipped.append(f"agreement with PyTorch: {reason}")
     names = [*(["PyTorch"] if checkpoint else []), *(choice.title for choice in chosen)]
@@ -216,17 +217,15 @@ def _result(choice: Choice, score: RunningScore) -> EvalResult:
     )
 
 
-def _reference(
-    bundle: Bundle, images: ImageSet, weights: Path | None, module: OwnModule | None
-) -> tuple[Checkpoint | None, str | None]:
+def _reference(bundle: Bundle, images: ImageSet, source: ReferenceSource) -> tuple[Checkpoint | None, str | None]:
     """What agreement is measured with, or why there is nothing; without either nothing could be measured."""
-    if weights is None and module is None and not bundle.artifacts("torch"):
+    if not source.is_given and not bundle.artifacts("torch"):
         reason = "the bundle has no torch format; give the checkpoint, or export the format torch as well"
     else:
         try:
-            return reference_checkpoint(bundle, weights, module), None
+            return reference_checkpoint(bundle, *source), None
         except UnavailableError as error:
-            if not images.labelled or weights is not None:
+            if not images.labelled or source.weights is not None:
                 raise
             reason = str(error)
     if not images.labelled:

@@ -15,6 +15,7 @@ operators, the rounding with them). Here each operator is a graph of its own.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -270,7 +271,7 @@ def _operators() -> dict[str, Operator]:
         "BatchNormalization": lambda x, a: F.batch_norm(x[0], x[3], x[4], x[1], x[2], eps=a.get("epsilon", 1e-5)),
         "Concat": lambda x, a: torch.cat(x, dim=a["axis"]),
         "Conv": _conv,
-        "Flatten": lambda x, a: x[0].flatten(a.get("axis", 1)),
+        "Flatten": lambda x, a: x[0].reshape(math.prod(x[0].shape[: a.get("axis", 1)]), -1),
         "Gelu": lambda x, a: F.gelu(x[0], approximate=a.get("approximate", b"none").decode()),
         "Gemm": _gemm,
         "GlobalAveragePool": lambda x, _: x[0].mean(tuple(range(2, x[0].ndim)), keepdim=True),
@@ -335,6 +336,12 @@ def round_layers_(model: nn.Module, emulation: Emulation) -> None:
 
     modules = dict(model.named_modules())
     layers = {name: modules[name] for name in emulation.modules}
+    without = [name for name, layer in layers.items() if not isinstance(getattr(layer, "weight", None), torch.Tensor)]
+    if emulation.precision == "int8" and without:
+        raise StageFailed(
+            f"precision int8: the convolution in module {without[0]!r} has no weight of that module's own; expected a "
+            "torch.nn.Conv2d, or `precisions` without int8"
+        )
     with torch.no_grad():
         if emulation.precision == "fp16":
             unrounded = {modules[_module(node)] for node in emulation.exact if "/" in node and _module(node) in modules}

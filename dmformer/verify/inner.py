@@ -42,7 +42,7 @@ from dmformer.verify.reference import in_double, torch_outputs
 from dmformer.verify.report import PYTORCH, Check
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from numpy.typing import NDArray
     from onnx import ModelProto
@@ -75,6 +75,8 @@ class ModuleTruth:
                 errors[name] = largest_difference(single.pop(name), in_float64)
                 self.truth[name] = in_float64.astype(np.float32)
 
+        for name in _unaffected(model, single, rows):
+            single.pop(name)
         _watch_layers(in_double(model), rows.astype(np.float64), measure)
         if not self.truth:
             raise StageFailed("no layer of the network gives one tensor; expected some that can be compared")
@@ -83,11 +85,7 @@ class ModuleTruth:
         self._weighted = {
             name for name in self.truth if next(modules[name].parameters(recurse=False), None) is not None
         }
-        self._fused_after = {
-            name: following
-            for name, following in itertools.pairwise(self.truth)
-            if type(modules[following]).__name__ in ("BatchNorm2d", "LayerScale")
-        }
+        self._following = dict(itertools.pairwise(self.truth))
 
     def check(self, runtime: Callable[[tuple[str, ...]], Runtime]) -> Check | str:
         """Compare the layers of an artifact in float32 with the network's; or say why they cannot be compared.
@@ -100,21 +98,24 @@ class ModuleTruth:
             with plain:
                 tensors = self._tensors(plain.inspect().inner_tensors())
             shown = set(tensors.values())
-            shown |= {module for module, after in self._fused_after.items() if after in shown}
-            if not shown or len(self._weighted & shown) < _LEAST_SHOWN * len(self._weighted):
-                return f"layers in {plain.name}: {len(shown)} of {len(self.truth)} can be seen"
+            shown |= {following for module, following in self._following.items() if module in shown}
+            if self._is_too_little(shown):
+                return self._too_few(plain, len(set(tensors.values())))
             with runtime(tuple(tensors)) as opened:
                 (name,) = (spec.name for spec in opened.inputs)
-                answered = opened.run_rows({name: self.rows}, opened.batches[0])
+                answered = opened.run_rows({name: self.rows})
         except UnavailableError as error:
             return f"layers in {plain.name}: {error}"
         except DMFormerError as error:
             return Check.of("layers", plain.name, "fp32", len(self.rows), Comparison(False, reason=str(error)))
         distances, scaled = self._distances(tensors, answered)
+        seen = distances.keys() | {module for module in tensors.values() if self._following.get(module) in distances}
+        if self._is_too_little(seen):
+            return self._too_few(plain, len(seen))
         folded = self._folded(distances, scaled)
         distances = {module: distance for module, distance in distances.items() if module not in folded}
         if not distances:
-            return f"layers in {plain.name}: 0 of {len(self.truth)} can be seen"
+            return self._too_few(plain, 0)
         left_out = f"; {len(folded)} layers have a scale folded into them" if folded else ""
         return _check_each(
             ("layers", plain.name, "fp32", len(self.rows), PYTORCH),
@@ -124,16 +125,15 @@ class ModuleTruth:
             f"float32 noise of module {{}} in PyTorch, {len(self.rows)} images{left_out}",
         )
 
-    def _tensors(self, inner: frozenset[str]) -> dict[str, str]:
-        """The module that each tensor stands for.
+    def _is_too_little(self, shown: Collection[str]) -> bool:
+        return not shown or len(self._weighted & set(shown)) < _LEAST_SHOWN * len(self._weighted)
 
-        The exporter and the simplifier fold a norm or a layer scale into the convolution before it, whose tensor then
-        stands for that.
-        """
-        found = {name: module for name in sorted(inner) if (module := module_path(name)) in self.truth}
-        shown = set(found.values())
-        fused = {module: after for module, after in self._fused_after.items() if after not in shown}
-        return {name: fused.get(module, module) for name, module in found.items()}
+    def _too_few(self, runtime: Runtime, seen: int) -> str:
+        return f"layers in {runtime.name}: {seen} of {len(self.truth)} can be seen"
+
+    def _tensors(self, inner: frozenset[str]) -> dict[str, str]:
+        """Return the module that each tensor is called after."""
+        return {name: module for name in sorted(inner) if (module := module_path(name)) in self.truth}
 
     def _distances(
         self, tensors: Mapping[str, str], answered: Mapping[str, NDArray[Any]]
@@ -142,17 +142,28 @@ class ModuleTruth:
 
         A layer of several operators has several tensors, of which one is what it gives: the nearest to the truth among
         those of its shape. A layer without one, whose tensors have other shapes, is left out.
+
+        The exporter and the simplifier fold what is linear (a norm, a layer scale) into the convolution before it,
+        whose tensor then stands for the layer that follows, which has none of its own.
         """
         found: dict[str, float] = {}
         scaled: set[str] = set()
+        shown = set(tensors.values())
         for tensor, module in tensors.items():
-            truth, array, limit = self.truth[module], answered[tensor], self.limits[module]
-            if array.shape == truth.shape and array.dtype.kind == "f":
-                distance = largest_difference(array, truth)
-                if module not in found or not found[module] <= distance:
-                    found[module] = distance
-                if not distance <= limit and _is_scaled(array, truth, limit):
-                    scaled.add(module)
+            array = answered[tensor]
+            following = self._following.get(module)
+            candidates = [module] if following is None or following in shown else [module, following]
+            fitting = [one for one in candidates if array.shape == self.truth[one].shape and array.dtype.kind == "f"]
+            if not fitting:
+                continue
+            far = {one: largest_difference(array, self.truth[one]) for one in fitting}
+            multiples = [one for one in fitting if _is_scaled(array, self.truth[one], self.limits[one])]
+            right = [one for one in fitting if far[one] <= self.limits[one]]
+            for one in right or [*multiples, *fitting][:1]:
+                if one not in found or not found[one] <= far[one]:
+                    found[one] = far[one]
+            if not right:
+                scaled.update(multiples[:1])
         return {module: found[module] for module in self.truth if module in found}, scaled
 
     def _folded(self, distances: Mapping[str, float], scaled: set[str]) -> set[str]:
@@ -198,6 +209,18 @@ def _layer_outputs(model: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[An
 
     _watch_layers(model, rows, keep)
     return {name: output for name, output in found.items() if name not in repeated}
+
+
+def _unaffected(model: nn.Module, answered: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> set[str]:
+    """Name the layers that answer alike whatever the image is, which a file holds as constants."""
+    found: set[str] = set()
+
+    def compare(name: str, output: NDArray[Any]) -> None:
+        if name in answered and np.array_equal(output, answered[name]):
+            found.add(name)
+
+    _watch_layers(model, 1 - rows, compare)
+    return found
 
 
 def _watch_layers(model: nn.Module, rows: NDArray[Any], watch: Callable[[str, NDArray[Any]], None]) -> None:
@@ -258,13 +281,13 @@ def check_reduced(
         emulation = replace(
             emulation, peaks={name: max(peak, emulation.peaks.get(name, 0.0)) for name, peak in peaks.items()}
         )
-    outputs: dict[str, NDArray[Any]] = {}
-    shown: dict[str, NDArray[Any]] = {}
-    for name, array in literal(reduced, {input_name(reduced): golden.inputs}):
-        if name in golden.outputs:
-            outputs[name] = array
-        is_map = array.ndim == 4 and len(array) == len(golden.inputs)
-        shown[name] = array[list(FIRST_AND_LAST)] if is_map else array
+    # Only of rows that run by themselves is it known which part of an inner tensor is theirs.
+    ends, shown = list(FIRST_AND_LAST), dict(literal(reduced, {input_name(reduced): golden.first_and_last}))
+    between = np.delete(golden.inputs, ends, axis=0)
+    outputs = {name: shown[name] for name in golden.outputs}
+    if len(between):
+        rest = graph_outputs(reduced, literal(reduced, {input_name(reduced): between}))
+        outputs = {name: np.concatenate([array[:1], rest[name], array[1:]]) for name, array in outputs.items()}
     tensors = check_tensors(float32, emulation, golden.first_and_last, shown)
     round_layers_(form, emulation)
     completed = _completed(golden, precision, outputs, form)
@@ -304,7 +327,7 @@ def check_tensors(
         float32: the graph that the file was made from.
         emulation: of the file.
         rows: the first and the last of the golden images, (2, C, H, W).
-        shown: every tensor that the file makes of the golden images, executed literally; of maps these rows alone.
+        shown: every tensor that the file makes of them, executed literally.
     """
     inputs, precision = {input_name(float32): rows}, emulation.precision
     peaks: dict[str, float] = {}
@@ -315,8 +338,7 @@ def check_tensors(
         peaks[name], errors[name] = largest_value(truth), largest_difference(rounded, truth)
         array = shown.get(name)
         if array is not None and array.dtype.kind == "f":  # of shapes and positions it has nothing to reduce
-            same_rows = array if array.shape == truth.shape else array[list(FIRST_AND_LAST)]
-            distances[name] = largest_difference(same_rows, truth)
+            distances[name] = largest_difference(array, truth)
     nodes = {name: node.name for node in float32.graph.node for name in node.output}
     return _check_each(
         ("tensors", "onnxruntime", precision, len(rows), "onnx fp32"),

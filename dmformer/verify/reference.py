@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,6 @@ from dmformer.verify.answers import batch_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -43,7 +43,7 @@ class OwnModule(NamedTuple):
     """A network of one's own, as :func:`dmformer.models.own.load_own` takes it; importing it runs its code.
 
     Attributes:
-        module: ``FILE.py:NAME``, ``package.module:NAME`` or an ``nn.Module``.
+        module: ``FILE.py:NAME``, ``package.module:NAME``, an ``nn.Module`` or a ``torch.export`` program's path.
         options: arguments that it is made with; otherwise those in the manifest.
     """
 
@@ -62,7 +62,39 @@ class OwnModule(NamedTuple):
         return None if module is None else cls(module, options)
 
 
-def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule | None = None) -> Checkpoint:
+class ReferenceSource(NamedTuple):
+    """What a bundle is compared with, beside what is in it; the arguments of :func:`reference_checkpoint`.
+
+    Attributes:
+        weights: a checkpoint file.
+        module: a network of one's own.
+        weights_key: which of several sets of weights in the file.
+    """
+
+    weights: Path | None = None
+    module: OwnModule | None = None
+    weights_key: str | None = None
+
+    @classmethod
+    def of(cls, weights: str | Path | None, module: OwnModule | None, weights_key: str | None) -> ReferenceSource:
+        """Return what three arguments of a function ask for.
+
+        Raises:
+            UsageError: there is a key, and no file that it is for.
+        """
+        if weights_key is not None and weights is None:
+            raise UsageError("`weights_key` without `weights`; expected the file that it is for as well")
+        return cls(None if weights is None else Path(weights), module, weights_key)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything to compare with."""
+        return self.weights is not None or self.module is not None
+
+
+def reference_checkpoint(
+    bundle: Bundle, weights: Path | None, module: OwnModule | None = None, weights_key: str | None = None
+) -> Checkpoint:
     """Load a checkpoint file, a network of one's own, or the checkpoint in the bundle's ``torch`` format.
 
     Raises:
@@ -74,10 +106,13 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
     from dmformer.models.checkpoint import load_checkpoint
     from dmformer.models.dmformer import FEATURES_ONLY
     from dmformer.models.infer import HIDDEN_FIELDS
+    from dmformer.models.program import is_program
 
+    if module is None and weights is not None and is_program(weights):
+        module, weights = OwnModule(weights, None), None
     origin = bundle.manifest.model.module
     if module is not None:
-        return _own_checkpoint(bundle, weights, module)
+        return _own_checkpoint(bundle, weights, module, weights_key)
     if origin is not None:
         raise UsageError(
             f"the bundle's network is {origin.reference}, and its code is not in the bundle; expected `module` as "
@@ -90,7 +125,9 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
         # be compared otherwise.
         fallback = {name: config[name] for name in HIDDEN_FIELDS if name in config}
         key_map = bundle.manifest.model.key_map
-        checkpoint = load_checkpoint(weights, options=options, fallback=fallback, key_map=key_map)
+        checkpoint = load_checkpoint(
+            weights, options=options, fallback=fallback, weights_key=weights_key, key_map=key_map
+        )
         ours = checkpoint.config.to_dict()
         for field in ("task", "in_channels", "num_classes"):
             if ours[field] != config.get(field):
@@ -109,7 +146,7 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
     )
 
 
-def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule) -> Checkpoint:
+def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule, weights_key: str | None) -> Checkpoint:
     from dmformer.models.own import load_own
     from dmformer.models.recognise import recognised
 
@@ -119,7 +156,7 @@ def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule) -> Che
     if not isinstance(own.module, str):
         options = None  # it is made already
     size, seed = manifest.preprocessing.image_size, manifest.model.seed or 0
-    checkpoint = load_own(own.module, options, weights, size, seed).checkpoint
+    checkpoint = load_own(own.module, options, weights, size, seed, weights_key).checkpoint
     return recognised(checkpoint) if origin is None else checkpoint
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from dmformer._optional import require
@@ -32,8 +33,17 @@ def to_openvino(source: ConversionSource, folder: Path) -> Converted:
             _name_by_position(model)
             ov.save_model(model, str(path), compress_to_fp16=False)
     except Exception as error:  # names that are no text, too
-        raise StageFailed(f"conversion to OpenVINO failed: {first_line(error)}") from error
+        raise StageFailed(f"conversion to OpenVINO failed: {_cause(error)}") from error
     return Converted((path, path.with_suffix(".bin")), versions("openvino"))
+
+
+def _cause(error: Exception) -> str:
+    """Return the line that says why a node was refused, which OpenVINO puts after places in its own source."""
+    node = re.search(r"validating ONNX node '<Node\((\w+)\): ([^>]*)>'", str(error))
+    if node is None:
+        return first_line(error)
+    reason = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("Summary", "--"))][-1]
+    return f"{node[1]} {node[2]}: {reason.strip()}"
 
 
 def _name_by_position(model: Any) -> None:

@@ -204,21 +204,25 @@ class _Quantizer:
             quantized = onnx_file.read(self.quantize([name for names in self.blocks.values() for name in names]))
             advance()
             exact = opened.enter_context(OnnxRuntime(self.source.onnx, taps=taps))
-            probe = _add_errors(model, list(made), self.source.scratch / "int8-probe.onnx")
-            erring = opened.enter_context(OnnxRuntime(probe))
+            erring: OnnxRuntime | None = None
             alone: dict[str, OnnxRuntime] = {}
             answers: list[NDArray[Any]] = []
             squares: dict[str, list[float]] = {block: [] for block in borders}
             for batch in images.batches(measure.batch):
                 known = {INPUT_NAME: batch} | exact.run({INPUT_NAME: batch})
                 answers.append(_coarse(known))
-                nothing = {_error_of(name): np.zeros([1] * known[name].ndim, np.float32) for name in made}
+                ranks = {name: known[name].ndim for name in made if known[name].dtype == np.float32}
+                nothing = {_error_of(name): np.zeros([1] * rank, np.float32) for name, rank in ranks.items()}
+                if erring is None:
+                    probe = _add_errors(model, ranks, self.source.scratch / "int8-probe.onnx")
+                    erring = opened.enter_context(OnnxRuntime(probe))
                 for block, border in borders.items():
                     if block not in alone:
                         part = self._part(quantized, border, known, f"int8-block-{len(alone)}")
                         alone[block] = opened.enter_context(OnnxRuntime(part, precision="int8"))
                     given = {name: known[name] for name in border.inputs}
-                    errors = {_error_of(name): array - known[name] for name, array in alone[block].run(given).items()}
+                    part_answers = alone[block].run(given).items()
+                    errors = {_error_of(name): array - known[name] for name, array in part_answers if name in ranks}
                     wrong = _coarse(erring.run({INPUT_NAME: batch} | nothing | errors))
                     squares[block].append(float(np.sum((wrong - answers[-1]) ** 2)))
                     advance()
@@ -274,17 +278,17 @@ def _error_of(tensor: str) -> str:
     return f"{tensor}_error"
 
 
-def _add_errors(model: ModelProto, tensors: Sequence[str], destination: Path) -> Path:
-    """Write the graph, which is changed, with an input for each tensor named, which is added to it."""
+def _add_errors(model: ModelProto, ranks: Mapping[str, int], destination: Path) -> Path:
+    """Write the graph, which is changed, with an input for each tensor whose rank is given, which is added to it."""
     onnx = require("onnx", extra="export", purpose="precision int8")
     producers = {name: node for node in model.graph.node for name in node.output}
-    for name in tensors:
+    for name, rank in ranks.items():
         node, exact = producers[name], f"{name}_exact"
         position = list(model.graph.node).index(node)
         node.output[list(node.output).index(name)] = exact
         added = onnx.helper.make_node("Add", [exact, _error_of(name)], [name], f"{name}/Add")
         model.graph.node.insert(position + 1, added)
-        sides = [f"{name}_{axis}" for axis in range(4)]
+        sides = [f"{name}_{axis}" for axis in range(rank)]
         model.graph.input.append(onnx.helper.make_tensor_value_info(_error_of(name), onnx.TensorProto.FLOAT, sides))
     destination.write_bytes(model.SerializeToString())
     return destination

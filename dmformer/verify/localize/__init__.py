@@ -39,7 +39,7 @@ from dmformer.verify.localize.nodes import (
     graph_nodes,
     parting_at_once,
 )
-from dmformer.verify.reference import form_in, reference_checkpoint
+from dmformer.verify.reference import ReferenceSource, form_in, reference_checkpoint
 from dmformer.verify.report import Finding
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def localize(
     folder: Path,
     stage: Progress,
     module: OwnModule | None = None,
+    weights_key: str | None = None,
 ) -> ParityReport:
     """Add a finding to a report for each artifact that failed, or a sentence why there is none.
 
@@ -83,6 +84,7 @@ def localize(
         folder: where cases are written, one folder each; it is created where there is something to write.
         stage: told about each step.
         module: a network of one's own, where the bundle is of one.
+        weights_key: which of several sets of weights in the checkpoint.
     """
     failed: dict[tuple[str, str], list[Check]] = {}
     for check in report.checks:
@@ -97,7 +99,7 @@ def localize(
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
         try:
             with stage("the graph that is trusted"):
-                trusted = _trusted(bundle, weights, module, Path(scratch))
+                trusted = _trusted(bundle, ReferenceSource(weights, module, weights_key), Path(scratch))
         except Exception as error:  # noqa: BLE001 - files under suspicion break parsers in ways of their own
             skipped.append(f"bisection: {first_line(error)}")
             failed = {}
@@ -137,7 +139,7 @@ class Trusted:
         return part
 
 
-def _trusted(bundle: Bundle, weights: Path | None, module: OwnModule | None, scratch: Path) -> Trusted:
+def _trusted(bundle: Bundle, source: ReferenceSource, scratch: Path) -> Trusted:
     """The checkpoint traced anew, or the bundle's float32 ONNX file.
 
     Raises:
@@ -146,8 +148,8 @@ def _trusted(bundle: Bundle, weights: Path | None, module: OwnModule | None, scr
     from dmformer.graph.trace import trace
 
     golden, manifest = bundle.golden(), bundle.manifest
-    if weights is not None or module is not None or bundle.artifacts("torch"):
-        given = reference_checkpoint(bundle, weights, module)
+    if source.is_given or bundle.artifacts("torch"):
+        given = reference_checkpoint(bundle, *source)
         checkpoint = replace(given, preprocessing=manifest.preprocessing, open_size=manifest.open_size)
         path = scratch / "trusted.onnx"
         trace(checkpoint, form_in(bundle, checkpoint.model()), path)
