@@ -208,6 +208,15 @@ def test_onnxruntime_has_float16_on_arm_only(machine: str, has: bool, monkeypatc
     assert kind.support.cannot_compute("int8") is not None
 
 
+@pytest.mark.parametrize(("sets", "has"), [("asimd crc32", False), ("asimd fphp asimdhp", True), ("", True)])
+def test_onnxruntime_has_no_float16_on_older_arm(sets: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime 1.32.0 computed every convolution in float32 on an emulated Cortex-A72."""
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    kind = usable(registry.entry("onnxruntime"))
+    monkeypatch.setattr("dmformer.runtimes.onnxruntime.instructions", lambda: frozenset(sets.split()))
+    assert (kind.support.cannot_compute("fp16") is None) is has
+
+
 @pytest.mark.parametrize(("capabilities", "has"), [(["FP32", "FP16"], True), (["FP32", "INT8", "BF16"], False)])
 def test_openvino_has_float16_where_its_plugin_says_so(
     capabilities: list[str], has: bool, monkeypatch: pytest.MonkeyPatch

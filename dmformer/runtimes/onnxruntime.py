@@ -16,7 +16,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import StageFailed
-from dmformer.machine import give_memory_back
+from dmformer.machine import give_memory_back, instructions
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
 from dmformer.runtimes.onnx_weights import refer_to_weights
@@ -56,8 +56,9 @@ class OnnxSupport(Support):
         return Availability(True, ort.__version__)
 
     def cannot_compute(self, precision: str) -> str | None:
-        """Say that float16 convolutions exist on Arm only, and those in int8 need quantised outputs as well."""
-        if precision == "fp16" and platform.machine().lower() not in ("aarch64", "arm64"):
+        """Say that float16 convolutions need Arm with float16, and those in int8 quantised outputs as well."""
+        sets, arm = instructions(), platform.machine().lower() in ("aarch64", "arm64")
+        if precision == "fp16" and (not arm or ("asimd" in sets and "asimdhp" not in sets)):  # as on a Cortex-A72
             return "onnxruntime's CPU provider has no float16 convolutions on this processor, and computes in float32"
         if precision == "int8":
             return (
