@@ -129,7 +129,7 @@ def changed_numbers(data: bytes, generator: random.Random) -> bytes:
 
 
 def mutator(kind: str, data: bytes) -> Callable[[random.Random], bytes]:
-    """What makes a mutant of a file, by kind: ``graph``, ``onnx`` and ``numbers`` know the file, the others change bytes."""
+    """What makes a mutant of a file: ``graph``, ``onnx`` and ``numbers`` know what it is, other kinds change bytes."""
     if kind == "graph":
         return lambda generator: changed_graph(data, generator)
     if kind == "numbers":

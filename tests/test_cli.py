@@ -198,7 +198,7 @@ def test_export_without_the_deploy_form_leaves_the_norms(inline: Cli, made: Made
     run = inline("export", "--no-deploy-form", "--format", "all", "--output", "b")
     assert run.code == 0, run.err
     made_of_all = [artifact.format for artifact in open_bundle(tmp_path / "b").manifest.artifacts]
-    assert made_of_all == ["torch", "onnx", "openvino"]
+    assert made_of_all == ["torch", "onnx", "openvino", "ncnn"]
     norms = [
         sum(node.op_type == "BatchNormalization" for node in onnx.load(folder / "onnx/fp32/model.onnx").graph.node)
         for folder in (made.bundle, tmp_path / "b")

@@ -8,7 +8,6 @@ ONNX file, and writes the size of the input beside its name.
 
 from __future__ import annotations
 
-import struct
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -44,7 +43,8 @@ _WITHOUT_VALUES = frozenset(
      "Input", "Interp", "MatMul", "Noop", "Padding", "Permute", "PixelShuffle", "Pooling", "ReLU", "Reduction",
      "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Squeeze", "Swish", "TanH", "UnaryOp")
 )  # fmt: skip
-_TYPES = {0: (4, "float32"), 0x01306B47: (2, "float16")}  # how weights begin, and the bytes of each value
+FLOAT16 = b"\x47\x6b\x30\x01"
+_TYPES = {bytes(4): (4, "float32"), FLOAT16: (2, "float16")}  # how weights begin, and the bytes of each value
 # Each is set, whatever its default is in the installed version.
 _REDUCING = ("fp16_packed", "fp16_storage", "fp16_arithmetic")
 _NEVER = ("bf16_packed", "bf16_storage", "int8_packed", "int8_storage", "int8_arithmetic", "int8_inference")
@@ -144,9 +144,9 @@ def locate_weights(layers: Sequence[NcnnLayer], data: bytes) -> list[Weights]:
         outputs, bias, count = (layer.number(place) for place in _WEIGHTS[layer.operator])
         if outputs < 1 or count < 1 or at + 4 > len(data):
             raise ValueError(f"layer {layer.name} has {outputs} outputs and {count} weights from byte {at} on")
-        (begins,) = struct.unpack_from("<I", data, at)
+        begins = data[at : at + 4]
         if begins not in _TYPES:
-            raise ValueError(f"the weights of layer {layer.name} begin with {begins:#x}; expected float32 or float16")
+            raise ValueError(f"the weights of layer {layer.name} begin with {begins!r}; expected float32 or float16")
         size, dtype = _TYPES[begins]
         found.append(Weights(layer, at + 4, at + 4 + count * size, dtype))
         at += 4 + (count * size + 3) // 4 * 4 + (4 * outputs if bias else 0)

@@ -17,10 +17,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dmformer.errors import StageFailed, UnavailableError, UsageError, first_line
 from dmformer.export.formats import Converted, versions
 from dmformer.runtimes.inspector import module_path
-from dmformer.runtimes.ncnn import FEATURE_MASK, IN_FLOAT32, NcnnLayer, locate_weights, read_param, write_param
+from dmformer.runtimes.ncnn import (
+    FEATURE_MASK,
+    FLOAT16,
+    IN_FLOAT32,
+    NcnnLayer,
+    Weights,
+    locate_weights,
+    read_param,
+    write_param,
+)
 from dmformer.runtimes.onnx_weights import Field, fields, read_varint
 from dmformer.task import STRIDES
 
@@ -102,8 +113,7 @@ def to_ncnn(source: ConversionSource, folder: Path) -> Converted:
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
         shutil.copyfile(onnx, Path(scratch) / "model.onnx")  # it writes beside what it reads
         shapes = [f"inputshape{number or ''}={size}" for number, size in zip(("", 2), sizes, strict=False)]
-        half = f"fp16={int(source.precision == 'fp16')}"
-        _run([program, "model.onnx", *shapes, half], scratch)
+        _run([program, "model.onnx", *shapes, "fp16=0"], scratch)
         try:
             layers = read_param((Path(scratch) / "model.ncnn.param").read_text("ascii"))
             data = (Path(scratch) / "model.ncnn.bin").read_bytes()
@@ -114,6 +124,8 @@ def to_ncnn(source: ConversionSource, folder: Path) -> Converted:
     named = [_renamed(layer, names, shape) for layer in layers]
     if source.precision == "fp16":
         named = [_kept(layer, source.kept_in_fp32) for layer in named]
+        in_float32 = {layer.name for layer in named if layer.number(FEATURE_MASK)}
+        data = _in_half(data, [weights for weights in located if weights.layer.name not in in_float32])
     path = folder / "model.param"
     path.write_text(write_param(named), encoding="ascii")
     path.with_suffix(".bin").write_bytes(data)
@@ -230,6 +242,16 @@ def _renamed(layer: NcnnLayer, names: Mapping[str, str], shape: Sequence[int | N
         return layer
     sizes = {at: str(size) for at, size in enumerate((shape[3], shape[2], shape[1])) if size is not None}
     return replace(layer, parameters=sizes)
+
+
+def _in_half(data: bytes, located: Sequence[Weights]) -> bytes:
+    """Return the values of a ``.bin`` with some weights in float16, rounded to the nearest; pnnx would cut them off."""
+    parts, at = [], 0
+    for weights in located:
+        values = np.frombuffer(data[weights.first : weights.last], np.float32).astype(np.float16).tobytes()
+        parts += [data[at : weights.first - len(FLOAT16)], FLOAT16, values, bytes(-len(values) % len(FLOAT16))]
+        at = weights.last
+    return b"".join([*parts, data[at:]])
 
 
 def _kept(layer: NcnnLayer, kept: Collection[str]) -> NcnnLayer:
