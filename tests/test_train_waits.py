@@ -81,7 +81,7 @@ def test_a_process_of_the_run_that_ends_without_a_word_ends_the_others() -> None
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    first, _ = (
+    first, second = (
         subprocess.Popen(
             [sys.executable, "-c", PEER], env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True
         )
@@ -90,7 +90,7 @@ def test_a_process_of_the_run_that_ends_without_a_word_ends_the_others() -> None
     said, _ = first.communicate(timeout=120)
     assert said.startswith("a process of the run does not answer: ")
     assert said.endswith("expected 2 processes that live and reach each other: its own message says why it ended\n")
-    assert _.wait(60) == 0
+    assert second.wait(60) == 0
 
 
 def test_the_average_of_a_short_run_has_learnt() -> None:
