@@ -14,7 +14,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from dmformer.errors import UnavailableError
-from dmformer.process import Limited
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,8 +44,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """
     switch_telemetry_off()
     try:
-        with Limited(f"importing {module}"):
-            return importlib.import_module(module)
+        return importlib.import_module(module)
     except (ImportError, OSError) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and "." not in missing:  # else it is a part of something that is there

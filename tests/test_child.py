@@ -224,6 +224,20 @@ def test_a_failure_comes_back_as_it_was_raised(kind: type[DMFormerError]) -> Non
     assert type(caught.value) is kind
 
 
+def echo(order: dict[int, str]) -> dict[int, str]:
+    if 0 in order:
+        raise StageFailed(order[0])
+    return order
+
+
+@pytest.mark.usefixtures("importable")
+def test_names_that_are_no_utf8_come_and_go_as_they_are() -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    assert call("tests.test_child:echo", {1: name}, dict[int, str], 60) == {1: name}
+    with pytest.raises(StageFailed, match=f"^{name}$"):
+        call("tests.test_child:echo", {0: name}, dict[int, str], 60)
+
+
 @pytest.mark.usefixtures("importable")
 def test_an_order_of_another_type_is_refused() -> None:
     with pytest.raises(StageFailed, match=r"the process failed: msgspec\.ValidationError: Expected `array`"):

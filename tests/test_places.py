@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dmformer import procfs
+from dmformer import bench, procfs, verify
 from dmformer.bundle.integrity import check_integrity
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.writer import check_destination
 from dmformer.cache import open_cache
+from dmformer.commands import _present
+from dmformer.commands._options import check_report_target, json_to_output
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
-from dmformer.files import indented_json, whole_file
+from dmformer.files import indented_json, utf8_path, whole_file
+from dmformer.runtimes import registry
 from dmformer.runtimes.support import Availability, Support
 from dmformer.verify.api import _broken_engines
 from tests.bundles import one_line
@@ -117,6 +121,51 @@ def test_names_that_are_no_utf8_are_escaped() -> None:
     assert indented_json({"image": "caf\udce9.png", "é": ("a\udcff",)}) == (
         b'{\n  "image": "caf\\\\xe9.png",\n  "\xc3\xa9": [\n    "a\\\\xff"\n  ]\n}\n'
     )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such names")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
+def test_a_bundle_in_a_folder_that_is_no_utf8_is_timed_and_asked(bundle: Path, tmp_path: Path, runtime: str) -> None:
+    moved = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(bundle, moved)
+    if not open_bundle(moved).artifacts(registry.entry(runtime).format):
+        pytest.skip("the bundle has no such format")
+    assert verify(moved, runtimes=[runtime]).passed
+    (row,) = bench(moved, runtimes=[runtime], rounds=1, duration_s=0.05, brief=True).results
+    assert row.timed, row.reason
+
+
+def test_a_path_of_utf8_leads_to_the_same_file(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xe9")
+    folder.mkdir()
+    (folder / "a").write_bytes(b"content")
+    path = utf8_path(folder / "a")
+    assert (str(path).encode(), path.read_bytes()) == (os.fsencode(path), b"content")
+    assert utf8_path(tmp_path / "é") == tmp_path / "é"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_that_nobody_reads_is_not_waited_for_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(_present, "READER_S", 0.2)
+    with pytest.raises(StageFailed, match="is a pipe that nobody reads; waited 0 s"):
+        _present.write_report(pipe, b"report")
+    monkeypatch.setattr(_present, "READER_S", 60)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    _present.write_report(pipe, b"report" * 5_000)
+    assert reader.communicate(timeout=60)[0] == b"report" * 5_000
+
+
+def test_json_without_a_file_goes_to_standard_output(tmp_path: Path) -> None:
+    packed = str(tmp_path / "b.dmf")
+    for arguments in (["inspect", "--json"], ["inspect", "--json", str(tmp_path)], ["inspect", "--json", packed]):
+        assert json_to_output(arguments) == [*arguments[:2], "-", *arguments[2:]]
+    assert json_to_output(["doctor", "--json", "--debug"]) == ["doctor", "--json", "-", "--debug"]
+    for arguments in (["doctor", "--json", "-"], ["doctor", "--json", "report.json", "bundle"], ["doctor"]):
+        assert json_to_output(arguments) == arguments
+    with pytest.raises(UsageError, match="and no bundle"):
+        check_report_target(packed)
 
 
 def test_without_a_home_there_is_no_cache_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

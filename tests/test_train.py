@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from dmformer.data.images import load_pixels
-from dmformer.errors import UsageError
+from dmformer.errors import StageFailed, UsageError
 from dmformer.models.checkpoint import load_checkpoint
 from dmformer.train.api import find_start, initial_network, train
 from dmformer.train.images import StepSampler
@@ -231,6 +232,34 @@ def test_resuming_with_other_images_is_refused(colours: Path, trained: Path, tmp
     (tmp_path / "other" / "train" / "red" / "0.png").rename(tmp_path / "other" / "train" / "red" / "new.png")
     with pytest.raises(UsageError, match=r"data \(SHA-256 of its names\) is"):
         train(tmp_path / "other", trained, small(), resume=True)
+
+
+def test_resuming_with_the_same_names_and_other_contents_is_refused(
+    colours: Path, trained: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(colours, tmp_path / "other")
+    folder = tmp_path / "other" / "val"
+    shutil.copy(folder / "red" / "0.png", folder / "blue" / "0.png")
+    with pytest.raises(UsageError, match=r"`resume`: data \(sum of its files' SHA-256\) is '[0-9a-f]{64}', was"):
+        train(tmp_path / "other", trained, small(), resume=True)
+
+
+def test_a_disk_that_is_full_at_the_last_write_loses_nothing(
+    colours: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(path: Path, _: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dmformer.train.api.save_checkpoint", write_half)
+    with pytest.raises(StageFailed, match=r"model\.safetensors' could not be written: No space left on device$"):
+        train(colours, tmp_path / "run", small())
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_file()) == ["last.pt", "log.jsonl"]
+    monkeypatch.undo()
+    train(colours, tmp_path / "run", small(), resume=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
 class Dangerous:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +58,40 @@ def test_shared_memory_is_looked_at_before_the_first_step(monkeypatch: pytest.Mo
         runs.Run.check_shared_memory(part_of_a_run())
     runs.Run.check_shared_memory(part_of_a_run(plan=SimpleNamespace(part=8)))
     runs.Run.check_shared_memory(part_of_a_run(recipe=Recipe(workers=0)))
+
+
+PEER = """
+import os, sys
+from dmformer.errors import StageFailed
+from dmformer.train.processes import join_processes
+try:
+    with join_processes("cpu") as group:
+        group.wait()
+        if group.rank == 1:
+            os._exit(0)  # without a word
+        group.wait()
+except StageFailed as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_process_of_the_run_that_ends_without_a_word_ends_the_others() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", PEER], env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    )
+    said, _ = first.communicate(timeout=120)
+    assert said.startswith("a process of the run does not answer: ")
+    assert said.endswith("expected 2 processes that live and reach each other: its own message says why it ended\n")
+    assert second.communicate(timeout=60)[0] == ""
+    assert (first.returncode, second.returncode) == (0, 0)
 
 
 def test_the_average_of_a_short_run_has_learnt() -> None:
