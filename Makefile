@@ -4,13 +4,14 @@
 # make test-fast   what needs no export and no process of its own: for each save of a file
 # make test-slow   recipes, whole exports and benches of faults, the README's commands, another environment
 # make test-older  what computes in int8, as a processor with AVX2 and without VNNI does
+# make test-oldest what a device does, with the oldest releases that pyproject.toml admits
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test test-fast test-slow test-older lint digits scenes picture clean
+.PHONY: install demo test test-fast test-slow test-older test-oldest lint digits scenes picture clean
 
 install: $(VENV)/installed
 
@@ -44,6 +45,10 @@ test-slow: install
 INT8_TESTS := -k 'not emulated' tests/test_processors.py tests/test_saturation.py tests/test_int8.py tests/test_precision_export.py tests/test_precision_parity.py
 test-older: install
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest --numprocesses 2 --dist worksteal $(INT8_TESTS)
+
+test-oldest: install
+	$(BIN)/dmformer export --format onnx --format openvino --output $(DEMO)
+	$(BIN)/python benchmarks/oldest.py $(DEMO)
 
 # Remakes the demonstration checkpoint and its images: about two minutes on two cores.
 digits: install

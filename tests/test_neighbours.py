@@ -153,7 +153,7 @@ def test_a_cache_entry_writes_below_its_root_only(tmp_path: Path, path: str) -> 
 
 @root
 def test_leftovers_and_locks_of_neighbours(shared: Path, tmp_path: Path) -> None:
-    """A folder that looks like a killed export's is neither put in place nor removed; a link is not taken for a lock."""
+    """What looks like a killed export is neither put in place nor removed; a link is not taken for a lock."""
     planted = shared / f".bundle-{'0' * 16}"
     (planted / "old").mkdir(parents=True)
     for path in (planted, planted / "old"):
