@@ -96,7 +96,7 @@ def explain(ended_by: signal.Signals, fault: Fault | None, processor: EmulatedPr
     return f"{said}, which {processor.name} lacks"
 
 
-def locate(
+def locate_fault(
     command: Sequence[str], order: bytes, environment: Mapping[str, str], timeout_s: float, folder: Path
 ) -> Fault | None:
     """Run a command that crashed once more, under QEMU's debugger stub; ``None`` where it does not crash again.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 import dmformer
-from dmformer.device.crash import explain, locate
+from dmformer.device.crash import explain, locate_fault
 from dmformer.device.installation import DEBIAN_PYTHON, Platform, lay_out_debian, temporary_folder
 from dmformer.device.processors import EmulatedProcessor
 from dmformer.errors import StageFailed, UnavailableError, UsageError
@@ -84,7 +84,7 @@ class Machine:
                 raise
             with temporary_folder() as scratch:
                 command = Child.command(function, "", str(scratch / "result.json"), self.interpreter)
-                fault = locate(command, msgspec.json.encode(order), environment, timeout_s, scratch)
+                fault = locate_fault(command, msgspec.json.encode(order), environment, timeout_s, scratch)
             raise StageFailed(explain(error.signal, fault, self.processor)) from error
 
     def _environment(self, packages: Path) -> dict[str, str]:
