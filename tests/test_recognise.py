@@ -291,14 +291,15 @@ def recognised_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a key map, weights under their own names, and a bundle in the formats onnx, openvino and torch."""
 
     def make(folder: Path) -> Path:
+        torch.save({"model": trained(Functional).state_dict()}, folder / "w.pth")
         dmformer.export(
+            folder / "w.pth",
             module=f"{SOURCE}:functional",
             image_size=64,
             formats=("onnx", "openvino", "torch"),
             output=folder / "bundle",
             save_key_map=folder / "map.json",
         )
-        torch.save({"model": trained(Functional).state_dict()}, folder / "w.pth")
         torch.save(trained(Functional, scale=0.1).state_dict(), folder / "others.pth")
         return folder
 
@@ -310,7 +311,7 @@ def test_a_recognised_network_goes_the_way_of_a_dmformer(recognised_export: Path
     model = bundle.manifest.model
     assert model.deploy_form
     assert model.module is None
-    assert model.weights == "module"
+    assert model.weights == "checkpoint"
     assert model.notes[-1].startswith("recognised as DMFormer: ")
     assert model.key_map == read_key_map(recognised_export / "map.json")
     assert {artifact.format for artifact in bundle.manifest.artifacts} == {"onnx", "openvino", "torch"}
