@@ -23,7 +23,7 @@ from dmformer.models.deploy import deploy
 from dmformer.models.dmformer import build_network, outputs_by_name
 from dmformer.models.key_map import read_key_map, write_key_map
 from dmformer.models.own import OwnSpecification, load_own
-from dmformer.models.recognise import recognised
+from dmformer.models.recognise import recognise
 from tests import foreign_dmformers
 from tests.bundles import one_line
 from tests.conftest import made_once
@@ -49,7 +49,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def found(model: nn.Module, size: int = 64) -> Checkpoint:
-    return recognised(load_own(model, image_size=size).checkpoint)
+    return recognise(load_own(model, image_size=size).checkpoint)
 
 
 def difference(one: nn.Module, other: nn.Module, x: torch.Tensor) -> float:

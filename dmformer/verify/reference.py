@@ -108,7 +108,7 @@ def reference_checkpoint(bundle: Bundle, weights: Path | None, module: OwnModule
 
 def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule) -> Checkpoint:
     from dmformer.models.own import load_own
-    from dmformer.models.recognise import recognised
+    from dmformer.models.recognise import recognise
 
     manifest = bundle.manifest
     origin = manifest.model.module
@@ -117,7 +117,7 @@ def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule) -> Che
         options = None  # it is made already
     size, seed = manifest.preprocessing.image_size, manifest.model.seed or 0
     checkpoint = load_own(own.module, options, weights, size, seed).checkpoint
-    return recognised(checkpoint) if origin is None else checkpoint
+    return recognise(checkpoint) if origin is None else checkpoint
 
 
 def form_in(bundle: Bundle, model: nn.Module) -> nn.Module:
