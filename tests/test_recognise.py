@@ -23,7 +23,7 @@ from dmformer.models.deploy import deploy
 from dmformer.models.dmformer import build_network, outputs_by_name
 from dmformer.models.key_map import read_key_map, write_key_map
 from dmformer.models.own import OwnSpecification, load_own
-from dmformer.models.recognise import recognised
+from dmformer.models.recognise import recognise
 from tests import foreign_dmformers
 from tests.bundles import one_line
 from tests.conftest import made_once
@@ -49,7 +49,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def found(model: nn.Module, size: int = 64) -> Checkpoint:
-    return recognised(load_own(model, image_size=size).checkpoint)
+    return recognise(load_own(model, image_size=size).checkpoint)
 
 
 def difference(one: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
@@ -291,14 +291,15 @@ def recognised_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a key map, weights under their own names, and a bundle in the formats onnx, openvino and torch."""
 
     def make(folder: Path) -> Path:
+        torch.save({"model": trained(Functional).state_dict()}, folder / "w.pth")
         dmformer.export(
+            folder / "w.pth",
             module=f"{SOURCE}:functional",
             image_size=64,
             formats=("onnx", "openvino", "torch"),
             output=folder / "bundle",
             save_key_map=folder / "map.json",
         )
-        torch.save({"model": trained(Functional).state_dict()}, folder / "w.pth")
         torch.save(trained(Functional, scale=0.1).state_dict(), folder / "others.pth")
         return folder
 
@@ -310,7 +311,7 @@ def test_a_recognised_network_goes_the_way_of_a_dmformer(recognised_export: Path
     model = bundle.manifest.model
     assert model.deploy_form
     assert model.module is None
-    assert model.weights == "module"
+    assert model.weights == "checkpoint"
     assert model.notes[-1].startswith("recognised as DMFormer: ")
     assert model.key_map == read_key_map(recognised_export / "map.json")
     assert {artifact.format for artifact in bundle.manifest.artifacts} == {"onnx", "openvino", "torch"}

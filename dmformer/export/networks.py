@@ -24,7 +24,7 @@ from dmformer.models.dmformer import FEATURES_ONLY, DMFormerBackbone, Gate, Laye
 from dmformer.models.key_map import read_key_map
 from dmformer.models.own import load_own
 from dmformer.models.program import is_program
-from dmformer.models.recognise import recognised
+from dmformer.models.recognise import recognise
 from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def find_network(options: ExportOptions) -> Network:
     if module is not None:
         key = options.weights_key
         own_network = load_own(module, options.module_options, path, seed=options.seed, weights_key=key, **given)
-        checkpoint, tasks = recognised(own_network.checkpoint), []
+        checkpoint, tasks = recognise(own_network.checkpoint), []
         if options.save_key_map is not None and checkpoint.key_map is None:
             raise UsageError(f"`save_key_map`: the network was {checkpoint.notes[-1]}; expected a DMFormer")
         weights = "random" if own_network.random else "checkpoint" if options.weights is not None else "module"

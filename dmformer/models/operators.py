@@ -30,7 +30,19 @@ _MOVING = {
 # networks of them that agree on random weights and images agree everywhere.
 _SMOOTH = {
     *("convolution", "addmm", "mm", "bmm", "native_layer_norm", "native_batch_norm"),
-    *("_native_batch_norm_legit_no_training", "relu", "gelu", "erf", "sigmoid", "exp", "mul", "add", "sub", "rsub"),
+    *(
+        "_native_batch_norm_legit_no_training",
+        "_batch_norm_no_update",
+        "relu",
+        "gelu",
+        "erf",
+        "sigmoid",
+        "exp",
+        "mul",
+        "add",
+        "sub",
+        "rsub",
+    ),
     *("div", "pow", "sqrt", "rsqrt", "reciprocal", "neg", "mean", "sum", "var", "var_mean", "square"),
     *("_adaptive_avg_pool2d", "avg_pool2d", "cat", "stack", "slice", "select", "split", "split_with_sizes", "unbind"),
     *("constant_pad_nd", "empty", "zeros", "zeros_like", "empty_like", "fill", "scalar_tensor", "as_strided"),
@@ -101,6 +113,8 @@ class _Recorder(TorchDispatchMode):
             if held and isinstance(result, Tensor):
                 self.copies.append(result)
                 self.names.setdefault(_values(result), next(iter(held.values())))
+        elif operator == "slice" and self._is_weight(result):
+            pass  # all of it, as weight[:, None, None] takes
         elif operator not in _SMOOTH:
             self.foreign.add(operator)
         else:

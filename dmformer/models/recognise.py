@@ -52,7 +52,7 @@ _STRENGTHS = (1.0, 20.0)  # of the images of noise
 _RANGES = {"weight": (0.6, 1.4), "running_var": (0.7, 1.5), "gamma": (0.2, 0.5)}
 
 
-def recognised(checkpoint: Checkpoint) -> Checkpoint:
+def recognise(checkpoint: Checkpoint) -> Checkpoint:
     """Return a network of one's own as the DMFormer that it is, or as it is where it is none; a note says which.
 
     Args:

@@ -148,7 +148,7 @@ def reference_checkpoint(
 
 def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule, weights_key: str | None) -> Checkpoint:
     from dmformer.models.own import load_own
-    from dmformer.models.recognise import recognised
+    from dmformer.models.recognise import recognise
 
     manifest = bundle.manifest
     origin = manifest.model.module
@@ -157,7 +157,7 @@ def _own_checkpoint(bundle: Bundle, weights: Path | None, own: OwnModule, weight
         options = None  # it is made already
     size, seed = manifest.preprocessing.image_size, manifest.model.seed or 0
     checkpoint = load_own(own.module, options, weights, size, seed, weights_key).checkpoint
-    return recognised(checkpoint) if origin is None else checkpoint
+    return recognise(checkpoint) if origin is None else checkpoint
 
 
 def form_in(bundle: Bundle, model: nn.Module) -> nn.Module:
