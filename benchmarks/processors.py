@@ -25,7 +25,7 @@ from dmformer.machine import cpu_model
 from dmformer.verify.report import ParityReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from dmformer.verify.report import Check
 
@@ -41,6 +41,7 @@ HEAD = """# Processors that were asked, by emulation
 Made by `python -m benchmarks.processors`: the golden answers of the demonstrations, asked for by `dmformer verify
 --cpu` under QEMU's user mode. **No device was touched.** A cell has the largest difference from what it was compared
 with, as a share of its limit; *in float32* marks where the engine computes that precision in float32 there and says so.
+
 {not_shown}.
 
 """
@@ -95,7 +96,7 @@ def _section(network: str, reports: Sequence[tuple[Any, Path, ParityReport]]) ->
     for row, _, report in reports:
         cells = [_cell([one for one in report.checks if (one.runtime, one.precision) == column]) for column in columns]
         lines.append(f"| {row.name} | {row.found_in} | {' | '.join(cells)} |")
-    lines += ["", *_reasons(reports), ""]
+    lines += ["", *_reasons(reports), "", "When, and with what:", ""]
     for row, path, report in reports:
         day = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).date()
         engines = ", ".join(one.engine for one in report.replays)
@@ -116,11 +117,9 @@ def _cell(checks: Sequence[Check]) -> str:
     return f"**FAILED** ({', '.join(dict.fromkeys(one.stage for one in failed))}) {text}" if failed else text
 
 
-def _reasons(reports: Sequence[tuple[Any, Path, ParityReport]]) -> Iterator[str]:
-    for *_, report in reports:
-        for check in report.checks:
-            if not check.passed:
-                yield f"- FAILED {check.asked}, against {check.against}: {check.reason}"
+def _reasons(reports: Sequence[tuple[Any, Path, ParityReport]]) -> list[str]:
+    checks = (check for *_, report in reports for check in report.checks if not check.passed)
+    return list(dict.fromkeys(f"- FAILED {one.asked}, against {one.against}: {one.reason}" for one in checks))
 
 
 if __name__ == "__main__":

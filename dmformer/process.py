@@ -246,8 +246,9 @@ class Child:
 
         self._folder = tempfile.TemporaryDirectory(prefix="dmformer-")
         self._result = Path(self._folder.name) / "result.json"
+        python, *arguments = self.command(function, prepare, str(self._result))
         self._process = subprocess.Popen(
-            self.command(function, prepare, str(self._result), interpreter),
+            [*(interpreter or [python]), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -256,7 +257,7 @@ class Child:
         )
 
     @staticmethod
-    def command(function: str, prepare: str, result: str, interpreter: Sequence[str] = ()) -> list[str]:
+    def command(function: str, prepare: str, result: str) -> list[str]:
         """The command that answers a call of a function.
 
         ``python -m`` would look for modules in the working folder first, which is the user's.
@@ -265,7 +266,7 @@ class Child:
             "import sys; sys.path[:1] = [folder for folder in sys.path[:1] if folder]; "
             "from dmformer.process import _answer; _answer(*sys.argv[1:])"
         )
-        return [*(interpreter or [sys.executable]), "-c", code, function, prepare, result]
+        return [sys.executable, "-c", code, function, prepare, result]
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ them, so that QEMU's own ``/proc/PID/maps`` names the library.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _COUNTER = {"aarch64": 32, "x86_64": 16}  # place of the program counter among the registers, of 8 bytes each
 _FATAL = frozenset((signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGTRAP, signal.SIGABRT))
+_SOCKET = "gdb"
+_LISTENING_S = 60.0
 _MOST_BYTES = {"aarch64": 4, "x86_64": 15}  # of an instruction
 _OBJDUMP = {"aarch64": "aarch64", "x86_64": "i386:x86-64"}
 # Arm's Architecture Reference Manual, "A64 instruction set encoding": mask and value of a word, and Linux's name of the
@@ -108,12 +111,13 @@ def locate_fault(
         timeout_s: seconds that it may take.
         folder: for the order and the stub's socket.
     """
-    place, given = folder / "gdb", folder / "order.json"
+    given = folder / "order.json"
     given.write_bytes(order)
     counter = next(where for name, where in _COUNTER.items() if name in Path(command[0]).name)
     with given.open("rb") as stdin:
         process = subprocess.Popen(
-            [command[0], "-g", str(place), *command[1:]],
+            [command[0], "-g", _SOCKET, *command[1:]],
+            cwd=folder,  # a socket's name has 107 bytes at most, the folder's may have more
             stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -121,7 +125,7 @@ def locate_fault(
         )
     try:
         with socket.socket(socket.AF_UNIX) as stub, suppress(OSError, ValueError):
-            _connect(stub, place, process)
+            _connect(stub, folder, process)
             stub.settimeout(timeout_s)
             if not _run_to_the_crash(stub):
                 return None
@@ -137,16 +141,23 @@ def locate_fault(
     return None
 
 
-def _connect(stub: socket.socket, place: Path, process: subprocess.Popen[bytes]) -> None:
-    while True:
-        try:
-            stub.connect(str(place))
-        except OSError:
-            if process.poll() is not None:
-                raise
-            time.sleep(0.05)
-        else:
-            return
+def _connect(stub: socket.socket, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Connect to the stub as soon as it listens.
+
+    Raises:
+        OSError: it did not begin to, or has ended.
+    """
+    begun, opened = time.monotonic(), os.open(folder, os.O_RDONLY)
+    try:
+        while True:
+            try:
+                return stub.connect(f"/proc/self/fd/{opened}/{_SOCKET}")
+            except OSError:
+                if process.poll() is not None or time.monotonic() - begun > _LISTENING_S:
+                    raise
+                time.sleep(0.05)
+    finally:
+        os.close(opened)
 
 
 def _run_to_the_crash(stub: socket.socket) -> bool:

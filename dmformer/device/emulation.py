@@ -83,8 +83,10 @@ class Machine:
             if self.processor is None:
                 raise
             with temporary_folder() as scratch:
-                command = Child.command(function, "", str(scratch / "result.json"), self.interpreter)
-                fault = locate_fault(command, msgspec.json.encode(order), environment, timeout_s, scratch)
+                _, *arguments = Child.command(function, "", str(scratch / "result.json"))
+                fault = locate_fault(
+                    [*self.interpreter, *arguments], msgspec.json.encode(order), environment, timeout_s, scratch
+                )
             raise StageFailed(explain(error.signal, fault, self.processor)) from error
 
     def _environment(self, packages: Path) -> dict[str, str]:
