@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 
-def convert(order: dict[str, Any]) -> None:
+def _convert(order: dict[str, Any]) -> None:
     """Write the ``.tflite`` file."""
     import litert_torch
     import torch
@@ -50,4 +50,4 @@ def _store_in_half(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    convert(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    _convert(json.loads(Path(sys.argv[1]).read_text("utf-8")))
