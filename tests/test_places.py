@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,17 +17,15 @@ from dmformer.bundle.integrity import check_integrity
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.writer import check_destination
 from dmformer.cache import open_cache
-from dmformer.commands import _present
+from dmformer.commands import _present, doctor
 from dmformer.commands._options import check_report_target, json_to_output
+from dmformer.device.doctor import ArtifactStatus
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.files import indented_json, utf8_path, whole_file
 from dmformer.runtimes import registry
 from dmformer.runtimes.support import Availability, Support
 from dmformer.verify.api import _broken_engines
 from tests.bundles import one_line
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ONNX = "onnx/fp32/model.onnx"
 
@@ -155,6 +154,13 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for_for_good(tmp_path: Path, mon
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
     _present.write_report(pipe, b"report" * 5_000)
     assert reader.communicate(timeout=60)[0] == b"report" * 5_000
+
+
+def test_advice_can_be_pasted_into_a_shell() -> None:
+    status = ArtifactStatus(
+        format="openvino", precision="fp32", runtime="openvino", held=False, runs=False, buildable=True
+    )
+    assert doctor._verdict(status, Path("my dir/b")).endswith("dmformer build 'my dir/b' --format openvino")
 
 
 def test_json_without_a_file_goes_to_standard_output(tmp_path: Path) -> None:
