@@ -240,7 +240,7 @@ def _decode_base64(text: str) -> bytes:
 # RFC 8032: a point is its y, little-endian, with the sign of x in the last bit. Those of small order, over which a
 # signature says nothing, have the y of the points of order 1 (1), 2 (-1), 4 (0) and 8.
 _PRIME = 2**255 - 19
-_ORDER_8 = 2707385501144840649318225287225658788936804267575313519463743609750303021422
+_ORDER_8 = 2707385501144840649318225287225658788936804267575313519463743609750303402022
 _SMALL_ORDER = frozenset((0, 1, _PRIME - 1, _ORDER_8, _PRIME - _ORDER_8))
 _DER_PREFIX = bytes.fromhex("302a300506032b6570032100")  # RFC 8410, of every Ed25519 key
 _SIGNATURE_BYTES = 64
