@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from dmformer.export.options import ExportOptions
 
 
+_NOT_CACHED = "the cache is not used for a module: what its code imports and reads is not known"
+
+
 def lively_(model: DMFormerBackbone, seed: int = 0) -> DMFormerBackbone:
     """Overwrite all weights and statistics in place; returns the model in evaluation mode.
 
@@ -147,6 +150,8 @@ def find_network(options: ExportOptions) -> Network:
         key = options.weights_key
         own_network = load_own(module, options.module_options, path, seed=options.seed, weights_key=key, **given)
         checkpoint, tasks = own_network.checkpoint, []
+        if options.module is not None and options.use_cache:
+            checkpoint = replace(checkpoint, notes=(*checkpoint.notes, _NOT_CACHED))
         weights = "random" if own_network.random else "checkpoint" if options.weights is not None else "module"
         seed = options.seed if own_network.random else None
     elif options.weights is not None:

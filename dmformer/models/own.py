@@ -54,7 +54,7 @@ class OwnSpecification:
         sources: where each output is in what the network returns, by the names that it has there.
         blocks: names of the modules that are judged one by one for int8.
         origin: where it came from.
-        template: the network itself, which is copied and never run.
+        _template: the network itself, which is copied and never run; no part of what is encoded.
     """
 
     task: Task
@@ -64,7 +64,7 @@ class OwnSpecification:
     sources: tuple[str, ...]
     blocks: tuple[str, ...]
     origin: ModuleOrigin
-    template: nn.Module = field(repr=False, compare=False)
+    _template: nn.Module = field(repr=False, compare=False)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class OwnSpecification:
 
     def build(self, state: Mapping[str, Tensor]) -> nn.Module:
         """Return a copy of the network with these weights, in evaluation mode, which gives its outputs by name."""
-        model = copy.deepcopy(self.template)
+        model = copy.deepcopy(self._template)
         model.load_state_dict(state)
         names = tuple(zip(self.outputs, self.sources, strict=True))
 
