@@ -381,6 +381,7 @@ def test_the_command_line_takes_a_file(cli: Callable[..., Run], tmp_path: Path) 
     done = cli("export", *asked)
     assert done.code == 0, done.err
     assert "the weights are those that module 'mine.py:build' comes with" in done.err
+    assert "the cache is not used for a module" in done.err
     assert "the usual was assumed" in done.err
     assert "mean 0.485, 0.456, 0.406" in done.err
     assert "images are seen with 32 pixels a side" in done.err

@@ -115,6 +115,16 @@ def test_every_check_holds_without_any_code(program: Path, tmp_path: Path) -> No
     assert "golden" in {check.stage for check in failed.checks if not check.passed}
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_cache_knows_it_by_its_content(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "cache"))
+    first = dmformer.export(program, output=tmp_path / "a")
+    assert not first.manifest.evidence.cached
+    assert dmformer.export(program, output=tmp_path / "b").manifest.evidence.cached
+    other = saved(tmp_path / "other.pt2", Network().eval(), (2, 3, 32, 32))
+    assert not dmformer.export(other, output=tmp_path / "c").manifest.evidence.cached
+
+
 def test_what_it_takes_is_looked_at(tmp_path: Path) -> None:
     model = network()
     fixed = saved(tmp_path / "fixed.pt2", model, (2, 3, 32, 32), batch=False)

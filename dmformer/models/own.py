@@ -16,7 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ class OwnSpecification:
     sources: tuple[str, ...]
     blocks: tuple[str, ...]
     origin: ModuleOrigin
-    template: nn.Module = field(repr=False, compare=False)
+    template: InitVar[nn.Module]
+
+    def __post_init__(self, template: nn.Module) -> None:
+        object.__setattr__(self, "_template", template)  # no field: what is encoded and compared is without it
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -84,7 +87,7 @@ class OwnSpecification:
 
     def build(self, state: Mapping[str, Tensor]) -> nn.Module:
         """Return a copy of the network with these weights, in evaluation mode, which gives its outputs by name."""
-        model = copy.deepcopy(self.template)
+        model: nn.Module = copy.deepcopy(self._template)  # type: ignore[attr-defined]
         model.load_state_dict(state)
         names = tuple(zip(self.outputs, self.sources, strict=True))
 
