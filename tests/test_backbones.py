@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
@@ -104,13 +105,7 @@ STAGE = "resnet.encoder.stages.2.layers.0.layer.1.convolution"
 
 def scale(model: ModelProto) -> None:
     weight = weight_of(model)
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * weight_factor(), weight.name))
-
-
-def weight_factor() -> object:
-    import numpy as np
-
-    return np.float32(1.02)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.02), weight.name))
 
 
 def swap(model: ModelProto) -> None:

@@ -108,8 +108,7 @@ class ModuleTruth:
             return f"layers in {plain.name}: {error}"
         except DMFormerError as error:
             return Check.of("layers", plain.name, "fp32", len(self.rows), Comparison(False, reason=str(error)))
-        distances, scaled = self._distances(tensors, answered)
-        seen = distances.keys() | {module for module in tensors.values() if self._following.get(module) in distances}
+        distances, scaled, seen = self._distances(tensors, answered)
         if self._is_too_little(seen):
             return self._too_few(plain, len(seen))
         folded = self._folded(distances, scaled)
@@ -137,9 +136,10 @@ class ModuleTruth:
 
     def _distances(
         self, tensors: Mapping[str, str], answered: Mapping[str, NDArray[Any]]
-    ) -> tuple[dict[str, float], set[str]]:
-        """How far each layer is from the truth, in the order in which layers run, and which are a multiple of it.
+    ) -> tuple[dict[str, float], set[str], set[str]]:
+        """How far each layer is from the truth, in the order in which layers run; which are a multiple of it; all seen.
 
+        Seen is what a tensor of its shape may stand for, right or wrong: a fault must not pass for a layer unseen.
         A layer of several operators has several tensors, of which one is what it gives: the nearest to the truth among
         those of its shape. A layer without one, whose tensors have other shapes, is left out.
 
@@ -148,6 +148,7 @@ class ModuleTruth:
         """
         found: dict[str, float] = {}
         scaled: set[str] = set()
+        seen: set[str] = set()
         shown = set(tensors.values())
         for tensor, module in tensors.items():
             array = answered[tensor]
@@ -156,6 +157,7 @@ class ModuleTruth:
             fitting = [one for one in candidates if array.shape == self.truth[one].shape and array.dtype.kind == "f"]
             if not fitting:
                 continue
+            seen.update(fitting)
             far = {one: largest_difference(array, self.truth[one]) for one in fitting}
             multiples = [one for one in fitting if _is_scaled(array, self.truth[one], self.limits[one])]
             right = [one for one in fitting if far[one] <= self.limits[one]]
@@ -164,7 +166,7 @@ class ModuleTruth:
                     found[one] = far[one]
             if not right:
                 scaled.update(multiples[:1])
-        return {module: found[module] for module in self.truth if module in found}, scaled
+        return {module: found[module] for module in self.truth if module in found}, scaled, seen
 
     def _folded(self, distances: Mapping[str, float], scaled: set[str]) -> set[str]:
         """Return the layers into which a scale was folded that lies outside of any module, and follows them.
