@@ -74,8 +74,8 @@ def check_installed() -> None:
 
 def _matplotlib() -> Any:
     """Import matplotlib in another folder: it reads a ``matplotlibrc`` in the working folder, whoever put it there."""
-    if "matplotlib" in sys.modules:
-        return sys.modules["matplotlib"]
+    if (imported := sys.modules.get("matplotlib")) is not None:
+        return imported
     here = Path.cwd()
     os.chdir(Path(__file__).parent)
     try:
