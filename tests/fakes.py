@@ -21,6 +21,9 @@ class FakeSupport(Support):
     name = "fake"
     precisions = ("fp32", "fp16")
 
+    def inspect_files(self, files: object, target: object = None) -> None:
+        """There are no files."""
+
     def import_engine(self) -> Availability:
         return Availability(True, "1")
 

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from dmformer.bundle import trust
 from dmformer.bundle.archive import extract
 from dmformer.bundle.golden import parse_golden
-from dmformer.bundle.inspection import inspect_artifact
 from dmformer.bundle.manifest import decode_manifest
 from dmformer.cache import Cache, CacheEntry
 from dmformer.errors import DMFormerError
 from dmformer.files import OpenFile
+from dmformer.runtimes.registry import inspect_artifact
 from dmformer.verify.localize.case import Case, read_case
 
 if TYPE_CHECKING:

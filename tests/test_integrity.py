@@ -14,12 +14,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import dmformer
-from dmformer.bundle.inspection import FIELDS, external_files
 from dmformer.bundle.integrity import check_integrity
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, check_distinct, check_name
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.files import OpenFile
+from dmformer.runtimes.onnx_weights import FIELDS, external_files
 from tests.bundles import adopt, one_line, rewrite
 
 if TYPE_CHECKING:

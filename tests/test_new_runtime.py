@@ -50,6 +50,9 @@ class EvaluatorSupport(Support):
     name = "evaluator"
     package = ("onnx", "onnx/onnx_cpp2py_export")
 
+    def inspect_files(self, files: object, target: object = None) -> None:
+        """Look at nothing."""
+
     def import_engine(self) -> Availability:
         from dmformer._optional import require
 

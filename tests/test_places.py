@@ -191,6 +191,9 @@ def test_an_engine_that_is_installed_and_does_not_load_is_broken(broken: bool) -
     class Engine(Support):
         name = "engine"
 
+        def inspect_files(self, files: object, target: object = None) -> None:
+            """There are no files."""
+
         def import_engine(self) -> Availability:
             raise RuntimeError("Could not determine home directory.") if broken else UnavailableError("not installed")
 

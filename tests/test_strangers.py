@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dmformer import text
-from dmformer.bundle.inspection import inspect_artifact
 from dmformer.bundle.integrity import check_integrity
 from dmformer.bundle.manifest import Tensor, file_entry
 from dmformer.bundle.reader import open_bundle
@@ -21,6 +20,7 @@ from dmformer.bundle.trust import _DER_PREFIX, _ORDER_8, _PRIME, Policy, policy_
 from dmformer.errors import CheckFailed, DMFormerError, UsageError
 from dmformer.files import OpenFile, open_regular
 from dmformer.names import check_name
+from dmformer.runtimes.registry import inspect_artifact
 from dmformer.runtimes.target import Target
 from dmformer.serve.layouts import serve_layout
 from dmformer.verify.localize.case import Case, read_case, run_case, save_case

@@ -93,6 +93,9 @@ class Odd(Support):
     def __init__(self, failure: Exception) -> None:
         self.failure = failure
 
+    def inspect_files(self, files: object, target: object = None) -> None:
+        """There are no files."""
+
     def import_engine(self) -> Availability:
         raise self.failure
 

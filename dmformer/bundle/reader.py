@@ -1,7 +1,8 @@
 """Open bundles, folders and packed files alike: nothing in one is parsed before its hash was checked, but the manifest.
 
 This is the one place that opens bundles, so it is here that the policy of :mod:`dmformer.bundle.trust` is asked, before
-the manifest is parsed. :mod:`dmformer.bundle.inspection` looks into what a bundle holds.
+the manifest is parsed. Each runtime's ``Support`` looks into what a bundle holds
+for it, before its engine does.
 
 A content store (huggingface_hub's cache, DVC, git-annex) keeps a folder of which every file is a link to a blob. Such a
 folder is copied as a packed bundle is unpacked, each file checked on its way, so that no link is followed after that; a
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.archive import extract
 from dmformer.bundle.golden import Golden, parse_golden
-from dmformer.bundle.inspection import inspect_artifact
 from dmformer.bundle.manifest import (
     GOLDEN,
     MANIFEST,
@@ -37,6 +37,7 @@ from dmformer.bundle.trust import MAX_SIGNATURE_BYTES, admit
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.files import OpenFile, hash_pieces, open_regular, read_pieces
 from dmformer.process import announce
+from dmformer.runtimes import registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -160,7 +161,7 @@ class Bundle:
         # Engines look for files of their own beside the one that they are given: a .bin beside an .xml.
         for name in self.unlisted(files[0].path.parent):
             raise CheckFailed(f"{self.root / name} is not listed in the manifest; expected no other files: remove it")
-        inspect_artifact(artifact.format, files, artifact.target)
+        registry.inspect_artifact(artifact.format, files, artifact.target)
 
     def unlisted(self, folder: Path | None = None) -> list[str]:
         """List files and links below a folder, or below the root, that the manifest does not list.

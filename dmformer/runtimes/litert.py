@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed
+from dmformer.errors import StageFailed, UsageError
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, precision_of
 from dmformer.runtimes.support import Availability, Support
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dmformer.files import OpenFile
     from dmformer.runtimes.base import Arrays
+    from dmformer.runtimes.target import Target
 
 _COMPUTING = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL")
 _IDENTIFIER = b"TFL3"  # at byte 4 of a file
@@ -42,6 +44,12 @@ class LiteRtSupport(Support):
     }
     package: ClassVar[tuple[str, ...]] = ("ai_edge_litert", "ai_edge_litert/libpywrap_litert_common")
     reads_onnx: ClassVar[bool] = False
+
+    def inspect_files(self, files: Sequence[OpenFile], target: Target | None = None) -> None:
+        """Check that it begins as a .tflite file does."""
+        del target
+        if files[0].data[4:8] != _IDENTIFIER:
+            raise UsageError(f"{files[0].path} is damaged, or no .tflite file; export it again")
 
     def import_engine(self) -> Availability:
         """Make sure that the interpreter is there."""

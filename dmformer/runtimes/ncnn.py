@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed
+from dmformer.errors import StageFailed, UsageError
 from dmformer.files import utf8_path
 from dmformer.machine import instructions
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dmformer.files import OpenFile
     from dmformer.runtimes.base import Arrays
+    from dmformer.runtimes.target import Target
 
 _MAGIC = "7767517"
 _MOST_LAYERS = 1 << 16
@@ -171,6 +173,18 @@ class NcnnSupport(Support):
     }
     package: ClassVar[tuple[str, ...]] = ("ncnn", "ncnn/ncnn")
     reads_onnx: ClassVar[bool] = False
+
+    def inspect_files(self, files: Sequence[OpenFile], target: Target | None = None) -> None:
+        """Check that both files are there and go together."""
+        del target
+        param = files[0]
+        weights = [file for file in files if file.path == param.path.with_suffix(".bin")]
+        if not weights:
+            raise UsageError(f"{param.path} has no .bin beside it; expected both files: export it again")
+        try:
+            locate_weights(read_param(param.data[:].decode("ascii")), weights[0].data[:])
+        except ValueError as error:
+            raise UsageError(f"{param.path}, or its .bin, is damaged: {error}; export it again") from error
 
     def import_engine(self) -> Availability:
         """Make sure that the package has what runs a network."""

@@ -4,11 +4,17 @@ onnxruntime reads a whole file, parses it into a second copy, and makes a third 
 kept in a file beside the graph ("external data") are mapped instead: dmformer_s peaks at 248 MB instead of 374 MB
 (docs/measurements.md). Nothing says that it has to be another file: the graph made here names the extents of the
 weights in the very file that it came from. Field numbers are those of onnx.proto3.
+
+For the same reason a stranger's ONNX file may lead onnxruntime to any file of the machine. :func:`external_files` tells
+which other files it names, without the onnx package: only the tags of the protocol buffer are walked, along the fields
+that lead to tensors; the weights themselves are skipped.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
+
+from dmformer.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     import mmap
@@ -18,6 +24,26 @@ if TYPE_CHECKING:
 
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_ENTRY = "StringStringEntryProto"
+# For each message of onnx.proto3 the fields that lead to a TensorProto: number, and the message in it.
+FIELDS: dict[str, dict[int, str]] = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {
+        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto", 22: "SparseTensorProto",
+        23: "SparseTensorProto",
+    },
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+    "TensorProto": {13: _ENTRY},
+}  # fmt: skip
+_OPERATOR = 4  # op_type of NodeProto
+_COMPILED = b"EPContext"  # onnxruntime's node for what an execution provider compiled, in another file where it says so
+_MOST_DEPTH = 100  # as protobuf's own parsers
+_MOST_FIELDS = 2_000_000  # seconds of work; a network has some thousands
+_ORT_FORMAT = b"ORTM"  # at byte 4: onnxruntime takes it for a file of its own format, whatever it is called
 
 
 class Field(NamedTuple):
@@ -140,3 +166,48 @@ def refer_to_weights(file: OpenFile) -> bytes | None:
 
     model = rewrite(data, Field(0, 0, 0, len(data)), {_GRAPH: graph})
     return model if referred else None
+
+
+def external_files(file: OpenFile) -> set[str]:
+    """Return the paths of other files that the tensors of an ONNX file name.
+
+    Raises:
+        CheckFailed: it has a node that is compiled code.
+        UsageError: the file is no ONNX file.
+    """
+    data, path = file.data, file.path
+    if not data:
+        raise UsageError(f"{path} is empty; expected an ONNX file")
+    if data[4:8] == _ORT_FORMAT:
+        raise UsageError(f"{path} is of onnxruntime's own format; expected an ONNX file")
+    try:
+        return {location for start, end in _entries(file) for location in _location(data, start, end)}
+    except (ValueError, IndexError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is damaged, or no ONNX file: {error}; export it again") from error
+
+
+def _entries(file: OpenFile) -> Iterator[tuple[int, int]]:
+    """Give start and end of each entry of each tensor's ``external_data``."""
+    data = file.data
+    waiting, seen = [("ModelProto", 0, len(data), 0)], 0
+    while waiting:
+        kind, start, end, depth = waiting.pop()
+        for field, _, first, last in fields(data, start, end):
+            seen += 1
+            inner = FIELDS[kind].get(field)
+            if seen > _MOST_FIELDS or depth > _MOST_DEPTH:
+                raise ValueError(f"more than {_MOST_FIELDS} fields, or {_MOST_DEPTH} messages in one another")
+            if kind == "NodeProto" and field == _OPERATOR and data[first:last] == _COMPILED:
+                raise CheckFailed(f"{file.path}: has a node {_COMPILED.decode()}, compiled code; expected a network")
+            if inner == _ENTRY:
+                yield first, last
+            elif inner is not None:
+                waiting.append((inner, first, last, depth + 1))
+
+
+def _location(data: mmap.mmap | bytes, start: int, end: int) -> set[str]:
+    """Return the value of an entry whose key is ``location``; of a field that comes twice the last counts."""
+    entry = {field: data[first:last].decode() for field, _, first, last in fields(data, start, end)}
+    return {entry.get(2, "")} if entry.get(1) == "location" else set()

@@ -9,17 +9,18 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed
+from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.machine import give_memory_back, instructions
+from dmformer.names import check_name
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
-from dmformer.runtimes.onnx_weights import refer_to_weights
+from dmformer.runtimes.onnx_weights import external_files, refer_to_weights
 from dmformer.runtimes.support import Availability, Support
 from dmformer.task import STRIDES
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dmformer.files import OpenFile
     from dmformer.runtimes.base import Arrays
+    from dmformer.runtimes.target import Target
 
 _PROVIDER = "CPUExecutionProvider"
 _FATAL_ONLY = 4  # errors are raised as well, and told once
@@ -47,6 +50,24 @@ class OnnxSupport(Support):
     name = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     package: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxruntime/capi/onnxruntime_pybind11_state")
+
+    def inspect_files(self, files: Sequence[OpenFile], target: Target | None = None) -> None:
+        """Check that every file in which tensors are kept is one of the artifact's."""
+        del target
+        main, *others = files
+        beside = {file.path for file in others}
+        for location in sorted(external_files(main)):
+            try:
+                check_name(location)
+            except UsageError:
+                inside = False
+            else:
+                inside = main.path.parent.joinpath(*PurePosixPath(location).parts) in beside
+            if not inside:
+                raise CheckFailed(
+                    f"{main.path}: keeps weights in {location!r}, which is no file of this artifact in the manifest; "
+                    "expected its weights inside"
+                )
 
     def import_engine(self) -> Availability:
         """Refuse builds for other devices, which may lack the CPU provider."""

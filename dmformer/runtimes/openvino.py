@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import StageFailed
+from dmformer.errors import StageFailed, UsageError
 from dmformer.files import utf8_path
 from dmformer.machine import instructions, max_isa, without_vnni
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, freed_here_alone, symbolic
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from dmformer.files import OpenFile
     from dmformer.runtimes.base import Arrays
+    from dmformer.runtimes.target import Target
 
 
 _DEVICE = "CPU"
@@ -36,6 +38,9 @@ _PRECISION_HINT = {"fp32": "f32", "fp16": "f16", "int8": "f32"}  # of what is fl
 # weights: nano 0.75 of the time for 10 MB and 0.2 s, DMFormer-S 0.96 for 150 MB and 1.1 s. docs/measurements.md
 _FIXED_SIZES = 4
 FIXED_MOST_BYTES = 32 << 20  # of weights
+
+
+_IR = re.compile(rb"(\xef\xbb\xbf)?\s*<(\?xml|net)[\s>]")
 
 
 def _import() -> Any:
@@ -65,6 +70,12 @@ class OpenVinoSupport(Support):
     package: ClassVar[tuple[str, ...]] = ("openvino", "openvino/_pyopenvino", "openvino/libs/*_cpu_plugin.*")
     # docs.openvino.ai, system requirements
     instructions: ClassVar[Mapping[str, tuple[str, ...]]] = {"x86_64": ("sse4_2",), "aarch64": ("asimd",)}
+
+    def inspect_files(self, files: Sequence[OpenFile], target: Target | None = None) -> None:
+        """Check that the first file is XML: OpenVINO takes ONNX and other formats too, whatever they are called."""
+        del target
+        if not _IR.match(files[0].data[:4096]):
+            raise UsageError(f"{files[0].path} is damaged, or no OpenVINO IR; expected XML: export it again")
 
     def import_engine(self) -> Availability:
         """Load the CPU plugin as well, which is a library of its own."""

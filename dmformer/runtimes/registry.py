@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 from dmformer.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dmformer.files import OpenFile
     from dmformer.runtimes.base import Runtime
     from dmformer.runtimes.support import Support
+    from dmformer.runtimes.target import Target
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,23 @@ def adapter(row: RuntimeEntry) -> type[Runtime]:
 def support(row: RuntimeEntry) -> Support:
     """Return what tells what the runtime can do on this machine."""
     return adapter(row).support
+
+
+def inspect_artifact(format_name: str, files: Sequence[OpenFile], target: Target | None = None) -> None:
+    """Look into the files of an artifact before an engine or a server does.
+
+    Args:
+        format_name: of the artifact; one that no runtime of this version reads is not looked into.
+        files: all of an artifact, the one to load first.
+        target: what the artifact is tied to, where it is compiled.
+
+    Raises:
+        CheckFailed: a file leads to one that is not among them, or contradicts the target.
+        UsageError: a file is of another format, or damaged.
+    """
+    row = reader_of(format_name)
+    if row is not None:
+        support(row).inspect_files(files, target)
 
 
 def available_adapter(row: RuntimeEntry) -> type[Runtime]:

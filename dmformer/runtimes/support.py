@@ -27,8 +27,9 @@ from dmformer.machine import instructions
 from dmformer.process import Limited
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from dmformer.files import OpenFile
     from dmformer.runtimes.target import Target
 
 _LIBRARY = re.compile(r"\.(so|pyd|dylib|dll)(\.[\w.]+)?$")
@@ -75,6 +76,22 @@ class Support(ABC):
     @abstractmethod
     def import_engine(self) -> Availability:
         """Import the engine and say what it offers; may raise whatever an engine that is half installed raises."""
+
+    @abstractmethod
+    def inspect_files(self, files: Sequence[OpenFile], target: Target | None = None) -> None:
+        """Check, without the engine, that files are of the format that the runtime reads, and lead it to no other file.
+
+        Engines choose by content or by name what they take a file for, and read further files that it names or that lie
+        beside it. So this looks at the content, whatever a file is called.
+
+        Args:
+            files: all of an artifact, the one to load first.
+            target: what the artifact is tied to, where it is compiled.
+
+        Raises:
+            CheckFailed: a file leads to one that is not among them, or contradicts the target.
+            UsageError: a file is of another format, or damaged.
+        """
 
     def probe(self) -> Availability:
         """Return whether the engine is installed and loads here. Does not raise."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from dmformer.errors import StageFailed, UnavailableError, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.cuda import Buffer, Session, driver_missing, find_gpu
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dmformer.files import OpenFile
     from dmformer.runtimes.base import Arrays
     from dmformer.runtimes.target import Target
 
@@ -54,6 +55,11 @@ class TensorRtSupport(Support):
     cannot_replay: ClassVar[str | None] = (
         "TensorRT needs an NVIDIA GPU, which cannot be emulated; verify it on the device"
     )
+
+    def inspect_files(self, files: Sequence[OpenFile], target: Target | None = None) -> None:
+        """Check what the plan says of itself against the manifest."""
+        if target is not None and (wrong := contradiction(files[0].data, target)):
+            raise CheckFailed(f"{files[0].path}: {wrong}; expected the plan that the manifest describes")
 
     def import_engine(self) -> Availability:
         """Import a flavour, and look for a GPU that it is for."""

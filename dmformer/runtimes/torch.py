@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 import numpy as np
 
 from dmformer._optional import require
-from dmformer.errors import CheckFailed
+from dmformer.errors import CheckFailed, UsageError, first_line
 from dmformer.runtimes.base import Details, Runtime, TensorSpec
 from dmformer.runtimes.inspector import Inspector, Kernel, precision_of
 from dmformer.runtimes.support import Availability, Support
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from dmformer.files import OpenFile
     from dmformer.models.checkpoint import Checkpoint
     from dmformer.runtimes.base import Arrays
+    from dmformer.runtimes.target import Target
+
+
+_MOST_HEADER_BYTES = 100 << 20  # of safetensors, as its own parser has it
 
 
 def _import() -> Any:
@@ -36,6 +42,21 @@ class TorchSupport(Support):
     name = "torch"
     package: ClassVar[tuple[str, ...]] = ("torch", "torch/_C", "torch/lib/*torch_cpu.*")
     cannot_replay: ClassVar[str | None] = "PyTorch is what the answers are compared with, and not installed on devices"
+
+    def inspect_files(self, files: Sequence[OpenFile], target: Target | None = None) -> None:
+        """Check that it is safetensors: checkpoints come as pickles and as lists of other files as well."""
+        del target
+        main = files[0]
+        length = int.from_bytes(main.data[:8], "little")
+        reason = f"a header of {length} bytes in a file of {main.bytes}"
+        if 2 <= length <= min(_MOST_HEADER_BYTES, main.bytes - 8):
+            try:
+                msgspec.json.decode(main.data[8 : 8 + length], type=dict[str, msgspec.Raw])
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                reason = first_line(error)
+            else:
+                return
+        raise UsageError(f"{main.path} is damaged, or no .safetensors file: {reason}; export it again")
 
     def import_engine(self) -> Availability:
         """Take any PyTorch: each has its CPU."""

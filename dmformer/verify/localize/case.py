@@ -15,7 +15,6 @@ import numpy as np
 from msgspec import Struct
 
 from dmformer.bundle.golden import read_arrays
-from dmformer.bundle.inspection import inspect_artifact
 from dmformer.bundle.manifest import FileEntry
 from dmformer.bundle.reader import locate
 from dmformer.bundle.select import saturation_risk
@@ -119,7 +118,7 @@ def run_case(folder: Path) -> ParityReport:
     row = registry.entry(case.runtime)
     files = tuple(_open_saved(folder, entry) for entry in case.files)
     # A cut out of an ONNX file is one, whichever engine is to run it.
-    inspect_artifact("onnx" if files[0].path.suffix == ".onnx" else row.format, files)
+    registry.inspect_artifact("onnx" if files[0].path.suffix == ".onnx" else row.format, files)
     expected = {name.removeprefix("expected/"): array for name, array in arrays.items() if name.startswith("expected/")}
     answered = _answer(case, files, {name.removeprefix("inputs/"): array for name, array in arrays.items()}, expected)
     checks = []
