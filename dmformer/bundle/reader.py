@@ -1,8 +1,7 @@
 """Open bundles, folders and packed files alike: nothing in one is parsed before its hash was checked, but the manifest.
 
 This is the one place that opens bundles, so it is here that the policy of :mod:`dmformer.bundle.trust` is asked, before
-the manifest is parsed. Each runtime's ``Support`` looks into what a bundle holds
-for it, before its engine does.
+the manifest is parsed. Each runtime's ``Support`` looks into what a bundle holds for it, before its engine does.
 
 A content store (huggingface_hub's cache, DVC, git-annex) keeps a folder of which every file is a link to a blob. Such a
 folder is copied as a packed bundle is unpacked, each file checked on its way, so that no link is followed after that; a
