@@ -423,7 +423,7 @@ def onnx_model() -> bytes:
 
 
 KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "TorchScript": (torchscript, "is TorchScript, which is code; expected a state dict, torch.save(model.state_dict()"),
+    "TorchScript": (torchscript, "is TorchScript, which is code; expected a state dict: torch.save(model.state_dict()"),
     "torch.export": (lambda: archive(m__archive_format=b"pt2"), "is a program of torch.export, which is a network by"),
     "ONNX": (onnx_model, "is an ONNX model; expected a state dict"),
     "Keras": (lambda: archive(**{"model.weights.h5": b"x"}), "is a Keras model"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from dmformer.errors import UnavailableError
 from dmformer.export.formats import is_compiled
 from dmformer.runtimes import registry
 from dmformer.runtimes.inspector import describe_layers, is_compute, precision_of, shortfall
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from torch import nn
 
     from dmformer.export.precisions import PrecisionFile, PrecisionSource
     from dmformer.models.checkpoint import Checkpoint
@@ -51,25 +53,41 @@ class Artifacts:
         return self._made[precision]
 
     def path(self, row: registry.RuntimeEntry, precision: str) -> Path:
-        from dmformer.export.formats import ConversionSource, convert
+        from dmformer.export.formats import ConversionSource, check_convertible, convert
+        from dmformer.export.options import EngineOptions
 
+        try:
+            check_convertible(row, EngineOptions())
+        except UnavailableError as error:
+            pytest.skip(str(error))
         folder = self.source.scratch / row.format / precision
         if not folder.exists():
+            file = self.made(precision)
+            source = ConversionSource(
+                file.onnx,
+                precision,
+                self.checkpoint,
+                float32=self.source.onnx,
+                kept_in_fp32=tuple(file.kept_in_fp32),
+                form=self.form,
+            )
             folder.mkdir(parents=True)
-            convert(row, ConversionSource(self.made(precision).onnx, precision, self.checkpoint), folder)
+            convert(row, source, folder)
         return min(folder.iterdir(), key=lambda path: path.suffix == ".bin")  # weights beside a graph come after it
 
     def runtime(self, row: registry.RuntimeEntry, precision: str) -> Runtime:
         return usable(row)(self.path(row, precision), threads=1, precision=precision)
 
+    def form(self) -> nn.Module:
+        from dmformer.models.deploy import deploy
+
+        return deploy(self.checkpoint.model())
+
     def count(self, row: registry.RuntimeEntry) -> int:
         """How many convolutions and linear layers the network has in the form that a runtime gets."""
         from torch import nn
 
-        from dmformer.models.deploy import deploy
-
-        model = self.checkpoint.model()
-        form = model if row.format == "torch" else deploy(model)
+        form = self.checkpoint.model() if row.format == "torch" else self.form()
         return sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in form.modules())
 
 

@@ -457,7 +457,7 @@ def test_reduced_precisions_are_proven_pixel_by_pixel(segmentation_reduced: Expo
         ({"task": "features", "precisions": ["int8"]}, "features have no accuracy"),
         ({"task": "features", "precisions": ["AUTO"]}, "features have no accuracy"),
         ({"task": "features", "calibration": SEGMENTATION_CHECKPOINT.parent}, "features have no accuracy"),
-        ({"open_size": True, "formats": ["trt"]}, "tensorrt with open height and width, where its engines"),
+        ({"open_size": True, "formats": ["trt"]}, "tensorrt with open height and width, where its files"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_all_formats_of_an_open_size_are_those_that_take_it(tmp_path: Path) -> N
     from dmformer.export.run import plan_export
 
     plan = plan_export(ExportOptions(task="segmentation", open_size=True, formats=["all"], output=tmp_path / "b"))
-    assert set(plan.formats) == {"torch", "onnx", "openvino"}
+    assert set(plan.formats) == {"torch", "onnx", "openvino", "ncnn"}
     assert [reason for reason in plan.not_made if reason.startswith("tensorrt: format tensorrt with open height")]
 
 

@@ -28,13 +28,8 @@ if TYPE_CHECKING:
     from dmformer.export.options import ExportOptions
 
 _WHOLE = "the whole export"
-_NO_INPUT = (
-    "output",
-    "force",
-    "use_cache",
-    "stage",
-    "save_key_map",
-)  # options that change nothing in a bundle whose checks held
+# Options that change nothing in a bundle whose checks held.
+_NO_INPUT = ("output", "force", "use_cache", "stage", "save_key_map")
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,10 @@ def key_of(cache: Cache, options: ExportOptions) -> str:
     """Stands for an export by its options, files by their content.
 
     Empty where something cannot be read, which the export itself tells, where an engine is asked for, which depends on
-    drivers and devices, or a network of one's own, of whose code nobody knows what it imports and reads.
+    drivers and devices, where a network of one's own is exported, of whose code nobody knows what it imports and reads,
+    and where a key map is to be written, which a bundle is without.
     """
-    if options.module is not None:
+    if options.module is not None or options.save_key_map is not None:
         return ""
     given: dict[str, Any] = {
         field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _NO_INPUT

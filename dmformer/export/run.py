@@ -83,7 +83,7 @@ def run_export(options: ExportOptions, announce: Callable[[ExportPlan], object] 
     announce(plan)
     plan.check_possible()
     checkpoint = plan.network.checkpoint
-    if checkpoint.config.origin is not None:
+    if options.module is not None and checkpoint.config.origin is not None:
         cache = Cache()  # what the code of a network of one's own imports and reads is not known: no key stands for it
     if options.save_key_map is not None and checkpoint.key_map is not None:
         from dmformer.models.key_map import write_key_map
