@@ -83,6 +83,7 @@ def test_real_kernels_are_of_the_network(exported: ExportResult, runtime: str) -
     assert min(found.operators.values()) >= 0
 
 
+@pytest.mark.slow
 def test_a_run_has_profiles_where_they_were_asked_for(exported: ExportResult) -> None:
     found = dmformer.bench(
         exported.output, runtimes=["ort"], modes=["compute", "end-to-end", "throughput"], duration_s=0.03, rounds=1,

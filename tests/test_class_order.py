@@ -88,6 +88,7 @@ def numbered_from_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_export_and_eval_say_so(
     unnamed: Path, numbered_from_1: Path, tmp_path: Path, inline: Callable[..., Run]
 ) -> None:

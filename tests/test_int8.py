@@ -157,6 +157,7 @@ def test_int8_beyond_any_budget_fails(source: PrecisionSource) -> None:
     assert len(said) == 5
 
 
+@pytest.mark.slow
 def test_int8_does_not_depend_on_the_process(few_images: Path, reduced: ExportResult, tmp_path: Path) -> None:
     """Another process, hash seed and folder; fp16 on the way."""
     script = (

@@ -285,6 +285,7 @@ def own_exported(tmp_path_factory: pytest.TempPathFactory, few_images: Path) -> 
     return made_once(tmp_path_factory, "own_exported", make)
 
 
+@pytest.mark.slow
 def test_every_check_holds_at_every_precision(own_exported: ExportResult) -> None:
     assert own_exported.parity.passed
     checks = {(check.stage, check.runtime, check.precision) for check in own_exported.parity.checks}
@@ -297,6 +298,7 @@ def test_every_check_holds_at_every_precision(own_exported: ExportResult) -> Non
     assert "by ONNX's reference implementation" in tensors.limit_source
 
 
+@pytest.mark.slow
 def test_the_manifest_says_where_it_came_from(own_exported: ExportResult) -> None:
     model = own_exported.manifest.model
     assert (model.arch, model.task, model.weights, model.deploy_form) == (
@@ -310,6 +312,7 @@ def test_the_manifest_says_where_it_came_from(own_exported: ExportResult) -> Non
     assert {"patch_embed2", "block2.1"} <= set(int8.sensitivity)
 
 
+@pytest.mark.slow
 def test_a_scale_that_was_folded_is_told_from_a_fault(own_exported: ExportResult) -> None:
     (layers,) = [c for c in own_exported.parity.checks if (c.stage, c.runtime) == ("layers", "onnxruntime") and c.limit]
     assert layers.passed
@@ -321,6 +324,7 @@ def weights_of(bundle: Path) -> Path:
 
 
 @pytest.mark.parametrize("runtime", ["ort", "ov"])
+@pytest.mark.slow
 def test_verify_compares_with_the_network(own_exported: ExportResult, runtime: str) -> None:
     bundle = own_exported.output
     weights = weights_of(bundle)
@@ -349,6 +353,7 @@ def with_fault(own_exported: ExportResult, folder: Path, channels: slice) -> Pat
 
 
 @pytest.mark.parametrize("channels", [slice(None), slice(0, 1)])
+@pytest.mark.slow
 def test_a_fault_is_found_in_its_own_module(own_exported: ExportResult, tmp_path: Path, channels: slice) -> None:
     bundle, own = with_fault(own_exported, tmp_path, channels), f"{SOURCE}:OwnDMFormer"
     report = dmformer.verify(bundle, runtimes=["ort"], module=own, weights=weights_of(own_exported.output))
@@ -357,6 +362,7 @@ def test_a_fault_is_found_in_its_own_module(own_exported: ExportResult, tmp_path
     assert "the first is module block2.1.attn.value: by" in str(layers[0].reason)
 
 
+@pytest.mark.slow
 def test_a_fault_is_bisected_to_its_own_module(own_exported: ExportResult, tmp_path: Path) -> None:
     bundle, own = with_fault(own_exported, tmp_path, slice(None)), OwnModule(f"{SOURCE}:OwnDMFormer", None)
     weights = weights_of(own_exported.output)
@@ -375,6 +381,7 @@ def test_features_have_the_networks_names(tmp_path: Path) -> None:
     assert dmformer.verify(tmp_path / "b").passed
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_file(cli: Callable[..., Run], tmp_path: Path) -> None:
     shutil.copy(SOURCE, tmp_path / "mine.py")
     asked = ("--module", "mine.py:build", "--module-option", "num_classes=3", "--image-size", "32", "--output", "b")

@@ -67,6 +67,7 @@ def test_float32_alone_is_not_timed() -> None:
     assert plan_export(ExportOptions()).files[-1] == "reports/parity.json"
 
 
+@pytest.mark.slow
 def test_auto_keeps_the_fastest_of_each_format(
     few_images: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

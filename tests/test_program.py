@@ -126,16 +126,31 @@ def test_the_cache_knows_it_by_its_content(program: Path, tmp_path: Path, monkey
 
 
 def test_what_it_takes_is_looked_at(tmp_path: Path) -> None:
-    model = network()
-    fixed = saved(tmp_path / "fixed.pt2", model, (2, 3, 32, 32), batch=False)
+    apart = saved(tmp_path / "apart.pt2", Apart().eval(), (4, 3, 32, 32), batch=False)
     with pytest.raises(
-        UsageError, match=r"batches of 2 alone; expected an open batch size: torch.export.export\("
+        UsageError, match=r"batches of 4 alone; expected an open batch size: torch.export.export\("
     ) as e:
-        load_program(fixed)
+        load_program(apart)
     one_line(e.value)
     two = saved(tmp_path / "two.pt2", Two(), (2, 3, 32, 32), (2, 3, 32, 32))
     with pytest.raises(UsageError, match="takes 2 inputs; expected one"):
         load_program(two)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_fixed_batch_is_opened(batch: int, tmp_path: Path) -> None:
+    model, images = network(), torch.rand(5, 3, 32, 32)
+    program = load_program(saved(tmp_path / "fixed.pt2", model, (batch, 3, 32, 32), batch=False))
+    with torch.no_grad():
+        torch.testing.assert_close(program.network(images), model(images))
+
+
+class Apart(Network):
+    """Answers with the distance from the mean of its batch, which no image alone has."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)["logits"]
+        return logits - logits.mean(0, keepdim=True)
 
 
 class Two(Network):

@@ -306,6 +306,7 @@ def recognised_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "recognised", make)
 
 
+@pytest.mark.slow
 def test_a_recognised_network_goes_the_way_of_a_dmformer(recognised_export: Path) -> None:
     bundle = open_bundle(recognised_export / "bundle")
     model = bundle.manifest.model

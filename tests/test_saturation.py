@@ -44,6 +44,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without")
+@pytest.mark.slow
 def test_an_export_with_eight_bits_names_the_cause(
     inline: Callable[..., Run], few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:

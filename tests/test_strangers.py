@@ -195,7 +195,10 @@ def test_names_of_tensors_have_a_pattern(name: str) -> None:
 
 
 @pytest.mark.parametrize("change", [("dtype", "int4"), ("precision", "int4")])
-@pytest.mark.parametrize("command", ["inspect", "predict", "verify", "bench", "serve-layout", "doctor", "build"])
+@pytest.mark.parametrize(
+    "command",
+    ["inspect", "predict", "verify", pytest.param("bench", marks=pytest.mark.slow), "serve-layout", "doctor", "build"],
+)
 def test_types_that_are_not_there_are_no_defect(
     inline: Callable[..., Run], bundle: Path, command: str, change: tuple[str, str]
 ) -> None:

@@ -132,6 +132,7 @@ def test_upernet_at_an_open_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_upernet_at_an_open_size_in_float16(tmp_path: Path) -> None:
     """Its graph compares and counts as well: truths and positions are tensors too, and one is as long as the batch."""
     options = {"num_classes": 5, "decoder_widths": [16], "depths": [1, 1, 1, 1]}
@@ -183,6 +184,7 @@ def test_large_maps_are_thinned_to_every_phase(monkeypatch: pytest.MonkeyPatch, 
     assert thin["flat"].shape == (1, 64)
 
 
+@pytest.mark.slow
 def test_a_thinned_bundle_is_exported_and_verified(
     quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_scenes: Path
 ) -> None:

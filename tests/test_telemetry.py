@@ -65,6 +65,7 @@ OPENED = re.compile(r'\b(openat|open|creat|mkdir|mkdirat)\((?:AT_FDCWD, )?"([^"]
 
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 @pytest.mark.parametrize("what", ["onnxruntime", "openvino", "torch", "verify", "bench", "doctor", "export"])
+@pytest.mark.slow
 def test_a_command_and_its_children_call_nobody_and_write_nowhere_else(made: Made, what: str, tmp_path: Path) -> None:
     assert STRACE is not None
     trace, home = tmp_path / "trace", tmp_path / "home"

@@ -21,6 +21,7 @@ import torch
 
 from dmformer.errors import UsageError, first_line
 from dmformer.models.checkpoint_file import title_of
+from dmformer.models.dmformer import outputs_by_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +43,7 @@ _EXPRESSION = re.compile(
 )
 _IMPORTS = ("__enum__", "default_factory_module")  # in the description of what it returns: Python would import modules
 _WITHOUT_PICKLES = "expected tensors and operators of PyTorch's alone, which nothing has to be run for"
+_SAME = 1e-4  # of the largest answer: sums of float32 in another order
 _OPEN_BATCH = "torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
 
 
@@ -76,7 +78,7 @@ def load_program(path: Path) -> Program:
 
     Raises:
         UsageError: it cannot be read, holds more than tensors and operators of PyTorch's own, takes something else than
-            one batch of images, or leaves no batch size open.
+            one batch of images, or cannot take batches of another size.
     """
     title = title_of(path)
     try:
@@ -86,7 +88,8 @@ def load_program(path: Path) -> Program:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(io.BytesIO(safe))
-            network = torch.export.unflatten(program)
+            batch, channels, image_size = _input(program, title)
+            network = _opened(program, batch, channels, image_size, title) if batch else torch.export.unflatten(program)
     except UsageError:
         raise
     except Exception as error:  # damaged bytes raise whatever the code that they reach raises
@@ -95,7 +98,6 @@ def load_program(path: Path) -> Program:
             f"({first_line(error)[:200]}); expected one that gives tensors, tuples or dictionaries, saved by "
             "torch.export.save of this version or one before it"
         ) from error
-    channels, image_size = _input(program, title)
     for module in network.modules():
         graph, graph_module = getattr(module, "graph", None), getattr(module, "graph_module", None)
         if isinstance(graph, torch.fx.Graph):
@@ -105,6 +107,58 @@ def load_program(path: Path) -> Program:
         if graph_module is not None:
             graph_module.meta.clear()
     return Program(network, channels, image_size)
+
+
+def _opened(program: ExportedProgram, batch: int, channels: int, image_size: int | None, title: str) -> torch.nn.Module:
+    """Return the network of a program for one batch size, with the batch open: ``torch.export`` fixes it unless told.
+
+    Shapes that the program computes to, and that begin with a multiple of its batch, take their first side from the
+    other sides instead. That this is the same network is seen by asking both.
+
+    Raises:
+        UsageError: it is not, or cannot be asked with other batches.
+    """
+    fixed, size = program.module(), image_size or 64
+    images = torch.rand((2 * batch + 1, channels, size, size), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        parts = [fixed(images[:batch]), fixed(images[batch : 2 * batch])]
+    from_images = {node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs}
+    for node in program.graph.nodes:
+        shape = getattr(node.meta.get("val"), "shape", ())
+        if from_images.intersection(node.all_input_nodes):
+            from_images.add(node)
+            node.args = tuple(_open_shape(one, shape, batch) for one in node.args)
+    network = torch.export.unflatten(program)
+    network.check_input_constraints = False
+    expected = {
+        name: torch.cat([part[name] for part in map(outputs_by_name, parts)]) for name in outputs_by_name(parts[0])
+    }
+    try:
+        with torch.no_grad():
+            whole, alone = (outputs_by_name(network(images[:rows])) for rows in (2 * batch + 1, 1))
+        same = all(
+            len(whole[name]) == len(images)
+            and _is_close(whole[name][: 2 * batch], truth)
+            and _is_close(alone[name], truth[:1])
+            for name, truth in expected.items()
+        )
+    except (RuntimeError, IndexError, TypeError):
+        same = False
+    if not same:
+        raise UsageError(f"{title} takes batches of {batch} alone; expected an open batch size: {_OPEN_BATCH}")
+    return network
+
+
+def _open_shape(argument: Any, shape: tuple[int, ...], batch: int) -> Any:
+    """Return a shape that is the result's with its first side open, where that is a multiple of the batch."""
+    if not isinstance(argument, (list, tuple)) or len(argument) != len(shape) or not shape or shape[0] % batch:
+        return argument
+    same = all(given in (side, -1) for given, side in zip(argument, shape, strict=True))
+    return [-1, *shape[1:]] if same else argument
+
+
+def _is_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    return found.shape == truth.shape and bool((found - truth).abs().max() <= _SAME * truth.abs().max())
 
 
 def _keep_sizes_open(graph: torch.fx.Graph) -> None:
@@ -188,18 +242,16 @@ def _safe_graph(value: Any, title: str) -> Any:
     return safe
 
 
-def _input(program: ExportedProgram, title: str) -> tuple[int, int | None]:
-    """Return channels and size of the one image batch that a program takes."""
+def _input(program: ExportedProgram, title: str) -> tuple[int | None, int, int | None]:
+    """Return size (``None`` where it is open), channels and side of the one image batch that a program takes."""
     names = program.graph_signature.user_inputs
     given = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     shapes = [tuple(one.shape) for one in given if isinstance(one, torch.Tensor)]
     if len(names) != 1 or len(shapes) != 1 or len(shapes[0]) != 4:
         raise UsageError(f"{title} takes {len(names)} inputs; expected one, a batch of images (N, C, H, W)")
     batch, channels, *sides = (side if isinstance(side, int) else None for side in shapes[0])
-    if batch is not None:
-        raise UsageError(f"{title} takes batches of {batch} alone; expected an open batch size: {_OPEN_BATCH}")
     if channels is None or len({*sides}) != 1:
         raise UsageError(
             f"{title} takes images {shapes[0]}; expected as many rows as columns, and channels that are set"
         )
-    return channels, sides[0]
+    return batch, channels, sides[0]
