@@ -319,10 +319,10 @@ def approximate_gelu(_: Path) -> list[Any]:
             if node.op_type == "Gelu":
                 attribute(approximate="tanh")(node, model)
         with tempfile.TemporaryDirectory() as folder:
-            path, runtime.path = runtime.path, Path(folder) / "model.onnx"
+            checked, runtime.path, runtime.files = (runtime.path, runtime.files), Path(folder) / "model.onnx", ()
             onnx.save(model, runtime.path)
             load(runtime)
-            runtime.path = path
+            runtime.path, runtime.files = checked
 
     return [mock.patch.object(OnnxRuntime, "load", wrong)]
 

@@ -156,8 +156,8 @@ def test_a_case_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None:
         ("gone", lambda c: (c / "case.json").unlink(), UsageError, "no case"),
         ("no-json", lambda c: (c / "case.json").write_text("{"), UsageError, "no case"),
         ("no-arrays", lambda c: (c / "case.npz").write_bytes(b"PK"), UsageError, "no case"),
-        ("changed", lambda c: (c / "cut.onnx").write_bytes(b""), CheckFailed, "missing or changed"),
-        ("no-file", lambda c: (c / "cut.onnx").unlink(), CheckFailed, "missing or changed"),
+        ("changed", lambda c: (c / "cut.onnx").write_bytes(b""), CheckFailed, "changed; expected the file"),
+        ("no-file", lambda c: (c / "cut.onnx").unlink(), CheckFailed, "expected the file saved"),
         (
             "outside",
             lambda c: (c / "case.json").write_text(

@@ -277,7 +277,7 @@ class Runtime(ABC):
         # One batch is not copied: all inner tensors of a large image take a gigabyte.
         joined = {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in parts.items()}
         filled = -(-count // size) * size
-        return {name: array[:count] if len(array) == filled else array for name, array in joined.items()}
+        return {name: array[:count] if array.shape[:1] == (filled,) else array for name, array in joined.items()}
 
     def __enter__(self) -> Self:
         if self.precision not in (taken := self.support.precisions):

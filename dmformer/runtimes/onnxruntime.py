@@ -37,7 +37,7 @@ _PROVIDER = "CPUExecutionProvider"
 _FATAL_ONLY = 4  # errors are raised as well, and told once
 _KERNEL = "_kernel_time"  # how the profile marks what is a kernel
 _FOLDER = "session.model_external_initializers_file_folder_path"  # where a model in memory has its files
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+_DTYPES = {"float": "float32", "double": "float64"}  # the others have the names that NumPy gives them
 
 
 def _import() -> Any:
@@ -233,4 +233,5 @@ def _least(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _spec(node: Any) -> TensorSpec:
-    return TensorSpec(node.name, _DTYPES.get(node.type, node.type), symbolic(node.shape))
+    dtype = node.type.removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(node.name, _DTYPES.get(dtype, dtype), symbolic(node.shape))

@@ -210,7 +210,8 @@ def _in_pytorch(model: ModelProto, inputs: Inputs, dtype: torch.dtype, emulation
             if node.name in emulation.layers:
                 given = _reduced(given, emulation, node.name)
             result = None
-            if node.op_type in operators and all(tensor.is_floating_point() for tensor in given):
+            floating = all(tensor.is_floating_point() for tensor in given)
+            if node.op_type in operators and floating and len(node.output) == 1:
                 attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
                 result = operators[node.op_type](given, attributes)
             results = _by_reference(node, given, model, dtype) if result is None else [result]
@@ -232,7 +233,7 @@ def _as(dtype: torch.dtype, array: NDArray[Any]) -> Tensor:
     """Numbers of any precision in one; whole numbers and truth values as they are."""
     import torch
 
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.array(array, order="C"))  # a copy: PyTorch takes no steps backwards
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
