@@ -211,7 +211,7 @@ def test_mutated_models_under_a_hash_that_fits(
         shutil.copytree(LITERT if kind == "tflite" else request.getfixturevalue("with_ncnn"), bundle)
     before = everything(bundle)
     codes, crashed = outcomes(bundle, command, kind, count)
-    assert 1 in codes
+    assert {1, 2} & set(codes)  # what is looked into before the engine gets it is refused as unusable
     for number in crashed[:2]:
         contained(bundle, command, kind, number, cli)
     assert everything(bundle) == before
