@@ -113,14 +113,13 @@ def convert_artifact(work: Work, row: registry.RuntimeEntry, file: PrecisionFile
     """
     folder = work.folder / row.format / file.precision
     folder.mkdir(parents=True, exist_ok=True)
-    float32 = file.onnx if file.precision == "fp32" else work.float32
     source = ConversionSource(
         onnx=file.onnx,
         precision=file.precision,
         checkpoint=work.checkpoint,
         engine=work.engine,
         stage=work.stage,
-        float32=float32,
+        float32=work.float32,
         kept_in_fp32=tuple(file.kept_in_fp32),
         form=work.form,
     )

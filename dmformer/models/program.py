@@ -130,9 +130,8 @@ def _opened(program: ExportedProgram, batch: int, channels: int, image_size: int
             node.args = tuple(_open_shape(one, shape, batch) for one in node.args)
     network = torch.export.unflatten(program)
     network.check_input_constraints = False
-    expected = {
-        name: torch.cat([part[name] for part in map(outputs_by_name, parts)]) for name in outputs_by_name(parts[0])
-    }
+    answers = [outputs_by_name(part) for part in parts]
+    expected = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
     try:
         with torch.no_grad():
             whole, alone = (outputs_by_name(network(images[:rows])) for rows in (2 * batch + 1, 1))

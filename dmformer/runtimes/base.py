@@ -28,6 +28,7 @@ from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UsageError,
 from dmformer.files import OpenFile
 from dmformer.machine import check_threads, usable_cores
 from dmformer.process import Limited, engine_limit_s
+from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -395,6 +396,13 @@ def freed_here_alone(engine: T) -> T:
 def _never_free(copied: object) -> None:
     """Keep a copy in a forked process alive to its very end: freeing it would wait for threads that are not there."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(copied))
+
+
+def smallest_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """Return a small shape: one row; where height and width are open, maps of two by two at the last stage."""
+    return tuple(
+        size if isinstance(size, int) else (1 if axis == 0 else 2 * STRIDES[-1]) for axis, size in enumerate(spec.shape)
+    )
 
 
 def _give_copies_up() -> None:

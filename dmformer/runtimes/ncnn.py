@@ -19,10 +19,9 @@ from dmformer._optional import require
 from dmformer.errors import StageFailed, UsageError
 from dmformer.files import utf8_path
 from dmformer.machine import instructions
-from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.base import Details, Runtime, TensorSpec, smallest_shape, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel
 from dmformer.runtimes.support import Availability, Support
-from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -281,7 +280,7 @@ class NcnnRuntime(Runtime):
     def outputs(self) -> tuple[TensorSpec, ...]:
         """What no layer reads, and the taps; of the shapes that they have for a black image, as ncnn keeps none."""
         if not self._outputs:
-            black = {spec.name: np.zeros(_least(spec), spec.dtype) for spec in self.inputs}
+            black = {spec.name: np.zeros(smallest_shape(spec), spec.dtype) for spec in self.inputs}
             is_open = any(isinstance(side, str) for spec in self.inputs for side in spec.shape[2:])
             self._outputs = tuple(
                 TensorSpec(name, str(array.dtype), _shape(array.shape, is_open))
@@ -331,11 +330,6 @@ class NcnnRuntime(Runtime):
 def _spec(layer: NcnnLayer) -> TensorSpec:
     """Return the input that a layer is: its parameters are width, height and channels, 0 where they are open."""
     return TensorSpec(layer.outputs[0], "float32", symbolic((None, *(layer.number(at) for at in (2, 1, 0)))))
-
-
-def _least(spec: TensorSpec) -> tuple[int, ...]:
-    """Return a small shape: one row; where height and width are open, maps of two by two at the last stage."""
-    return (1, *(size if isinstance(size, int) else 2 * STRIDES[-1] for size in spec.shape[1:]))
 
 
 def _shape(shape: tuple[int, ...], is_open: bool) -> tuple[int | str, ...]:

@@ -18,11 +18,10 @@ from dmformer._optional import require
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.machine import give_memory_back, instructions
 from dmformer.names import check_name
-from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
+from dmformer.runtimes.base import Details, Runtime, TensorSpec, smallest_shape, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
 from dmformer.runtimes.onnx_weights import external_files, refer_to_weights
 from dmformer.runtimes.support import Availability, Support
-from dmformer.task import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,7 +102,9 @@ class OnnxInspector(Inspector):
     def read_layers(self) -> dict[str, int]:
         """Read the profile of one inference, in which each executed kernel has its types."""
         found: Counter[str] = Counter()
-        for event in self._profiled([{spec.name: np.zeros(_least(spec), spec.dtype) for spec in self.runtime.inputs}]):
+        for event in self._profiled(
+            [{spec.name: np.zeros(smallest_shape(spec), spec.dtype) for spec in self.runtime.inputs}]
+        ):
             details = event["args"]
             if is_compute(details["op_name"]):
                 (type_name,) = details["input_type_shape"][0]
@@ -223,13 +224,6 @@ def _opened_folder(folder: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)
-
-
-def _least(spec: TensorSpec) -> tuple[int, ...]:
-    """Return a small shape: one row; where height and width are open, maps of two by two at the last stage."""
-    return tuple(
-        size if isinstance(size, int) else (1 if axis == 0 else 2 * STRIDES[-1]) for axis, size in enumerate(spec.shape)
-    )
 
 
 def _spec(node: Any) -> TensorSpec:
