@@ -34,7 +34,7 @@ pytest.importorskip("transformers")
 # transformers and the exporter warn of their own ways.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
 
-QUICK = ("convnext", "resnet", "vit")
+QUICK = ("resnet", "vit")
 REFUSED = {
     "efficientnet": r"conversion to OpenVINO failed: AveragePool .*pooler.*Kernel after dilation has size",
     "mobilevitv2": "export to ONNX failed",  # torch.nn.functional.fold with sizes that are open

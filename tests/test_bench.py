@@ -327,6 +327,7 @@ def change_artifact(bundle: Path) -> None:
     (bundle / MANIFEST).write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_a_bundle_that_changed_after_planning_is_a_failed_row(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_bundle(bundle)
 

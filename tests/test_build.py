@@ -157,6 +157,7 @@ def test_a_bundle_without_onnx(bundle: Path) -> None:
         build(bundle, "ov")
 
 
+@pytest.mark.slow
 def test_a_device_builds_without_torch_and_onnx(bundle: Path) -> None:
     code = """
 from dmformer.export.build import build

@@ -208,6 +208,7 @@ def test_a_full_disk_in_the_words_of_an_engine(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_export_that_cannot_write_says_so_in_one_line(tmp_path: Path) -> None:
     limited = ("sh", "-c", 'ulimit -f 1000 && exec "$@"', "sh")  # blocks of 512 or 1024 bytes, as the shell has it
     done = subprocess.run(

@@ -303,6 +303,7 @@ def test_what_entries_share_is_there_once(cache: Cache, tmp_path: Path) -> None:
     assert report.bytes == report.entries[0].bytes == report.entries[1].bytes
 
 
+@pytest.mark.slow
 def test_many_at_once(tmp_path: Path) -> None:
     """Each with the cache opened anew, as processes do, in one that is too small for all and cleared now and then."""
     wrong: list[str] = []
@@ -484,6 +485,7 @@ def test_a_bundle_that_contradicts_its_manifest_is_made_anew(
     assert "dmformer_nano: the whole export" not in {cached.what for cached in result.manifest.evidence.cached}
 
 
+@pytest.mark.slow
 def test_every_precision_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "cache"))
     loose_images = Path(shutil.copytree(SAMPLE_IMAGES, tmp_path / "photos"))

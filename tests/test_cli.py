@@ -191,6 +191,7 @@ def test_export_dry_run_lists_every_precision(cli: Cli, inline: Cli, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_export_without_the_deploy_form_leaves_the_norms(inline: Cli, made: Made, tmp_path: Path) -> None:
     import onnx
@@ -396,7 +397,11 @@ def test_verify_of_another_model_with_hashes_that_fit_is_1(cli: Cli, spoilt: Pat
 
 @pytest.mark.parametrize(
     ("command", "error"),
-    [("verify", "ImportError('none')"), ("bench", "OSError('no library')"), ("predict", "RuntimeError('abi')")],
+    [
+        ("verify", "ImportError('none')"),
+        pytest.param("bench", "OSError('no library')", marks=pytest.mark.slow),
+        pytest.param("predict", "RuntimeError('abi')", marks=pytest.mark.slow),
+    ],
 )
 def test_a_runtime_that_cannot_run_is_3(cli: Cli, made: Made, tmp_path: Path, command: str, error: str) -> None:
     images = [DIGIT] if command == "predict" else []
@@ -491,7 +496,7 @@ def test_output_that_is_closed_early_gives_no_traceback(made: Made, arguments: l
     assert done.returncode not in (0, 2, 3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     folder, temporary = tmp_path / "work", tmp_path / "tmp"
     folder.mkdir()

@@ -320,6 +320,7 @@ def test_a_missing_converter_is_the_command(monkeypatch: pytest.MonkeyPatch, tmp
         litert.check_converter(None)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_converter_that_fails_is_one_line(tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With this interpreter in the place of the one that has litert-torch."""
     import sys

@@ -339,6 +339,7 @@ def hide_torch(folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_json_is_piped_alone(cli: Cli, exported: ExportResult) -> None:
     run = cli("eval", exported.output, "--data", CALIBRATION_IMAGES, "--runtime", "ort", "--json", "-")
     assert run.code == 0, run.err
@@ -351,6 +352,7 @@ def test_json_is_piped_alone(cli: Cli, exported: ExportResult) -> None:
     assert "top-1" in run.err
 
 
+@pytest.mark.slow
 def test_a_table_and_a_file(cli: Cli, exported: ExportResult, tmp_path: Path) -> None:
     run = cli("eval", exported.output, "--data", SAMPLE_IMAGES, "--precision", "fp32", "--json", "report.json")
     assert run.code == 0, run.err

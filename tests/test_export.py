@@ -172,6 +172,7 @@ def test_every_stage_is_a_row_of_the_parity_report(exported: ExportResult) -> No
     assert exported.manifest.simplification.kept
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_random_weights_are_marked(tmp_path: Path) -> None:
     options = {"num_classes": 3, "gate_input": "x_prime", "branch_merge": "concat", "in_channels": 1}
@@ -248,6 +249,7 @@ def test_an_error_in_the_simplifier_is_shown(tmp_path: Path, monkeypatch: pytest
         dmformer.export(output=tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_simplifier_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_onnxsim(tmp_path, monkeypatch, "import time; time.sleep(600)")
     monkeypatch.setattr("dmformer.graph.simplify.TIMEOUT_S", 3)
@@ -255,6 +257,7 @@ def test_a_simplifier_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
         dmformer.export(output=tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_graph_that_onnxsim_left_alone_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     ask = making._ask_onnxruntime
@@ -414,6 +417,7 @@ def test_verify_says_what_it_did_not_check(bundle: Path) -> None:
     assert found.skipped == ("onxx: this version of dmformer has no runtime for it",)
 
 
+@pytest.mark.slow
 def test_modules_in_the_working_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("select", "onnx", "msgspec"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the working folder')", encoding="utf-8")

@@ -49,7 +49,7 @@ with dmformer.load(bundle, runtime=runtime, threads=int(threads)) as p:
         ("openvino", 2, "", "refused runtime openvino was loaded before this process"),
         ("openvino", 2, "closed", "refused runtime openvino is not open"),
         ("onnxruntime", 2, "closed", "refused runtime onnxruntime is not open"),
-        ("torch", 2, "", "refused runtime torch was loaded before this process"),
+        pytest.param("torch", 2, "", "refused runtime torch was loaded before this process", marks=pytest.mark.slow),
     ],
 )
 def test_a_forked_process_answers_or_says_so_and_ends(

@@ -140,6 +140,7 @@ def test_the_literal_execution_overflows_where_float16_does(tmp_path: Path) -> N
     assert np.isinf(literal_outputs(path, np.full((1, 1, 1, 1), 300, np.float32))["logits"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_manifest_says_which_nodes_stay_in_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
     loud = rescaled(checkpoint, 14)

@@ -46,8 +46,14 @@ def supervised(code: str, *arguments: object, **environment: str) -> subprocess.
     )
 
 
-@pytest.mark.parametrize("command", ["predict", "verify"])
-@pytest.mark.parametrize("doing", STUCK)
+@pytest.mark.parametrize(
+    ("command", "doing"),
+    [
+        ("verify", "onnxruntime running model.onnx"),
+        ("predict", "importing onnxruntime"),
+        *(pytest.param(command, doing, marks=pytest.mark.slow) for command in ("predict", "verify") for doing in STUCK),
+    ],
+)
 def test_an_engine_that_hangs_ends_the_command_in_one_line(made: Made, command: str, doing: str) -> None:
     images = [SAMPLE_IMAGES / "7.png"] if command == "predict" else []
     arguments = (command, made.bundle, *images, "--runtime", "ort")

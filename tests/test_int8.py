@@ -179,7 +179,7 @@ def test_int8_does_not_depend_on_the_process(few_images: Path, reduced: ExportRe
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("factor", [0.5, 0.7])
+@pytest.mark.parametrize("factor", [pytest.param(0.5, marks=pytest.mark.slow), 0.7])
 def test_ranges_that_fall_short_are_caught(
     few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
@@ -208,6 +208,7 @@ def test_a_budget_that_does_not_hold_in_a_runtime_fails_the_export(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_without_labels_agreement_is_measured(few_images: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"

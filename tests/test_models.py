@@ -354,6 +354,7 @@ def float_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
+@pytest.mark.slow
 def test_one_percent_of_any_tensor_shows_in_the_output() -> None:
     single = lively_(create_model("dmformer_nano", num_classes=10))
     double = copy.deepcopy(single).double()

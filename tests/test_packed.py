@@ -241,6 +241,7 @@ def test_ctrl_c_leaves_nothing(command: str, bundle: Path, small: Path, tmp_path
 # --- where a bundle is taken ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_commands_take_a_packed_bundle(
     inline: Callable[..., Run], packed: Path, scratch: Path, few_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

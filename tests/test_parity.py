@@ -158,7 +158,10 @@ def test_the_right_model_passes(subject: Subject, tmp_path: Path) -> None:
 
 
 # A share of a tensor is judged against a noise that grows with the width; a wrong structure is as wrong in any.
-CASES = [("demonstration", name) for name in FAULTS] + [("dmformer_s", name) for name in FAULTS if "1 %" in name]
+CASES = [
+    *(("demonstration", name) for name in FAULTS),
+    *(pytest.param("dmformer_s", name, marks=pytest.mark.slow) for name in FAULTS if "1 %" in name),
+]
 
 
 @pytest.mark.parametrize(("subject", "fault"), CASES, indirect=["subject"])

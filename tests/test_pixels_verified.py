@@ -67,6 +67,7 @@ def test_verify_at_a_reduced_precision_holds_the_budget_of_the_bundle(
     assert by_stage(report)["accuracy"].passed
 
 
+@pytest.mark.slow
 def test_verify_on_images_that_do_not_fit_says_so_and_compares_all_the_same(
     segmentation: ExportResult, few_scenes: Path, tmp_path: Path
 ) -> None:

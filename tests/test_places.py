@@ -123,7 +123,9 @@ def test_names_that_are_no_utf8_are_escaped() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such names")
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
+@pytest.mark.parametrize(
+    "runtime", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "torch"))]
+)
 def test_a_bundle_in_a_folder_that_is_no_utf8_is_timed_and_asked(bundle: Path, tmp_path: Path, runtime: str) -> None:
     moved = tmp_path / os.fsdecode(b"caf\xe9")
     shutil.copytree(bundle, moved)

@@ -39,6 +39,7 @@ def test_the_bundle_passes_with_a_row_for_each_precision(reduced: ExportResult) 
     assert rows == [(name, p) for name in ("onnxruntime", "openvino") for p in ("fp32", "fp16", "int8")]
 
 
+@pytest.mark.slow
 def test_a_runtime_that_keeps_less_than_promised_fails(reduced_bundle: Path) -> None:
     rewrite(
         reduced_bundle,
@@ -64,6 +65,7 @@ def test_a_runtime_without_the_arithmetic_passes_and_says_so(reduced: ExportResu
     assert "computes in float32 (57 fp32)" in (row.reason or "")
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_read_are_no_proof(reduced: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: OpenVinoInspector) -> dict[str, int]:
         raise KeyError("runtimePrecision")

@@ -95,6 +95,7 @@ def test_a_bundle_from_before_has_the_full_range(reduced_bundle: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_is_built_on_a_device_keeps_the_range(
     reduced_bundle: Path, full_range: ExportResult, tmp_path: Path
 ) -> None:

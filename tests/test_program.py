@@ -115,6 +115,7 @@ def test_every_check_holds_without_any_code(program: Path, tmp_path: Path) -> No
     assert "golden" in {check.stage for check in failed.checks if not check.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_cache_knows_it_by_its_content(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "cache"))

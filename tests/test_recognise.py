@@ -320,6 +320,7 @@ def test_a_recognised_network_goes_the_way_of_a_dmformer(recognised_export: Path
     assert dmformer.verify(bundle).passed
 
 
+@pytest.mark.slow
 def test_weights_with_their_own_names_are_compared_with_the_bundle(recognised_export: Path) -> None:
     bundle = recognised_export / "bundle"
     assert dmformer.verify(bundle, runtimes=["onnxruntime"], weights=recognised_export / "w.pth").passed
@@ -344,6 +345,7 @@ def test_the_command_line_names_its_flags(tmp_path: Path, inline: Callable[..., 
     assert (done.code, "--save-key-map without --module" in done.error_line) == (2, True)
 
 
+@pytest.mark.slow
 def test_steps_of_a_recognised_network_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "cache"))
     first, again = (

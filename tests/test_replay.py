@@ -68,6 +68,7 @@ def test_the_same_rows_as_on_a_device_with_the_processor(tools: StandIns, bundle
     assert notes == [f"noted in the evidence of {bundle / 'manifest.json'}"]
 
 
+@pytest.mark.slow
 def test_the_evidence_has_the_last_answer_of_each_processor(tools: StandIns, bundle: Path) -> None:
     for _ in range(2):
         dmformer.verify(bundle, runtimes=["ort"], cpus=["cortex-a72"])
@@ -87,6 +88,7 @@ def test_the_evidence_has_the_last_answer_of_each_processor(tools: StandIns, bun
     assert [one.processor for one in open_bundle(bundle).manifest.evidence.processors] == ["cortex-a76", "neoverse-n1"]
 
 
+@pytest.mark.slow
 def test_a_signed_or_packed_bundle_stays_as_it_is(tools: StandIns, bundle: Path, tmp_path: Path) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -209,6 +211,7 @@ def test_without_a_network_and_a_cache_exit_code_3(tools: StandIns, bundle: Path
     assert "the index cannot be reached; expected a network once" in run.error_line
 
 
+@pytest.mark.slow
 def test_from_the_cache_no_network_is_asked(
     tools: StandIns, bundle: Path, inline: Callable[..., Run], tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_doctor_says_so_and_auto_takes_another(
     assert named.saturation_risk is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without")
 def test_predict_eval_and_bench_say_so(
     full_range: ExportResult, inline: Callable[..., Run], few_images: Path, worker: Any
@@ -147,6 +148,7 @@ def test_auto_looks_at_no_engine_that_it_does_not_need(exported: ExportResult, m
     assert asked == [choice.entry.name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without")
 def test_a_case_names_the_cause(full_range: ExportResult, tmp_path: Path) -> None:
     """A limit that nothing keeps stands for what saturates."""

@@ -50,6 +50,7 @@ def test_it_was_made_by_the_recipe_that_ships(shipped: Checkpoint) -> None:
     assert shipped.preprocessing == recipe.preprocessing
 
 
+@pytest.mark.slow
 def test_it_is_as_accurate_as_it_says(shipped: Checkpoint, tmp_path: Path) -> None:
     write_scenes(tmp_path, 0, VALIDATION_SCENES)
     found = accuracy_on(tmp_path, shipped)

@@ -113,6 +113,7 @@ def test_features_are_what_the_classifiers_stages_give(features_open: ExportResu
         np.testing.assert_allclose(found[name], array.numpy(), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_upernet_at_an_open_size(tmp_path: Path) -> None:
     """What was traced at 64 pixels pools anew at another size, in bins that no side is a multiple of."""
@@ -281,6 +282,7 @@ def test_what_is_wrong_at_another_size_alone_is_seen(segmentation_open: ExportRe
         assert failed == {("runtime at 64x96", "PyTorch"), ("runtime at 64x96", "onnx fp32")}
 
 
+@pytest.mark.slow
 def test_what_is_wrong_at_another_size_alone_is_found_there(segmentation_open: ExportResult, tmp_path: Path) -> None:
     """Taps that meet nothing but padding at 32 pixels, where the last stage has maps of one by one."""
 

@@ -44,7 +44,7 @@ def ask(made: Made, home: Path, *before: str, command: Sequence[str] = (), runti
     )
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", pytest.param("torch", marks=pytest.mark.slow)])
 def test_an_engine_leaves_nothing_in_a_new_home(made: Made, runtime: str, tmp_path: Path) -> None:
     ask(made, tmp_path / "home", runtime=runtime)
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []

@@ -366,6 +366,7 @@ def test_all_leaves_out_what_cannot_be_made_and_says_so(inline: Callable[..., Ru
     assert "tensorrt/fp32/" in run.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_from_python(tmp_path: Path) -> None:
     result = dmformer.export(formats=["onnx", "trt"], engine=EngineOptions(targets=["sm89"]), output=tmp_path / "b")
@@ -397,6 +398,7 @@ def test_an_engine_that_cannot_be_built_takes_nothing_down_with_it(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_command_says_so_and_ends_with_1(inline: Callable[..., Run], tmp_path: Path) -> None:
     run = inline("export", "--format", "onnx", "--format", "trt", "--target", "sm75", "--output", "b")

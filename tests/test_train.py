@@ -102,6 +102,7 @@ def test_the_command_trains_a_checkpoint_that_is_as_good_as_it_says(
     assert not list((tmp_path / "run").glob(".*"))
 
 
+@pytest.mark.slow
 def test_segmentation_learns(squares: Path, tmp_path: Path) -> None:
     settings = {"drop_path": 0, "label_smoothing": 0, "learning_rate": 4e-2, "interval": 20}
     made = train(squares, tmp_path / "run", segmentation(epochs=20, **settings))
@@ -123,6 +124,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_was_drawn_before(
     assert again.replace(b'"workers\\":2', b'"workers\\":0') == first
 
 
+@pytest.mark.slow
 def test_every_setting_changes_the_weights(colours: Path, tmp_path: Path) -> None:
     def after_three_steps(name: str, **changes: Any) -> torch.Tensor:
         made = train(

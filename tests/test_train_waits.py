@@ -76,6 +76,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_a_process_of_the_run_that_ends_without_a_word_ends_the_others() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
