@@ -30,11 +30,13 @@ def minimums() -> list[str]:
     assert listed is not None
     lines = re.findall(r'"([^"]+)"', listed[1])
     for extra in EXTRAS:
-        found = re.search(rf"^{extra} = \[(.*?)\]", text, re.MULTILINE)
+        found = re.search(rf"^{extra} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
         assert found is not None
         lines += re.findall(r'"([^"]+)"', found[1])
     pinned = []
-    for line in (Requirement(line) for line in lines):
+    for line in map(Requirement, lines):
+        if line.marker is not None and not line.marker.evaluate():
+            continue
         least = next(one.version for one in line.specifier if one.operator == ">=")
         # The first release of a series may be 4.0 or 4.0.0.
         pinned.append(f"{line.name}=={least}")
