@@ -27,6 +27,7 @@ from dmformer.commands.predict import predict
 from dmformer.commands.serve_layout import serve_layout
 from dmformer.commands.sign import sign
 from dmformer.commands.train import train
+from dmformer.commands.tune import tune
 from dmformer.commands.unpack import unpack
 from dmformer.commands.verify import verify
 from dmformer.errors import DMFormerError, first_line
@@ -39,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
 )
 for _command in (
-    export, train, sign, cache, build, verify, bench, predict, inspect, doctor, check, pack, unpack,
+    export, train, sign, cache, build, verify, bench, tune, predict, inspect, doctor, check, pack, unpack,
 ):  # fmt: skip
     app.command()(_command)
 app.command("eval")(evaluate)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SELF = Path("/proc/self")
+_POWERCAP = Path("/sys/class/powercap")
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,33 @@ def read_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
     except OSError:
         return None
+
+
+class EnergyMeter:
+    """Counts the energy that the processor's packages take, by their own counters (RAPL, ``powercap`` in sysfs).
+
+    Systems let root alone read them, as a rule, and virtual machines and boards have none.
+    """
+
+    def __init__(self) -> None:
+        self._begun = self._counters()
+
+    def joules(self) -> float | None:
+        """Return the energy since this object was made, of everything that ran; ``None`` where it cannot be read."""
+        now = self._counters()
+        if not now or now.keys() != self._begun.keys():
+            return None
+        return sum((count - self._begun[zone][0]) % (most + 1) for zone, (count, most) in now.items()) / 1e6
+
+    @staticmethod
+    def _counters() -> dict[str, tuple[int, int]]:
+        """Return the microjoules of each package, and after how many its counter begins again."""
+        found = {}
+        for zone in sorted(_POWERCAP.glob("intel-rapl:*")):
+            if zone.name.count(":") > 1:  # a part of a package
+                continue
+            told = [read_text(zone / name) or "" for name in ("energy_uj", "max_energy_range_uj")]
+            if not all(text.isdecimal() for text in told):
+                return {}
+            found[zone.name] = (int(told[0]), int(told[1]))
+        return found

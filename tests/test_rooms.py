@@ -26,7 +26,7 @@ PACKAGE = Path(dmformer.__file__).parent
 ENGINES = ("torch", "onnx", "onnxsim", "onnxruntime", "openvino", "safetensors", "cryptography")
 COMMANDS = (
     "export", "build", "verify", "bench", "predict", "inspect", "doctor", "eval", "sign", "check", "pack", "unpack",
-    "cache", "serve-layout", "train",
+    "cache", "serve-layout", "train", "tune",
 )  # fmt: skip
 
 BLOCKER = """
@@ -209,6 +209,7 @@ LAYERS = (
     "schemas",
     "train",
     "export",
+    "tuning",
     "verify",
     "bench",
     "serve",
@@ -236,7 +237,7 @@ LAYERS = (
 # (module, room that it imports from): why it may.
 EXCEPTIONS = {
     ("__init__", room): "names for type checkers; users' names are loaded when they are first used"
-    for room in ("bench", "export", "models", "serve", "verify")
+    for room in ("bench", "export", "models", "serve", "tuning", "verify")
 }
 
 

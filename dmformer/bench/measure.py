@@ -24,7 +24,7 @@ from msgspec import Struct
 from dmformer.bench.plan import WARM_UP, TimingOrder, WarmUp
 from dmformer.errors import StageFailed
 from dmformer.machine import gpu_state
-from dmformer.procfs import throttled_ms
+from dmformer.procfs import EnergyMeter, throttled_ms
 from dmformer.runtimes.inspector import shortfall
 from dmformer.serve.predictor import Predictor
 
@@ -61,6 +61,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
         peak_rss_mb: largest resident memory of the whole process, Python included, in MiB.
         throttled_ms: for how long the kernel held the process's control groups back for their CPU quotas, from the
             first call to the last.
+        energy_j: of the processor's packages during the timed calls, in joules; ``None`` where they do not tell.
     """
 
     device: str
@@ -77,6 +78,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
     device_ns: list[int] = []
     gpu: dict[str, Any] | None = None
     throttled_ms: float = 0.0
+    energy_j: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class _Steady:
     device_ns: list[int] = field(default_factory=list)
     wall_ns: int = 0
     cut: bool = False
+    energy_j: float | None = None
 
 
 def measure_configuration(order: TimingOrder) -> Measurement:
@@ -184,6 +187,7 @@ def measure(streams: Sequence[tuple[Runtime, Ask]], extent: Extent, promised: fl
             device_ns=steady.device_ns,
             gpu=gpu_state() if runtime.device_ns is not None else None,
             throttled_ms=throttled_ms() - throttled_before_ms,
+            energy_j=steady.energy_j,
         )
 
 
@@ -209,6 +213,7 @@ def _timed(ask: Ask) -> int:
 def _alone(runtime: Runtime, ask: Ask, extent: Extent) -> _Steady:
     """One call after the other, in this thread."""
     steady = _Steady(_warm_up(lambda: _timed(ask), extent))
+    meter = EnergyMeter()
     begun = time.perf_counter()
     while len(steady.latencies_ns) < extent.least_calls or time.perf_counter() - begun < extent.duration_s:
         if steady.latencies_ns and extent.over:
@@ -217,6 +222,7 @@ def _alone(runtime: Runtime, ask: Ask, extent: Extent) -> _Steady:
         steady.latencies_ns.append(_timed(ask))
         if (taken := runtime.device_ns) is not None:
             steady.device_ns.append(taken)
+    steady.energy_j = meter.joules()
     steady.wall_ns = sum(steady.latencies_ns)
     return steady
 
@@ -247,6 +253,7 @@ def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
         running = [pool.submit(work, ask) for ask in asks]
         try:
             warm.wait()
+            meter = EnergyMeter()
             begun = time.perf_counter_ns()
             while len(ended) < extent.least_calls or time.perf_counter_ns() - begun < extent.duration_s * 1e9:
                 if extent.over or any(run.done() for run in running):
@@ -254,8 +261,10 @@ def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
                     break
                 time.sleep(0.005)
             wall_ns = time.perf_counter_ns() - begun
+            energy_j = meter.joules()
         except threading.BrokenBarrierError:
             begun = wall_ns = 0
+            energy_j = None
         finally:
             stop.set()
         for run in running:
@@ -264,7 +273,7 @@ def _side_by_side(asks: Sequence[Ask], extent: Extent) -> _Steady:
     counted = [taken for when, taken in ended if when <= begun + wall_ns]
     if not counted:
         raise StageFailed(f"no call of {len(asks)} streams ended in time; expected a longer limit, or fewer streams")
-    return _Steady(all(stable), counted, [], wall_ns, cut)
+    return _Steady(all(stable), counted, [], wall_ns, cut, energy_j)
 
 
 def _proven_layers(runtime: Runtime, promised: float) -> dict[str, int]:

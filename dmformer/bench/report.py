@@ -38,7 +38,8 @@ class Result(Configuration, frozen=True, kw_only=True):
     used, and ``share_of_limit`` that time over the measured one, the median over rounds with limits measured in the
     same round. Both are ``null`` on a GPU, and where the rate at the row's precision is not known. ``profile_reason``
     says why there is no profile where one was asked for. ``throttled_ms`` is for how long the kernel held the processes
-    back, in all, because their control group had used its CPU quota up.
+    back, in all, because their control group had used its CPU quota up. ``energy_mj`` is what the processor's packages
+    took for one call, whatever else ran meanwhile included, in millijoules; ``null`` where they do not tell.
     """
 
     status: Literal["ok", "unstable", "failed", "not run"]
@@ -61,6 +62,7 @@ class Result(Configuration, frozen=True, kw_only=True):
     wall_ns: tuple[int, ...] = ()
     gpu: tuple[dict[str, Any], ...] = ()
     throttled_ms: float | None = None
+    energy_mj: float | None = None
     profile: Profile | None = None
     profile_reason: str | None = None
 
@@ -175,6 +177,7 @@ def summarise(
     if throttled:
         held = f"throttled: the kernel held it back for {throttled:.0f} ms, its control group's CPU quota being used up"
         reason = held if reason is None else f"{reason}; {held}"
+    energies = [measured.energy_j for measured in rounds if measured.energy_j is not None]
     result = msgspec.structs.replace(
         planned,
         status="ok" if stable else "unstable",
@@ -193,6 +196,7 @@ def summarise(
         samples_ns=tuple(tuple(measured.latencies_ns) for measured in rounds),
         wall_ns=tuple(measured.wall_ns for measured in rounds),
         throttled_ms=throttled,
+        energy_mj=1e3 * sum(energies) / len(pooled) if len(energies) == len(rounds) else None,
     )
     on_gpu = any(measured.gpu is not None or measured.device_ns for measured in rounds)
     return result if work is None or on_gpu else _with_limit(result, limits, work)

@@ -50,7 +50,7 @@ def predict(
 ) -> None:
     """Classify images, or label their pixels: then a picture of each in colour, with a legend, is written."""
     from dmformer.bundle.archive import SUFFIX
-    from dmformer.bundle.select import choose
+    from dmformer.bundle.settings import choose_configured
     from dmformer.serve.predictor import Predictor
 
     named, images = (paths[0], paths[1:]) if paths[0].is_dir() or paths[0].suffix == SUFFIX else (None, paths)
@@ -62,12 +62,15 @@ def predict(
         raise UsageError("a bundle of features tells no classes; expected dmformer.load(...).outputs(...) in Python")
     if output is not None and task != "segmentation":
         raise UsageError(f"--output is for the pictures of a segmentation network; the bundle is for {task}")
-    choice = choose(bundle, runtime, precision)
+    configured = choose_configured(bundle, runtime, precision, threads)
+    choice = configured.choice
     targets = _overlay_paths(images, output or Path()) if task == "segmentation" else []
+    if configured.note is not None:
+        present.say(configured.note)
     if choice.caveat is not None:
         present.say(f"note: {choice.title}: {choice.caveat}")
     report: PredictReport | SegmentReport
-    with Predictor(choice, threads) as predictor:
+    with Predictor(choice, configured.threads, note=configured.note) as predictor:
         if task == "segmentation":
             report, listing = _segment(predictor, images, targets, top_k)
         else:

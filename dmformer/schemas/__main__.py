@@ -15,6 +15,7 @@ from dmformer.device.doctor import MachineReport
 from dmformer.export.build import BuildReport
 from dmformer.files import indented_json
 from dmformer.serve.predictor import PredictReport, SegmentReport
+from dmformer.tuning.report import TuneReport
 from dmformer.verify.evaluate import EvalReport
 from dmformer.verify.report import ParityReport
 
@@ -29,6 +30,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "build": BuildReport,
     "cache": CacheReport,
     "check": IntegrityReport,
+    "tune": TuneReport,
 }
 
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.select import Choice, choose
+from dmformer.bundle.settings import choose_configured
 from dmformer.data.images import load_pixels, load_uncropped, open_image
 from dmformer.data.overlay import LegendEntry, overlay
 from dmformer.data.preprocessing import Preprocessing
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
     from typing_extensions import Self
+
+    from dmformer.bundle.select import Choice
 
 _BATCH = 8
 
@@ -123,11 +125,13 @@ class Predictor:
     the bundle's preprocessing; in all other cases it sees the centre square.
     """
 
-    def __init__(self, choice: Choice, threads: int | None = None, batch: int = _BATCH) -> None:
+    def __init__(
+        self, choice: Choice, threads: int | None = None, batch: int = _BATCH, note: str | None = None
+    ) -> None:
         self.batch = batch
         self.bundle = choice.bundle  # a packed one lasts as long as this
         self.manifest = choice.bundle.manifest
-        self.notes = (choice.caveat,) if choice.caveat else ()
+        self.notes = tuple(said for said in (note, choice.caveat) if said)
         self.runtime = choice.runtime(threads)
 
     def __enter__(self) -> Self:
@@ -235,7 +239,9 @@ def load(
     Args:
         bundle: the bundle's folder.
         runtime: a runtime's name; otherwise, or with ``auto``, the first one of the bundle, in the order in which they
-            were exported, that can run on this machine.
+            were exported, that can run on this machine. Where neither it nor a precision is given, what ``dmformer tune
+            --write`` has kept for this machine beside the bundle counts, threads included; the predictor's ``notes``
+            say so.
         precision: of the artifact; otherwise the first one there is.
         threads: for one inference; otherwise all cores.
 
@@ -247,7 +253,8 @@ def load(
     Warns:
         UserWarning: the artifact's int8 sums may saturate on this machine.
     """
-    choice = choose(open_bundle(Path(bundle)), runtime, precision)
+    configured = choose_configured(open_bundle(Path(bundle)), runtime, precision, threads)
+    choice = configured.choice
     if choice.saturation_risk is not None:
         warnings.warn(f"{choice.title}: {choice.saturation_risk}", stacklevel=2)
-    return Predictor(choice, threads)
+    return Predictor(choice, configured.threads, note=configured.note)

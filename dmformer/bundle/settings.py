@@ -1,0 +1,167 @@
+"""What this machine runs a bundle with: the choice of ``dmformer tune``, in a file of the machine's own.
+
+``NAME.settings.json`` lies beside the bundle NAME, a folder or a packed file, and is no part of it: what was signed
+stays as it is. It has a choice for each machine that was tuned, by the processor's name and the number of cores, and
+counts for the bundle whose manifest it names alone. A caller who names a runtime or a precision does not get it.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from dmformer.bundle.manifest import Word
+from dmformer.bundle.select import AUTO, Choice, choose
+from dmformer.errors import DMFormerError, UsageError, first_line
+from dmformer.files import Sha256, decode_json, indented_json, read_bounded, whole_file
+from dmformer.machine import cpu_model, usable_cores
+from dmformer.ownership import exposure, resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dmformer.bundle.reader import Bundle
+
+SUFFIX = ".settings.json"
+_VERSION = 1
+_MOST_BYTES = 1 << 20
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How one machine runs a bundle.
+
+    Attributes:
+        runtime: canonical name.
+        precision: of the artifact.
+        threads: for one inference.
+        batch: rows in each call.
+        streams: calls under way at once.
+        objective: what it was chosen for: ``latency`` or ``throughput``.
+        p50_ms: median of one call when it was chosen, in milliseconds.
+        measured_at: when, in UTC, as in RFC 3339.
+    """
+
+    runtime: Word
+    precision: Word
+    threads: Annotated[int, Meta(ge=1, le=4096)]
+    batch: Annotated[int, Meta(ge=1)] = 1
+    streams: Annotated[int, Meta(ge=1, le=4096)] = 1
+    objective: Word = "latency"
+    p50_ms: float
+    measured_at: str
+
+
+class SettingsFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of the file: the bundle's manifest that it is about, and the settings of each machine."""
+
+    schema_version: Annotated[int, Meta(ge=_VERSION, le=_VERSION)] = _VERSION
+    manifest_sha256: Sha256
+    machines: dict[str, Settings]
+
+
+@dataclass(frozen=True)
+class ConfiguredChoice:
+    """What a bundle is run with, and one sentence for whoever runs it.
+
+    Attributes:
+        choice: the artifact and its runtime.
+        threads: for one inference; ``None`` for all cores.
+        settings: that were taken; ``None`` where there are none, or where the caller chose.
+        note: which settings were taken, or why those that are there were not; ``None`` without any.
+    """
+
+    choice: Choice
+    threads: int | None
+    settings: Settings | None = None
+    note: str | None = None
+
+
+def machine_key() -> str:
+    """Return what tells this machine from others: its processor, architecture and the cores that may be used."""
+    return f"{cpu_model()}, {platform.machine()}, {usable_cores()} cores"
+
+
+def settings_path(bundle: Bundle) -> Path:
+    """Return the file for a bundle's settings: beside it, of its name."""
+    source = bundle.source.resolve()
+    return source.with_name(source.name + SUFFIX)
+
+
+def write_settings(bundle: Bundle, settings: Settings) -> Path:
+    """Keep this machine's settings; those of other machines for the same bundle stay. Returns the file.
+
+    Raises:
+        StageFailed: the file cannot be written.
+        UsageError: another user's link leads there.
+    """
+    path = settings_path(bundle)
+    try:
+        kept = _read(path)
+        machines = kept.machines if kept.manifest_sha256 == bundle.manifest_sha256 else {}
+    except (OSError, DMFormerError):  # there is none, or it is damaged: it is written anew
+        machines = {}
+    content = SettingsFile(manifest_sha256=bundle.manifest_sha256, machines={**machines, machine_key(): settings})
+    with whole_file(resolve(path)) as staging:
+        staging.write_bytes(indented_json(content))
+    return path
+
+
+def choose_configured(
+    bundle: Bundle, runtime: str | None, precision: str | None, threads: int | None = None
+) -> ConfiguredChoice:
+    """Choose what this machine's settings say; where the caller chooses, or there are none, as :func:`choose` does.
+
+    Args:
+        bundle: to choose from.
+        runtime: a runtime's name; ``None`` or ``auto`` leaves it to the settings.
+        precision: of the artifact; ``None`` leaves it to the settings.
+        threads: for one inference; ``None`` leaves it to the settings.
+
+    Raises:
+        UnavailableError: the runtime that was named, or every one, cannot run on this machine.
+        UsageError: a name is unknown, or the bundle has nothing for it.
+    """
+    if precision is not None or (runtime is not None and runtime.lower() != AUTO):
+        return ConfiguredChoice(choose(bundle, runtime, precision), threads)
+    path = settings_path(bundle)
+    try:
+        settings = _find(bundle, path)
+        if settings is None:
+            return ConfiguredChoice(choose(bundle, None, None), threads)
+        choice = choose(bundle, settings.runtime, settings.precision)
+    except DMFormerError as error:
+        return ConfiguredChoice(choose(bundle, None, None), threads, note=f"{path.name} is not used: {error}")
+    used = settings.threads if threads is None else threads
+    note = f"as {path.name} says, tuned for {settings.objective} at {settings.measured_at}: {choice.title}, {used} "
+    return ConfiguredChoice(choice, used, settings, note + ("thread" if used == 1 else "threads"))
+
+
+def _find(bundle: Bundle, path: Path) -> Settings | None:
+    """Return this machine's settings; ``None`` where there are none.
+
+    Raises:
+        UsageError: the file is damaged, is about another bundle, or others may have written it.
+    """
+    try:
+        content = _read(path)
+        reason = exposure(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"it cannot be read: {first_line(error)}") from error
+    if reason is not None:
+        raise UsageError(f"{reason}; expected a file of your own: dmformer tune --write makes it")
+    if content.manifest_sha256 != bundle.manifest_sha256:
+        raise UsageError("it is about another bundle of that name; expected: dmformer tune --write")
+    return content.machines.get(machine_key())
+
+
+def _read(path: Path) -> SettingsFile:
+    try:
+        return decode_json(read_bounded(path, _MOST_BYTES), SettingsFile)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"it is damaged: {first_line(error)}") from error
