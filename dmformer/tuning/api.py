@@ -8,8 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from dmformer.bench import DEFAULT_LIMIT_S
 from dmformer.bench.plan import BenchRequest, plan_bench
 from dmformer.bundle.reader import Bundle, open_bundle
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dmformer.bench.plan import BenchPlan, Configuration
+    from dmformer.bundle.manifest import Accuracy
     from dmformer.progress import Progress
     from dmformer.tuning.report import Objective
 
@@ -74,7 +73,16 @@ def tune(
     """
     budget = Budget(latency_ms=max_latency, memory_mb=max_memory, accuracy_drop=max_accuracy_drop)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    plan, wanted = _plan(opened, objective, runtimes, precisions, threads, batches, streams, budget)
+    wanted = _checked(objective, budget)
+    plan = plan_candidates(
+        opened,
+        wanted,
+        runtimes=runtimes,
+        precisions=precisions,
+        threads=threads,
+        batches=batches,
+        streams=streams,
+    )
     begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
     environment = describe_machine()
     measured = _measure_points(opened, plan, data, stage) if data is not None else {}
@@ -97,26 +105,41 @@ def tune(
     return report
 
 
-def _plan(
-    bundle: Bundle,
-    objective: str,
-    runtimes: Sequence[str],
-    precisions: Sequence[str],
-    threads: Sequence[int],
-    batches: Sequence[int],
-    streams: Sequence[int],
-    budget: Budget,
-) -> tuple[BenchPlan, Objective]:
-    """Return a plan whose rows are all candidates, and the objective.
+def _checked(objective: str, budget: Budget) -> Objective:
+    """Return the objective.
 
     Raises:
+        UsageError: there is no such objective, or a budget cannot be meant.
+    """
+    for name, value in (
+        ("max_latency", budget.latency_ms),
+        ("max_memory", budget.memory_mb),
+        ("max_accuracy_drop", budget.accuracy_drop),
+    ):
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"`{name}` {value:g}; expected 0 or more")
+    for known in OBJECTIVES:
+        if objective == known:
+            return known
+    raise UsageError(f"objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+
+
+def plan_candidates(
+    bundle: Bundle,
+    objective: Objective,
+    *,
+    runtimes: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    threads: Sequence[int] = (),
+    batches: Sequence[int] = (),
+    streams: Sequence[int] = (),
+) -> BenchPlan:
+    """Return a plan whose rows are all candidates; the arguments are those of :func:`tune`.
+
+    Raises:
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
         UsageError: an argument cannot be used.
     """
-    if objective not in OBJECTIVES:
-        raise UsageError(f"objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
-    for name, value in msgspec.structs.asdict(budget).items():
-        if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f"`max_{name.removesuffix('_ms').removesuffix('_mb')}` {value:g}; expected 0 or more")
     if streams and objective != "throughput":
         raise UsageError("`streams` for one call at a time; expected `objective` throughput with it")
     cores = usable_cores()
@@ -138,7 +161,7 @@ def _plan(
             )
             plan = plan_bench(bundle, request)
             rows.update(dict.fromkeys(plan.configurations))
-    return replace(plan, configurations=tuple(rows)), objective
+    return replace(plan, configurations=tuple(rows))
 
 
 def _measure_points(bundle: Bundle, plan: BenchPlan, data: str | Path, stage: Progress) -> dict[tuple[str, str], float]:
@@ -156,10 +179,19 @@ def _measure_points(bundle: Bundle, plan: BenchPlan, data: str | Path, stage: Pr
         bundle, data, runtimes=sorted({name for name, _ in pairs}), precisions=sorted(precisions), stage=stage
     )
     reference = report.torch or next((row for row in report.results if row.precision == "fp32"), None)
-    if reference is None or (not report.labelled and report.torch is None):
+    if reference is None:
         raise UsageError(
-            f"{str(data)!r}: nothing tells what accuracy is lost; expected images in folders named after their "
-            "classes, and an artifact at fp32 or the torch format in the bundle"
+            f"{str(data)!r}: nothing tells what accuracy is lost; expected an artifact at fp32 or the torch format "
+            "in the bundle, beside what is tuned"
         )
-    measure = measure_of(bundle.manifest.model.task, bundle.manifest.class_count)
-    return {(row.runtime, row.precision): measure.points_lost(row, reference) for row in report.results}
+    if report.torch is not None:
+        measure = measure_of(bundle.manifest.model.task, bundle.manifest.class_count)
+        return {(row.runtime, row.precision): measure.points_lost(row, report.torch) for row in report.results}
+    return {(row.runtime, row.precision): 100 * (_share(reference) - _share(row)) for row in report.results}
+
+
+def _share(accuracy: Accuracy) -> float:
+    """Return the share of right answers: of images, or over the classes of pixels."""
+    share = accuracy.top1 if accuracy.top1 is not None else accuracy.miou
+    assert share is not None  # eval refuses images without labels where there is no PyTorch to agree with
+    return share

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from dmformer.tuning.report import Budget, Objective
 
 _FINALISTS = 4  # timed as bench does
-_SLACK = 1.5  # brief timings err by less: what is beyond a budget by more is given up
 _BRIEF_S = 0.4  # of steady state, in the first heat; each further one takes twice as long
 
 
@@ -128,7 +127,7 @@ class Search:
         ]
 
     def _excess(self, candidate: Candidate) -> float:
-        """Return by which factor a candidate exceeds the budget that it exceeds most; at most 1 if it is within."""
+        """Return by which factor a candidate exceeds the budget that it exceeds most."""
         if candidate.p50_ms is None or (self.budget.accuracy_drop is not None and candidate.points_lost is None):
             return math.inf
         shares = [
@@ -143,15 +142,14 @@ class Search:
             return math.inf
         return candidate.p50_ms if self.objective == "latency" else 1e3 / cast("float", candidate.images_per_s)
 
-    def _rank(self, candidate: Candidate, slack: float = 1.0) -> tuple[float, float]:
+    def _rank(self, candidate: Candidate) -> tuple[float, float]:
         """Return what sorts candidates: those within the budget by their cost, then the others by what they exceed."""
-        excess = self._excess(candidate)
-        return (0.0, self._cost(candidate)) if excess <= slack else (excess, self._cost(candidate))
+        return (self._excess(candidate) if candidate.over_budget else 0.0, self._cost(candidate))
 
     def _better_half(self, rows: Sequence[Configuration]) -> list[Configuration]:
         timed = [row for row in rows if self.candidates[row].p50_ms is not None]
-        ranked = sorted(timed, key=lambda row: self._rank(self.candidates[row], _SLACK))
-        return ranked[: max(_FINALISTS, math.ceil(len(rows) / 2))] if len(rows) > _FINALISTS else ranked
+        ranked = sorted(timed, key=lambda row: self._rank(self.candidates[row]))
+        return ranked[: max(_FINALISTS, math.ceil(len(rows) / 2))]
 
     def outcome(self) -> dict[str, Any]:
         """Return the fields of the report that tell what was found."""
