@@ -31,6 +31,7 @@ from dmformer.models.checkpoint import Checkpoint, checked_classes, decide_input
 from dmformer.models.checkpoint_file import title_of
 from dmformer.models.program import load_program
 from dmformer.models.specification import ModuleOrigin
+from dmformer.process import printing_to_stderr
 from dmformer.task import FEATURE_NAMES, INPUT_NAME, OUTPUT_NAME, STRIDES, Task
 
 _USUAL_SIZE = 224
@@ -264,7 +265,7 @@ def _is_network(value: object) -> bool:
 def _running_user_code(title: str, when: str, expected: str) -> Iterator[None]:
     """Turn whatever somebody's code raises into one line; what it prints is no output of a command."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with printing_to_stderr():
             yield
     except UsageError:
         raise
@@ -433,7 +434,7 @@ def _refuse_decisions(network: nn.Module, images: Tensor, title: str) -> None:
         UsageError: it does.
     """
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+        with torch.no_grad(), printing_to_stderr():
             copy.deepcopy(network).to("meta")(images.to("meta"))
     except Exception as error:  # what has a device of its own in its code fails here, and may be right
         if not re.search(r"item\(\)|nonzero|data-dependent", str(error)) or "meta" not in str(error):
