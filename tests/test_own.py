@@ -381,14 +381,34 @@ def test_features_have_the_networks_names(tmp_path: Path) -> None:
     assert dmformer.verify(tmp_path / "b").passed
 
 
+PRINTING = """
+
+import os
+
+quiet = OwnDMFormer.forward
+
+
+def forward(self, x):
+    print("python prints")
+    os.write(1, b"descriptor prints\\n")
+    return quiet(self, x)
+
+
+OwnDMFormer.forward = forward
+"""
+
+
 @pytest.mark.slow
 def test_the_command_line_takes_a_file(cli: Callable[..., Run], tmp_path: Path) -> None:
-    shutil.copy(SOURCE, tmp_path / "mine.py")
+    (tmp_path / "mine.py").write_text(SOURCE.read_text(encoding="utf-8") + PRINTING, encoding="utf-8")
     asked = ("--module", "mine.py:build", "--module-option", "num_classes=3", "--image-size", "32", "--output", "b")
     done = cli("export", *asked)
     assert done.code == 0, done.err
     assert "the weights are those that module 'mine.py:build' comes with" in done.err
-    assert "the cache is not used for a module" in done.err
+    assert "python prints" not in done.out
+    assert "python prints" in done.err
+    assert "descriptor prints" not in done.out
+    assert "descriptor prints" in done.err
     assert "the usual was assumed" in done.err
     assert "mean 0.485, 0.456, 0.406" in done.err
     assert "images are seen with 32 pixels a side" in done.err
