@@ -145,7 +145,7 @@ def load_own(
     """
     title, random = f"module {_shown(module)}", False
     notes: list[str] = []
-    sha256, channels = None, None
+    sha256, channels, found = None, None, None
     if isinstance(module, Path):
         title, reference, source = title_of(module), module.name, None
         program = load_program(module)
@@ -154,16 +154,16 @@ def load_own(
     elif isinstance(module, str):
         found, source = _imported(module, title)
         network = _made(found, dict(options or {}), title, seed)
-        if weights is None and not isinstance(found, nn.Module):
-            random = not _equal(network, _made(found, dict(options or {}), title, seed + 1))
         where, _, name = module.rpartition(":")
         reference = f"{Path(where).name if where.endswith('.py') else where}:{name}"
     else:
         if options:
             raise UsageError(f"`module_options` for {title}, which is made already; expected none")
-        network, reference = module, f"{type(module).__module__}:{type(module).__qualname__}"
-        source = _source_file(type(module))
-    network = _prepared(network, title, notes)
+        network = _unwrapped(module)
+        reference, source = f"{type(network).__module__}:{type(network).__qualname__}", _source_file(type(network))
+    first, network = network, _prepared(network, title, notes)
+    if found is not None and weights is None and not isinstance(found, nn.Module):
+        random = not _equal(first, _made(found, dict(options or {}), title, seed + 1))
     if weights is not None:
         sha256, read = load_weights_(network, weights, title, weights_key)
         notes += read
@@ -210,9 +210,10 @@ def _imported(reference: str, title: str) -> tuple[Any, Path | None]:
         raise UsageError(f"{title}; expected FILE.py:NAME or package.module:NAME")
     if where.endswith(".py") and not Path(where).is_file():
         raise UsageError(f"{title}: there is no file {where!r}; expected a Python file and a name in it, FILE.py:NAME")
-    with _running_user_code(
-        title, "while it was imported", "a file that Python can import, with what it needs installed"
-    ):
+    expected = "a file that Python can import, with what it needs installed"
+    if (Path(where).parent / "__init__.py").is_file():
+        expected += "; as it is part of a package, package.module:NAME in the folder above that may do"
+    with _running_user_code(title, "while it was imported", expected):
         imported = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     found: Any = imported
     for part in name.split("."):
@@ -225,25 +226,43 @@ def _imported(reference: str, title: str) -> tuple[Any, Path | None]:
 
 def _import_file(path: Path) -> Any:
     """Import a file under its own name, anew each time; files beside it can be imported by it."""
-    folder, name = str(path.resolve().parent), path.stem
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    before = getattr(sys.modules.get(name), "__file__", None)
-    if name in sys.modules and (before is None or Path(before).resolve() != path.resolve()):
-        name = f"{name}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"  # taken by another module
+    path = path.resolve()
+    name = path.stem.replace(".", "_")
+    if _is_taken(name, path):
+        name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with _first_on_path(path.parent):
+        spec.loader.exec_module(module)
     return module
 
 
+def _is_taken(name: str, path: Path) -> bool:
+    """Whether a module that is no such file has a name, or would get it: a file may be called ``onnx.py``."""
+    module = sys.modules.get(name)
+    spec = None if module is not None else importlib.util.find_spec(name)
+    file = getattr(module, "__file__", None) if spec is None else spec.origin
+    return not (module is spec is None or (file and Path(file).resolve() == path))
+
+
 def _import_module(name: str) -> Any:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
+    with _first_on_path(Path.cwd()):
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    """Look for modules in a folder first, and after the block last: what we import later may have the same name."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def _candidates(imported: Any) -> str:
@@ -264,6 +283,7 @@ def _is_network(value: object) -> bool:
 @contextlib.contextmanager
 def _running_user_code(title: str, when: str, expected: str) -> Iterator[None]:
     """Turn whatever somebody's code raises into one line; what it prints is no output of a command."""
+    number = torch.get_default_dtype()
     try:
         with printing_to_stderr():
             yield
@@ -272,6 +292,8 @@ def _running_user_code(title: str, when: str, expected: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"{title} raised {when}: {reason}; expected {expected}") from error
+    finally:
+        torch.set_default_dtype(number)  # a script may ask for another type of numbers, and for all that comes after it
 
 
 def _made(found: Any, options: dict[str, Any], title: str, seed: int) -> nn.Module:
@@ -279,23 +301,31 @@ def _made(found: Any, options: dict[str, Any], title: str, seed: int) -> nn.Modu
     if isinstance(found, nn.Module):
         if options:
             raise UsageError(f"`module_options` for {title}, which is made already; expected none")
-        return found
+        return _unwrapped(found)
     if not callable(found):
         raise UsageError(f"{title} is of type {type(found).__name__}; expected a function, a class or an nn.Module")
     try:
         inspect.signature(found).bind(**options)
     except TypeError as error:
         given = ", ".join(options) or "no arguments"
-        raise UsageError(f"{title} with {given}: {error}; expected `module_options` that it takes") from error
+        more = ", or a function that calls it" if "missing" in str(error) else ""
+        raise UsageError(f"{title} with {given}: {error}; expected `module_options` that it takes{more}") from error
     except ValueError:  # of what is written in C, Python knows no signature: calling it tells
         pass
-    expected = "a network: look at `module_options`"
+    expected = "a network on the CPU: look at `module_options`"
     with _running_user_code(title, "while it made the network", expected), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = found(**options)
     if not isinstance(network, nn.Module):
         raise UsageError(f"{title} gave {type(network).__name__}; expected an nn.Module")
-    return network
+    return _unwrapped(network)
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network that was compiled, spread over GPUs or averaged, out of what PyTorch put around it."""
+    around = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    inner = getattr(network, "_orig_mod", network.module if isinstance(network, around) else None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else network
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:
@@ -313,9 +343,13 @@ def _source_file(kind: type) -> Path | None:
 
 def _prepared(network: nn.Module, title: str, notes: list[str]) -> nn.Module:
     """Return a copy on the CPU, in float32 and in evaluation mode."""
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UsageError(f"{title} is TorchScript; expected the nn.Module that it was made from")
     weights = [*network.parameters(), *network.buffers()]
     if not any(True for _ in network.parameters()):
         raise UsageError(f"{title} has no parameters; expected a network with weights")
+    if any(map(nn.parameter.is_lazy, weights)):
+        raise UsageError(f"{title} has weights whose shapes its first image decides; expected a network that has run")
     if any(weight.is_meta for weight in weights):
         raise UsageError(f"{title} has weights without values (device meta); expected weights on the CPU")
     if elsewhere := sorted({str(weight.device) for weight in weights if weight.device.type != "cpu"}):
@@ -410,7 +444,8 @@ def _answers_to(network: nn.Module, shape: tuple[int, ...], title: str) -> Calla
     def answer(images: Tensor) -> object:
         when = f"when it was asked with {shape[1]} channels of {shape[2]} pixels a side"
         expected = (
-            f"a network that takes (N, {', '.join(map(str, shape[1:]))}): `image_size` tells the size it is made for"
+            f"a network that takes (N, {', '.join(map(str, shape[1:]))}) on the CPU: `image_size` tells the size it is "
+            "made for"
         )
         with _running_user_code(title, when, expected), torch.no_grad():
             return asked(images)
@@ -467,7 +502,7 @@ def _task(
     if len(shapes) == 1 and floats and shapes[0][2:] == (size, size):
         return "segmentation", (OUTPUT_NAME,)
     if not floats or any(len(shape) != 4 for shape in shapes):
-        given = ", ".join(f"{name or 'a tensor'} {tuple(one.shape)}" for name, one in list(found.items())[:6])
+        given = ", ".join(f"{name or 'a tensor'} {_described(one)}" for name, one in list(found.items())[:6])
         raise UsageError(f"{title} gives {given}; {_EXPECTED}")
     if len(shapes) == 1:
         notes.append(
@@ -481,6 +516,12 @@ def _task(
     if [size // shape[2] for shape in shapes] == [*STRIDES]:
         return "features", FEATURE_NAMES
     return "features", tuple(f"features_{index}" for index in range(len(shapes)))
+
+
+def _described(tensor: Tensor) -> str:
+    """Write the shape of a tensor, and its type where it is not float32."""
+    kind = "" if tensor.dtype == torch.float32 else f" of type {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)}{kind}"
 
 
 def _blocks(network: nn.Module) -> Iterator[str]:
