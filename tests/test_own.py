@@ -135,7 +135,7 @@ def test_a_network_that_cannot_be_exported_is_refused_in_one_line(answer: Any, m
     one_line(refused.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
     ("text", "name", "options", "message"),
     [
@@ -167,7 +167,7 @@ def test_a_file_that_gives_no_network_is_refused_in_one_line(
     one_line(refused.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("around", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
 def test_what_is_around_a_network_is_left_out(around: Callable[[nn.Module], nn.Module]) -> None:
     checkpoint = load_own(around(Small()), image_size=32).checkpoint
@@ -280,6 +280,24 @@ def test_weights_that_do_not_fit_are_listed_in_one_line(tmp_path: Path) -> None:
         "does not fit module " + repr(REFERENCE) + ": 1 missing: norm1.weight; 1 unexpected: strange; 2 of another "
         "shape: head.bias (received (10,), expected (7,)), head.weight (received (10, 32), expected (7, 32))"
     )
+
+
+def test_a_tensor_with_two_names_may_be_in_the_file_once(tmp_path: Path) -> None:
+    model = Small()
+    model.twin = model.conv
+    state = model.state_dict()
+    torch.save({name: value + 1 for name, value in state.items() if not name.startswith("conv.")}, tmp_path / "w.pth")
+    own = load_own(model, None, tmp_path / "w.pth", 64).checkpoint.state
+    assert torch.equal(own["conv.weight"], state["conv.weight"] + 1)
+    assert torch.equal(own["twin.weight"], own["conv.weight"])
+
+
+@pytest.mark.parametrize("value", [nn.GELU, torch.float32, 2**70])
+def test_arguments_that_no_manifest_could_hold_are_refused(value: object) -> None:
+    with pytest.raises(
+        UsageError, match=r"`module_options` num_classes: .*; expected what JSON can hold, or the network"
+    ):
+        load_own(REFERENCE, {"num_classes": value}, image_size=64)
 
 
 def test_numbers_that_are_no_weights_are_loaded_too(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -144,6 +145,7 @@ def load_own(
             images and gives logits or maps; the message says what to do.
     """
     title, random = f"module {_shown(module)}", False
+    _check_writable(options or {})
     notes: list[str] = []
     sha256, channels, found = None, None, None
     if isinstance(module, Path):
@@ -197,6 +199,22 @@ def load_own(
         notes=tuple(notes),
     )
     return OwnNetwork(checkpoint, random)
+
+
+def _check_writable(options: Mapping[str, Any]) -> None:
+    """Refuse arguments that no manifest could hold.
+
+    Raises:
+        UsageError: one is no text, number, truth value, or list or dictionary of these.
+    """
+    for name, value in options.items():
+        try:
+            msgspec.msgpack.encode(value)
+        except (TypeError, OverflowError) as error:
+            raise UsageError(
+                f"`module_options` {name}: {first_line(error)}; expected what JSON can hold, or the network itself as "
+                "`module`, made with it"
+            ) from error
 
 
 def _shown(module: str | nn.Module | Path) -> str:
@@ -519,8 +537,9 @@ def _task(
 
 
 def _described(tensor: Tensor) -> str:
-    """Write the shape of a tensor, and its type where it is not float32."""
-    kind = "" if tensor.dtype == torch.float32 else f" of type {str(tensor.dtype).removeprefix('torch.')}"
+    """Write the shape of a tensor, and its type where it has numbers of another precision than float32."""
+    is_other = tensor.is_floating_point() and tensor.dtype != torch.float32
+    kind = "" if not is_other else f" of type {str(tensor.dtype).removeprefix('torch.')}"
     return f"{tuple(tensor.shape)}{kind}"
 
 
