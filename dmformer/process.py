@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
@@ -28,7 +28,7 @@ from dmformer.errors import DMFormerError, StageFailed
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -66,6 +66,38 @@ def announce(path: Path) -> Path:
     if _announced is not None:
         os.write(_announced, os.fsencode(path.absolute()) + b"\0")
     return path
+
+
+@contextmanager
+def printing_to_stderr() -> Iterator[None]:
+    """Let what Python, native code and child processes print in the block go to standard error.
+
+    Standard output is for results: PyTorch's tracing exporter prints its graph there when it fails, and a network of
+    one's own whatever its author was looking for.
+    """
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (AttributeError, OSError, ValueError):  # there is no such stream, or it was closed
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _flush_native()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _flush_native() -> None:
+    """Write what native code printed and C's library still holds, as it does where the stream is no terminal."""
+    if os.name == "posix":
+        import ctypes
+
+        ctypes.CDLL(None).fflush(None)
 
 
 def engine_limit_s() -> float:

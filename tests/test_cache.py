@@ -506,7 +506,7 @@ def test_every_precision_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytes
     assert second.parity == first.parity
     evidence = msgspec.structs.replace(second.manifest.evidence, cached=())
     assert msgspec.structs.replace(second.manifest, evidence=evidence) == first.manifest
-    assert len(second.manifest.evidence.cached) == 8
+    assert len(second.manifest.evidence.cached) == 9
 
 
 def test_the_commands(filled: Path, tmp_path: Path, inline: Callable[..., Run]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from torch import Tensor, nn
 
 import dmformer
 from dmformer.errors import StageFailed, UnavailableError
 from dmformer.graph import trace
+from dmformer.models.own import load_own
 from tests.own_network import build
 
 if TYPE_CHECKING:
@@ -35,6 +37,30 @@ def test_the_next_exporter_is_asked_where_one_fails(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trace, "_ways", lambda: [fail, fail])
     with pytest.raises(StageFailed, match="export to ONNX failed: no such operator; no such operator"):
         dmformer.export(build(), image_size=64, output=tmp_path / "c", use_cache=False)
+
+
+class Folding(nn.Module):
+    """What the tracing exporter fails on where the batch is open, after it has printed its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.conv(x).flatten(2).unfold(2, 64, 64).flatten(2)[:, :, :256]
+        return nn.functional.fold(columns, (32, 32), 2, stride=2).mean((2, 3))
+
+
+def test_what_a_failing_exporter_prints_is_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trace, "_ways", lambda: [trace._by_tracing])
+    checkpoint = load_own(Folding(), image_size=32).checkpoint
+    with pytest.raises(StageFailed, match="export to ONNX failed"):
+        trace.trace(checkpoint, checkpoint.model(), tmp_path / "x.onnx")
+    printed = capfd.readouterr()
+    assert not printed.out
+    assert "graph(" in printed.err
 
 
 def test_a_torch_without_the_tracing_exporter_needs_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,25 @@ def test_int8_has_measured_every_block(reduced: ExportResult, quantized: onnx.Mo
     assert all(0 < error < 1 for error in made.sensitivity.values())
 
 
+def test_int8_leaves_weights_that_are_computed(source: PrecisionSource, tmp_path: Path) -> None:
+    model = onnx.load(source.onnx)
+    blocks = quantizable(model, source.block_of)
+    block, (first, *_) = next(iter(blocks.items()))
+
+    def compute_weight(node: onnx.NodeProto) -> None:
+        weight, node.input[1] = node.input[1], f"{node.name}/weight"
+        model.graph.node.insert(0, onnx.helper.make_node("Abs", [weight], [node.input[1]], f"{node.name}/Abs"))
+
+    convolutions = {node.name: node for node in model.graph.node if node.op_type == "Conv"}
+    compute_weight(convolutions[first])
+    assert first not in quantizable(model, source.block_of).get(block, [])
+    for name in [name for names in quantizable(model, source.block_of).values() for name in names]:
+        compute_weight(convolutions[name])
+    onnx.save(model, tmp_path / "computed.onnx")
+    with pytest.raises(CheckFailed, match="no full convolution with constant weights in any block"):
+        to_int8(replace(source, onnx=tmp_path / "computed.onnx"))
+
+
 @pytest.mark.parametrize(
     ("losses", "kept"),
     [([0.5], 0), ([0.6, 0.5], 1), ([3, 2, 0], 2), ([9, 3, 2, -1], 3), ([9] * 5 + [0.5], 5), ([9] * 8 + [0.1], 8)],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +124,8 @@ def fail(_model: nn.Module, _x: Tensor) -> Tensor:
         (fail, r"raised when it was asked with 3 channels of 64 pixels a side: RuntimeError: no such thing; expected"),
         (lambda *_: None, r"gives NoneType; expected logits \(N, classes\)"),
         (lambda m, x: m.conv(x).flatten(2), r"gives a tensor \(2, 4, 4096\); expected logits"),
+        (lambda m, x: m.conv(x).mean((2, 3)).bfloat16(), r"gives a tensor \(2, 4\) of type bfloat16; expected logits"),
+        (lambda m, x: m.conv(x).mean((1, 2, 3)), r"gives a tensor \(2,\); expected logits \(N, classes\)"),
         (lambda m, x: m.conv(x).mean((2, 3)).argmax(1), r"gives a tensor \(2,\); expected logits"),
     ],
 )  # fmt: skip
@@ -131,6 +135,7 @@ def test_a_network_that_cannot_be_exported_is_refused_in_one_line(answer: Any, m
     one_line(refused.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
     ("text", "name", "options", "message"),
     [
@@ -143,7 +148,12 @@ def test_a_network_that_cannot_be_exported_is_refused_in_one_line(answer: Any, m
         ("def build(): return 1 / 0", "build", {}, "raised while it made the network: ZeroDivisionError"),
         ("build = 3", "build", {}, "is of type int; expected a function, a class or an nn.Module"),
         ("def build(): pass", "built", {}, "there is no 'built' in it; it has build"),
+        ("def build(config): pass", "build", {}, "expected `module_options` that it takes, or a function that"),
         ("from torch import nn; net = nn.Identity()", "net", {}, "has no parameters"),
+        ("from torch import nn; net = nn.LazyLinear(3)", "net", {}, "weights whose shapes its first image decides"),
+        ("from torch import nn; build = lambda: nn.LazyLinear(3)", "build", {}, "weights whose shapes its first image"),
+        ("import torch; net = torch.jit.script(torch.nn.Linear(3, 3))", "net", {}, "is TorchScript; expected the nn.M"),
+        ("import torch; build = lambda: torch.ones(3, device='cuda')", "build", {}, "expected a network on the CPU"),
         ("from torch import nn; net = nn.Identity()", "net", {"a": 1}, "which is made already; expected none"),
     ],
 )  # fmt: skip
@@ -155,6 +165,59 @@ def test_a_file_that_gives_no_network_is_refused_in_one_line(
     with pytest.raises(UsageError, match=message) as refused:
         load_own(f"{path}:{name}", options, image_size=64)
     one_line(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("around", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
+def test_what_is_around_a_network_is_left_out(around: Callable[[nn.Module], nn.Module]) -> None:
+    checkpoint = load_own(around(Small()), image_size=32).checkpoint
+    assert checkpoint.arch == "Small"
+    assert checkpoint.config.origin.reference == f"{__name__}:Small"
+    assert "conv.weight" in checkpoint.state
+
+
+NETWORK = """
+from torch import nn
+
+
+class Network(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 3)
+
+    def forward(self, x):
+        return super().forward(x).mean((2, 3))
+"""
+
+
+@pytest.mark.parametrize("name", ["wave.py", "tests.py", "my-net.v2.py"])
+def test_a_file_takes_no_other_modules_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is imported later is found, whatever the file, and those beside it, are called."""
+    (tmp_path / name).write_text(NETWORK, encoding="utf-8")
+    (tmp_path / "colorsys.py").write_text("wrong", encoding="utf-8")
+    for standard in ("wave", "colorsys"):
+        monkeypatch.delitem(sys.modules, standard, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_own(f"{tmp_path / name}:Network", image_size=32).checkpoint.arch == "Network"
+    for standard in ("wave", "colorsys"):
+        imported = importlib.import_module(standard)
+        assert tmp_path not in Path(str(imported.__file__)).parents
+    assert load_own(f"{tmp_path / name}:Network", image_size=32).checkpoint.arch == "Network"
+
+
+def test_what_a_file_sets_for_all_does_not_last(tmp_path: Path) -> None:
+    text = f"import torch; torch.set_default_dtype(torch.float64){NETWORK}"
+    (tmp_path / "doubles.py").write_text(text, encoding="utf-8")
+    assert load_own(f"{tmp_path / 'doubles.py'}:Network", image_size=32).checkpoint.arch == "Network"
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_part_of_a_package_is_told(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "part.py").write_text("from .helper import Network", encoding="utf-8")
+    with pytest.raises(
+        UsageError, match=r"relative import.*as it is part of a package, package.module:NAME in the fold"
+    ):
+        load_own(f"{tmp_path / 'part.py'}:Network")
 
 
 @pytest.mark.parametrize("reference", ["own.py", ":build", "no_file.py:build", "no.such.package:build"])
@@ -217,6 +280,24 @@ def test_weights_that_do_not_fit_are_listed_in_one_line(tmp_path: Path) -> None:
         "does not fit module " + repr(REFERENCE) + ": 1 missing: norm1.weight; 1 unexpected: strange; 2 of another "
         "shape: head.bias (received (10,), expected (7,)), head.weight (received (10, 32), expected (7, 32))"
     )
+
+
+def test_a_tensor_with_two_names_may_be_in_the_file_once(tmp_path: Path) -> None:
+    model = Small()
+    model.twin = model.conv
+    state = model.state_dict()
+    torch.save({name: value + 1 for name, value in state.items() if not name.startswith("conv.")}, tmp_path / "w.pth")
+    own = load_own(model, None, tmp_path / "w.pth", 64).checkpoint.state
+    assert torch.equal(own["conv.weight"], state["conv.weight"] + 1)
+    assert torch.equal(own["twin.weight"], own["conv.weight"])
+
+
+@pytest.mark.parametrize("value", [nn.GELU, torch.float32, 2**70])
+def test_arguments_that_no_manifest_could_hold_are_refused(value: object) -> None:
+    with pytest.raises(
+        UsageError, match=r"`module_options` num_classes: .*; expected what JSON can hold, or the network"
+    ):
+        load_own(REFERENCE, {"num_classes": value}, image_size=64)
 
 
 def test_numbers_that_are_no_weights_are_loaded_too(tmp_path: Path) -> None:
@@ -381,14 +462,34 @@ def test_features_have_the_networks_names(tmp_path: Path) -> None:
     assert dmformer.verify(tmp_path / "b").passed
 
 
+PRINTING = """
+
+import os
+
+quiet = OwnDMFormer.forward
+
+
+def forward(self, x):
+    print("python prints")
+    os.write(1, b"descriptor prints\\n")
+    return quiet(self, x)
+
+
+OwnDMFormer.forward = forward
+"""
+
+
 @pytest.mark.slow
 def test_the_command_line_takes_a_file(cli: Callable[..., Run], tmp_path: Path) -> None:
-    shutil.copy(SOURCE, tmp_path / "mine.py")
+    (tmp_path / "mine.py").write_text(SOURCE.read_text(encoding="utf-8") + PRINTING, encoding="utf-8")
     asked = ("--module", "mine.py:build", "--module-option", "num_classes=3", "--image-size", "32", "--output", "b")
     done = cli("export", *asked)
     assert done.code == 0, done.err
     assert "the weights are those that module 'mine.py:build' comes with" in done.err
-    assert "the cache is not used for a module" in done.err
+    assert "python prints" not in done.out
+    assert "python prints" in done.err
+    assert "descriptor prints" not in done.out
+    assert "descriptor prints" in done.err
     assert "the usual was assumed" in done.err
     assert "mean 0.485, 0.456, 0.406" in done.err
     assert "images are seen with 32 pixels a side" in done.err

@@ -54,6 +54,28 @@ def test_closed_streams_lead_nowhere(closed: tuple[int, ...], tmp_path: Path) ->
         assert done.returncode == code
 
 
+def test_what_others_print_goes_to_standard_error(tmp_path: Path) -> None:
+    code = """
+import ctypes, os, subprocess
+from dmformer.process import printing_to_stderr
+
+library = ctypes.CDLL(None)
+print("before")
+with printing_to_stderr():
+    print("python")
+    library.printf(b"native\\n")
+    os.write(1, b"descriptor\\n")
+    subprocess.run(["echo", "child"], check=True)
+print("after")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["before", "after"]
+    assert sorted(done.stderr.split()) == ["child", "descriptor", "native", "python"]
+    closed = code[: code.index("    library.printf")].replace('print("before")', "os.close(1)")
+    done = subprocess.run([sys.executable, "-c", closed], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr.startswith("python")
+
+
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere(*_: object) -> Path:
         raise RuntimeError("could not determine the home directory")

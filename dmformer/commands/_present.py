@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from dmformer.errors import StageFailed
 from dmformer.ownership import is_own, is_shared, resolve
+from dmformer.process import printing_to_stderr
 from dmformer.text import plain, plain_json
 
 if TYPE_CHECKING:
@@ -231,9 +232,9 @@ class Stages:
 
 @contextmanager
 def stages() -> Iterator[Stages]:
-    """Show progress on standard error for the length of the block."""
+    """Show progress on standard error for the length of the block; what else is printed meanwhile goes there too."""
     opened = Stages(messages())
-    with opened.progress:
+    with printing_to_stderr(), opened.progress:
         yield opened
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dmformer.bundle.select import cannot_run
 from dmformer.export import steps
-from dmformer.export.formats import is_compiled
+from dmformer.export.formats import is_compiled, is_from_onnx
 from dmformer.export.steps import ConvertedArtifact, TimedArtifacts, VerifiedArtifact, Work
 from dmformer.files import indented_json
 from dmformer.machine import gpu_state
@@ -39,7 +39,11 @@ class Loop:
         checks: those made so far.
         left_out: a sentence for each thing that was asked for and is not done.
         broken: the engines that could not be built, and why.
+        runs_own_code: whether the network is somebody's own code, for which no key of the cache can stand: what it
+            imports, reads and asks for is not known.
     """
+
+    runs_own_code = False
 
     def __init__(self, cache: Cache, name: str = "", left_out: Iterable[str] = ()) -> None:
         self.cache = cache
@@ -51,6 +55,13 @@ class Loop:
     def once(self, what: str, inputs: object, kind: type[T], step: Callable[[], T], root: Path) -> T:
         """Return what a step gives, or gave before with the same inputs; it is kept where its checks hold."""
         return self.cache.get_or_make(f"{self.name}: {what}", inputs, kind, step, root, _held)
+
+    def ask_network(self, what: str, inputs: object, kind: type[T], step: Callable[[], T], root: Path) -> T:
+        """As :meth:`once`, of a step that runs the network: with somebody's own code it is done each time.
+
+        The steps after it depend on what it gave, by content, and on nothing else of the code.
+        """
+        return step() if self.runs_own_code else self.once(what, inputs, kind, step, root)
 
     def artifact(
         self, work: Work, row: registry.RuntimeEntry, file: PrecisionFile, network: object
@@ -69,8 +80,8 @@ class Loop:
             artifact = convert().artifact
         else:
             inputs = (network, row.format, file.precision, replace(file, answers=None), work.engine)
-            name = f"{self.name}: convert to {what}"
-            artifact = self.cache.get_or_make(name, inputs, ConvertedArtifact, convert, work.folder).artifact
+            once = self.once if is_from_onnx(row) else self.ask_network
+            artifact = once(f"convert to {what}", inputs, ConvertedArtifact, convert, work.folder).artifact
         reason = cannot_run(row, artifact)
         budget = (work.calibration, work.max_accuracy_drop)
         verified = self.once(

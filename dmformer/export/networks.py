@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from dmformer.export.options import ExportOptions
 
 
-_NOT_CACHED = "the cache is not used for a module: what its code imports and reads is not known"
-
-
 def lively_(model: DMFormerBackbone, seed: int = 0) -> DMFormerBackbone:
     """Overwrite all weights and statistics in place; returns the model in evaluation mode.
 
@@ -155,8 +152,6 @@ def find_network(options: ExportOptions) -> Network:
         checkpoint, tasks = recognise(own_network.checkpoint), []
         if options.save_key_map is not None and checkpoint.key_map is None:
             raise UsageError(f"`save_key_map`: the network was {checkpoint.notes[-1]}; expected a DMFormer")
-        if options.module is not None and options.use_cache and checkpoint.key_map is None:
-            checkpoint = replace(checkpoint, notes=(*checkpoint.notes, _NOT_CACHED))
         weights = "random" if own_network.random else "checkpoint" if options.weights is not None else "module"
         seed = options.seed if own_network.random else None
     elif options.weights is not None:

@@ -5,6 +5,7 @@ Importing this needs no PyTorch: an export that was made before is found without
 
 from __future__ import annotations
 
+import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +84,6 @@ def run_export(options: ExportOptions, announce: Callable[[ExportPlan], object] 
     announce(plan)
     plan.check_possible()
     checkpoint = plan.network.checkpoint
-    if options.module is not None and checkpoint.config.origin is not None:
-        cache = Cache()  # what the code of a network of one's own imports and reads is not known: no key stands for it
     if options.save_key_map is not None and checkpoint.key_map is not None:
         from dmformer.models.key_map import write_key_map
 
@@ -117,6 +116,7 @@ class _Export(Loop):
         self.checkpoint, self.stage = plan.network.checkpoint, plan.options.stage
         self.folder, self.scratch = folder, folder.with_name("scratch")
         self.scratch.mkdir()
+        self.runs_own_code = self.options.module is not None and self.checkpoint.config.origin is not None
         # What every step depends on: the checkpoint by its content, and the form that is traced.
         self.network = [cache.digest(self.checkpoint), self.options.deploy_form]
 
@@ -172,7 +172,7 @@ class _Export(Loop):
             with self.stage(what, measure.parts(images)) as advance:
                 return torch_answers(model, images, measure, advance)
 
-        kept = self.once(what, (self.network, images), np.ndarray, ask, self.scratch)
+        kept = self.ask_network(what, (self.network, images), np.ndarray, ask, self.scratch)
         return Calibration.scored(images, measure, kept)
 
     def trace(self, source: GraphSource, calibration: Calibration | None) -> tuple[VerifiedGraph, Work]:
@@ -187,7 +187,8 @@ class _Export(Loop):
             return graph
 
         inputs = (self.network, source.images)
-        graph = self.once("trace to ONNX, simplify, verify", inputs, traced.VerifiedGraph, make, self.scratch)
+        what = "trace to ONNX, simplify, verify"
+        graph = self.ask_network(what, inputs, traced.VerifiedGraph, make, self.scratch)
         self.checks.extend(graph.checks)
         return graph, Work(
             folder=self.folder,
@@ -220,16 +221,19 @@ class _Export(Loop):
             block_of=self.checkpoint.config.block_of,
         )
 
-        def reduce() -> Reduced:
-            file = precisions.make(precision, measured)
+        def verify(file: PrecisionFile) -> Reduced:
             with self.stage(f"literal execution of {precision}, emulation in PyTorch"):
                 return precisions.verify_reduced(file, measured, source.form, work.golden)
 
         bits = self.options.weight_bits if precision == "int8" else None
         budget = (work.calibration, self.options.max_accuracy_drop)
         inputs = (self.network, precision, graph.onnx, work.golden, *budget, bits)
+        what = f"ONNX at {precision}"
         try:
-            found = self.once(f"ONNX at {precision}", inputs, Reduced, reduce, self.scratch)
+            made = self.once(
+                what, inputs, PrecisionFile, functools.partial(precisions.make, precision, measured), self.scratch
+            )
+            found = self.ask_network(f"verify the {what}", (*inputs, made), Reduced, lambda: verify(made), self.scratch)
         except (CheckFailed, StageFailed) as error:
             if not self.plan.choose_fastest:
                 raise

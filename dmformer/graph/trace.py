@@ -24,6 +24,7 @@ from dmformer._optional import require
 from dmformer.errors import StageFailed, first_line
 from dmformer.graph import onnx_file
 from dmformer.models.dmformer import outputs_by_name
+from dmformer.process import printing_to_stderr
 from dmformer.runtimes.inspector import module_path
 from dmformer.task import INPUT_NAME
 
@@ -67,7 +68,12 @@ def trace(checkpoint: Checkpoint, model: nn.Module, destination: Path) -> None:
     failed: list[str] = []
     for way in _ways():
         try:
-            with warnings.catch_warnings(), torch.inference_mode(way is _by_tracing), torch.no_grad():
+            with (
+                printing_to_stderr(),
+                warnings.catch_warnings(),
+                torch.inference_mode(way is _by_tracing),
+                torch.no_grad(),
+            ):
                 warnings.simplefilter("ignore")
                 way(checkpoint, model, example, destination)
             break

@@ -363,6 +363,13 @@ def load_weights_(
     # Tables of indices and the like stay what they are; a DMFormer has none.
     integers = {name for name, value in own.items() if not value.is_floating_point()}
     file = read_weights(path, own.__contains__, weights_key, integers.__contains__)
-    _check_names(file.state, {name: tuple(value.shape) for name, value in own.items()}, title_of(path), network_title)
+    # A tensor with two names of the network's may be in the file under one of them: safetensors writes it once.
+    same = {(value.data_ptr(), value.shape): file.state[name] for name, value in own.items() if name in file.state}
+    for name, value in own.items():
+        if name not in file.state and value.numel() and (value.data_ptr(), value.shape) in same:
+            file.state[name] = same[value.data_ptr(), value.shape]
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    title = f"{title_of(path)}, of another network or of other `module_options`,"
+    _check_names(file.state, shapes, title, network_title)
     network.load_state_dict(file.state, strict=False)  # counters of batches may be missing
     return file.sha256, file.notes

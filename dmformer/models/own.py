@@ -20,6 +20,7 @@ from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -31,6 +32,7 @@ from dmformer.models.checkpoint import Checkpoint, checked_classes, decide_input
 from dmformer.models.checkpoint_file import title_of
 from dmformer.models.program import load_program
 from dmformer.models.specification import ModuleOrigin
+from dmformer.process import printing_to_stderr
 from dmformer.task import FEATURE_NAMES, INPUT_NAME, OUTPUT_NAME, STRIDES, Task
 
 _USUAL_SIZE = 224
@@ -143,8 +145,9 @@ def load_own(
             images and gives logits or maps; the message says what to do.
     """
     title, random = f"module {_shown(module)}", False
+    _check_writable(options or {})
     notes: list[str] = []
-    sha256, channels = None, None
+    sha256, channels, found = None, None, None
     if isinstance(module, Path):
         title, reference, source = title_of(module), module.name, None
         program = load_program(module)
@@ -153,16 +156,16 @@ def load_own(
     elif isinstance(module, str):
         found, source = _imported(module, title)
         network = _made(found, dict(options or {}), title, seed)
-        if weights is None and not isinstance(found, nn.Module):
-            random = not _equal(network, _made(found, dict(options or {}), title, seed + 1))
         where, _, name = module.rpartition(":")
         reference = f"{Path(where).name if where.endswith('.py') else where}:{name}"
     else:
         if options:
             raise UsageError(f"`module_options` for {title}, which is made already; expected none")
-        network, reference = module, f"{type(module).__module__}:{type(module).__qualname__}"
-        source = _source_file(type(module))
-    network = _prepared(network, title, notes)
+        network = _unwrapped(module)
+        reference, source = f"{type(network).__module__}:{type(network).__qualname__}", _source_file(type(network))
+    first, network = network, _prepared(network, title, notes)
+    if found is not None and weights is None and not isinstance(found, nn.Module):
+        random = not _equal(first, _made(found, dict(options or {}), title, seed + 1))
     if weights is not None:
         sha256, read = load_weights_(network, weights, title, weights_key)
         notes += read
@@ -198,6 +201,22 @@ def load_own(
     return OwnNetwork(checkpoint, random)
 
 
+def _check_writable(options: Mapping[str, Any]) -> None:
+    """Refuse arguments that no manifest could hold.
+
+    Raises:
+        UsageError: one is no text, number, truth value, or list or dictionary of these.
+    """
+    for name, value in options.items():
+        try:
+            msgspec.msgpack.encode(value)
+        except (TypeError, OverflowError) as error:
+            raise UsageError(
+                f"`module_options` {name}: {first_line(error)}; expected what JSON can hold, or the network itself as "
+                "`module`, made with it"
+            ) from error
+
+
 def _shown(module: str | nn.Module | Path) -> str:
     return repr(str(module)) if isinstance(module, (str, Path)) else type(module).__name__
 
@@ -209,9 +228,10 @@ def _imported(reference: str, title: str) -> tuple[Any, Path | None]:
         raise UsageError(f"{title}; expected FILE.py:NAME or package.module:NAME")
     if where.endswith(".py") and not Path(where).is_file():
         raise UsageError(f"{title}: there is no file {where!r}; expected a Python file and a name in it, FILE.py:NAME")
-    with _running_user_code(
-        title, "while it was imported", "a file that Python can import, with what it needs installed"
-    ):
+    expected = "a file that Python can import, with what it needs installed"
+    if (Path(where).parent / "__init__.py").is_file():
+        expected += "; as it is part of a package, package.module:NAME in the folder above that may do"
+    with _running_user_code(title, "while it was imported", expected):
         imported = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     found: Any = imported
     for part in name.split("."):
@@ -224,25 +244,43 @@ def _imported(reference: str, title: str) -> tuple[Any, Path | None]:
 
 def _import_file(path: Path) -> Any:
     """Import a file under its own name, anew each time; files beside it can be imported by it."""
-    folder, name = str(path.resolve().parent), path.stem
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    before = getattr(sys.modules.get(name), "__file__", None)
-    if name in sys.modules and (before is None or Path(before).resolve() != path.resolve()):
-        name = f"{name}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"  # taken by another module
+    path = path.resolve()
+    name = path.stem.replace(".", "_")
+    if _is_taken(name, path):
+        name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with _first_on_path(path.parent):
+        spec.loader.exec_module(module)
     return module
 
 
+def _is_taken(name: str, path: Path) -> bool:
+    """Whether a module that is no such file has a name, or would get it: a file may be called ``onnx.py``."""
+    module = sys.modules.get(name)
+    spec = None if module is not None else importlib.util.find_spec(name)
+    file = getattr(module, "__file__", None) if spec is None else spec.origin
+    return not (module is spec is None or (file and Path(file).resolve() == path))
+
+
 def _import_module(name: str) -> Any:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
+    with _first_on_path(Path.cwd()):
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    """Look for modules in a folder first, and after the block last: what we import later may have the same name."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def _candidates(imported: Any) -> str:
@@ -263,14 +301,17 @@ def _is_network(value: object) -> bool:
 @contextlib.contextmanager
 def _running_user_code(title: str, when: str, expected: str) -> Iterator[None]:
     """Turn whatever somebody's code raises into one line; what it prints is no output of a command."""
+    number = torch.get_default_dtype()
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with printing_to_stderr():
             yield
     except UsageError:
         raise
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"{title} raised {when}: {reason}; expected {expected}") from error
+    finally:
+        torch.set_default_dtype(number)  # a script may ask for another type of numbers, and for all that comes after it
 
 
 def _made(found: Any, options: dict[str, Any], title: str, seed: int) -> nn.Module:
@@ -278,23 +319,31 @@ def _made(found: Any, options: dict[str, Any], title: str, seed: int) -> nn.Modu
     if isinstance(found, nn.Module):
         if options:
             raise UsageError(f"`module_options` for {title}, which is made already; expected none")
-        return found
+        return _unwrapped(found)
     if not callable(found):
         raise UsageError(f"{title} is of type {type(found).__name__}; expected a function, a class or an nn.Module")
     try:
         inspect.signature(found).bind(**options)
     except TypeError as error:
         given = ", ".join(options) or "no arguments"
-        raise UsageError(f"{title} with {given}: {error}; expected `module_options` that it takes") from error
+        more = ", or a function that calls it" if "missing" in str(error) else ""
+        raise UsageError(f"{title} with {given}: {error}; expected `module_options` that it takes{more}") from error
     except ValueError:  # of what is written in C, Python knows no signature: calling it tells
         pass
-    expected = "a network: look at `module_options`"
+    expected = "a network on the CPU: look at `module_options`"
     with _running_user_code(title, "while it made the network", expected), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = found(**options)
     if not isinstance(network, nn.Module):
         raise UsageError(f"{title} gave {type(network).__name__}; expected an nn.Module")
-    return network
+    return _unwrapped(network)
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network that was compiled, spread over GPUs or averaged, out of what PyTorch put around it."""
+    around = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    inner = getattr(network, "_orig_mod", network.module if isinstance(network, around) else None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else network
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:
@@ -312,9 +361,13 @@ def _source_file(kind: type) -> Path | None:
 
 def _prepared(network: nn.Module, title: str, notes: list[str]) -> nn.Module:
     """Return a copy on the CPU, in float32 and in evaluation mode."""
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UsageError(f"{title} is TorchScript; expected the nn.Module that it was made from")
     weights = [*network.parameters(), *network.buffers()]
     if not any(True for _ in network.parameters()):
         raise UsageError(f"{title} has no parameters; expected a network with weights")
+    if any(map(nn.parameter.is_lazy, weights)):
+        raise UsageError(f"{title} has weights whose shapes its first image decides; expected a network that has run")
     if any(weight.is_meta for weight in weights):
         raise UsageError(f"{title} has weights without values (device meta); expected weights on the CPU")
     if elsewhere := sorted({str(weight.device) for weight in weights if weight.device.type != "cpu"}):
@@ -409,7 +462,8 @@ def _answers_to(network: nn.Module, shape: tuple[int, ...], title: str) -> Calla
     def answer(images: Tensor) -> object:
         when = f"when it was asked with {shape[1]} channels of {shape[2]} pixels a side"
         expected = (
-            f"a network that takes (N, {', '.join(map(str, shape[1:]))}): `image_size` tells the size it is made for"
+            f"a network that takes (N, {', '.join(map(str, shape[1:]))}) on the CPU: `image_size` tells the size it is "
+            "made for"
         )
         with _running_user_code(title, when, expected), torch.no_grad():
             return asked(images)
@@ -433,7 +487,7 @@ def _refuse_decisions(network: nn.Module, images: Tensor, title: str) -> None:
         UsageError: it does.
     """
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+        with torch.no_grad(), printing_to_stderr():
             copy.deepcopy(network).to("meta")(images.to("meta"))
     except Exception as error:  # what has a device of its own in its code fails here, and may be right
         if not re.search(r"item\(\)|nonzero|data-dependent", str(error)) or "meta" not in str(error):
@@ -466,7 +520,7 @@ def _task(
     if len(shapes) == 1 and floats and shapes[0][2:] == (size, size):
         return "segmentation", (OUTPUT_NAME,)
     if not floats or any(len(shape) != 4 for shape in shapes):
-        given = ", ".join(f"{name or 'a tensor'} {tuple(one.shape)}" for name, one in list(found.items())[:6])
+        given = ", ".join(f"{name or 'a tensor'} {_described(one)}" for name, one in list(found.items())[:6])
         raise UsageError(f"{title} gives {given}; {_EXPECTED}")
     if len(shapes) == 1:
         notes.append(
@@ -480,6 +534,13 @@ def _task(
     if [size // shape[2] for shape in shapes] == [*STRIDES]:
         return "features", FEATURE_NAMES
     return "features", tuple(f"features_{index}" for index in range(len(shapes)))
+
+
+def _described(tensor: Tensor) -> str:
+    """Write the shape of a tensor, and its type where it has numbers of another precision than float32."""
+    is_other = tensor.is_floating_point() and tensor.dtype != torch.float32
+    kind = "" if not is_other else f" of type {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)}{kind}"
 
 
 def _blocks(network: nn.Module) -> Iterator[str]:

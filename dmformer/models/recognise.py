@@ -14,9 +14,7 @@ strengths; then with the network's own.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +31,7 @@ from dmformer.models.operators import WeightUse, weight_uses
 from dmformer.models.specification import KeyMap
 from dmformer.models.state_dict import COUNTER, listed
 from dmformer.models.structure import Structure, UnlikeError
+from dmformer.process import printing_to_stderr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +58,7 @@ def recognise(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint: of a network of one's own; its code is run.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what its code prints is no output of a command
+        with printing_to_stderr():
             key_map = _key_map(checkpoint)
     except UnlikeError as reason:
         note = f"{NOT_RECOGNISED} ({reason}): it is exported as it is, without deploy form and format torch"

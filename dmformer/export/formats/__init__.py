@@ -129,6 +129,11 @@ def is_compiled(row: RuntimeEntry) -> bool:
     return CONVERTERS[row.format].compiled
 
 
+def is_from_onnx(row: RuntimeEntry) -> bool:
+    """Whether the ONNX file is all that a format is made from."""
+    return CONVERTERS[row.format].from_onnx
+
+
 def check_convertible(row: RuntimeEntry, engine: EngineOptions) -> None:
     """Make sure that a format can be made on this machine; nothing is made.
 
@@ -161,7 +166,7 @@ def check_from_onnx(row: RuntimeEntry) -> None:
     Raises:
         UsageError: it comes with an export.
     """
-    if row.format == "onnx" or not CONVERTERS[row.format].from_onnx:
+    if row.format == "onnx" or not is_from_onnx(row):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
 
 

@@ -125,8 +125,8 @@ class _Quantizer:
         self.blocks = quantizable(model, source.block_of)
         if not self.blocks:
             raise CheckFailed(
-                "precision int8: the network has no full convolution in any block, and no other layer is quantised; "
-                "expected `precisions` without int8"
+                "precision int8: the network has no full convolution with constant weights in any block, and no other "
+                "layer is quantised; expected `precisions` without int8"
             )
         self.metadata = metadata_at("int8", model)
         self.graph = source.scratch / "int8-source.onnx"
@@ -295,12 +295,19 @@ def _add_errors(model: ModelProto, ranks: Mapping[str, int], destination: Path) 
 
 
 def quantizable(model: ModelProto, block_of: Callable[[str], str | None]) -> dict[str, list[str]]:
-    """Names of the full convolutions worth quantising, by the block that they belong to, in the graph's order."""
+    """Names of the full convolutions worth quantising, by the block that they belong to, in the graph's order.
+
+    Left out are those whose weights the graph computes (a weight standardisation that the simplifier did not fold):
+    the quantiser has no range for them.
+    """
     found: dict[str, list[str]] = {}
     producers = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         block = block_of(node.name)
         if node.op_type != "Conv" or block is None or _groups(node) > 1 or ".gate." in node.name:
+            continue
+        if node.input[1] not in constants:
             continue
         before = producers.get(node.input[0])
         if before is not None and before.op_type == "Relu":
