@@ -270,7 +270,7 @@ One thread computes. Where the server sends `Cross-Origin-Opener-Policy: same-or
 `Cross-Origin-Embedder-Policy: require-corp`, up to four do.
 
 The engine is {ENGINE.title}, WebAssembly, under the MIT license. The page decodes PNG files to the bit as Pillow does;
-JPEG, WebP, GIF and BMP files are decoded by the browser, whose JPEG decoder may differ by a little.
+JPEG, WebP, GIF and BMP files are decoded by the browser, whose decoder may differ by a little.
 """
 
 

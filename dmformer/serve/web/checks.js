@@ -255,5 +255,7 @@ export function classOf(data, image, place, channels, places) {
 
 /** Three digits, as Python's :.3g. */
 export function short(value) {
-  return value === null ? "" : Number.isFinite(value) ? String(Number(value.toPrecision(3))) : String(value);
+  if (value === null || !Number.isFinite(value)) return String(value ?? "");
+  const rounded = Number(value.toPrecision(3)), size = Math.abs(rounded);
+  return size && (size < 1e-4 || size >= 1000) ? rounded.toExponential().replace(/e([+-])(\d)$/, "e$10$2") : String(rounded);
 }

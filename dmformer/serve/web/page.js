@@ -160,13 +160,13 @@ async function verify() {
     fill("checks", `${model.title}, in onnxruntime-web ${page.engine} in this browser`, CHECK_COLUMNS, rows.map(checkCells));
   };
   const shown = async (file, work) => {
-    const row = { stage: "integrity", batch: null, against: file.path, limit: null, largest: null, passed: true, reason: null };
+    const row = { stage: "integrity", batch: null, against: "layout.json", limit: null, largest: null, passed: true, reason: file.path };
     try {
       const done = await work();
       if (crypto.subtle) show(row);
       return done;
     } catch (error) {
-      show({ ...row, stage: error.stage ?? "runtime", passed: false, reason: String(error?.message ?? error) });
+      show({ ...row, stage: error.stage ?? "runtime", passed: false, reason: `${file.path}: ${error?.message ?? error}` });
       return null;
     }
   };
@@ -184,12 +184,12 @@ async function verify() {
 }
 
 const NO_HASHES = "hashes: this browser compares them on pages of https and of localhost only";
-const CHECK_COLUMNS = ["stage", "batch", "against", "max abs", "limit", "", "remark"];
+const CHECK_COLUMNS = ["", "stage", "batch", "against", "max abs", "limit", "remark"];
 
 function checkCells({ stage, batch, against, limit, largest, passed, reason }) {
   const verdict = { text: passed ? "ok" : "FAILED", class: passed ? "good" : "bad" };
   const number = (value) => ({ text: value === null ? "" : short(value), class: "number" });
-  return [stage, number(batch), against, number(largest), number(limit), verdict, { text: reason ?? "", class: "text" }];
+  return [verdict, stage, number(batch), against, number(largest), number(limit), { text: reason ?? "", class: "text" }];
 }
 
 async function readGolden() {
