@@ -1,9 +1,10 @@
-"""Is the best artifact worth it: everything side by side in one run, against the usual route and the machine's limit.
+"""Is the best artifact worth it: every runtime side by side in one run, against the usual route and the machine's best.
 
 The usual route is ``torch.onnx.export`` of the training form, onnxsim, and onnxruntime in float32, each with its
 defaults. The limit is what a large float32 matrix product attains with the same threads. All configurations stay
 loaded, each in a process of its own, and take turns; a ratio is the median over the rounds, so that a slow minute of
-the machine meets them all. Needs onnxscript beside the ``dev`` extra, for the usual route.
+the machine meets them all. Needs onnxscript beside the ``dev`` extra, for the usual route. Formats whose converter is
+not here are left out: LiteRT's is where DMFORMER_LITERT_PYTHON says.
 
 Usage: python benchmarks/precisions.py [ARCH] [ROUNDS] [IMAGE_SIZE]
 """
@@ -25,9 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dmformer
 from dmformer.bundle.reader import open_bundle
+from dmformer.errors import UnavailableError
+from dmformer.export.formats import check_convertible, is_compiled
 from dmformer.export.networks import random_checkpoint
+from dmformer.export.options import EngineOptions
 from dmformer.machine import cpu_model, usable_cores
 from dmformer.models.deploy import deploy
+from dmformer.runtimes import registry
 
 USUAL = "usual route: onnxruntime fp32"
 SGEMM = 2048
@@ -79,13 +84,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
         configurations = {USUAL: ("usual", usual_route(arch, size, made), "fp32", size)}
-        for form, precisions in (("training form", ["fp32"]), ("deploy form", ["fp32", "fp16", "int8"])):
+        for form, precisions, formats in (
+            ("training form", ["fp32"], ["onnx", "openvino"]),
+            ("deploy form", ["fp32", "fp16", "int8"], formats_here()),
+        ):
             output = made / form.replace(" ", "-")
             dmformer.export(
                 use_cache=False,
                 arch=arch,
                 image_size=size,
-                formats=["onnx", "openvino"],
+                formats=formats,
                 precisions=precisions,
                 deploy_form=form == "deploy form",
                 calibration=photographs(made / "photographs", size) if "int8" in precisions else None,
@@ -94,12 +102,26 @@ def main() -> None:
             )
             bundle = open_bundle(output)
             for artifact in bundle.manifest.artifacts:
-                runtime = {"onnx": "onnxruntime"}.get(artifact.format, artifact.format)
+                runtime = registry.entry_of_format(artifact.format).name
                 path = bundle.load_path(artifact)
                 configurations[f"{runtime} {artifact.precision}, {form}"] = (runtime, path, artifact.precision, size)
         configurations[f"sgemm {SGEMM}"] = ("sgemm", made, "fp32", SGEMM)
         seconds = take_turns(configurations, rounds)
     show(arch, size, seconds)
+
+
+def formats_here() -> list[str]:
+    """Every format that can be made, and run, on this machine's processor."""
+    found = []
+    for row in registry.ENTRIES:
+        try:
+            check_convertible(row, EngineOptions())
+        except UnavailableError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        if not is_compiled(row):
+            found.append(row.format)
+    return found
 
 
 def usual_route(arch: str, size: int, folder: Path) -> Path:

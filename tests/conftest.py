@@ -330,6 +330,46 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "time_artifacts", timed_as({}))
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; Debian's package is enough."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def web_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """onnxruntime-web's file, as npm writes it."""
+    from dmformer.cache import Cache
+    from dmformer.errors import UnavailableError
+    from dmformer.serve.web import ENGINE
+
+    try:
+        return made_once(tmp_path_factory, "onnxruntime-web", lambda folder: ENGINE.download(folder, Cache()))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def web_page(exported: ExportResult, web_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the demonstration bundle; shared, so not to be written into."""
+    from dmformer.bundle.reader import open_bundle
+    from dmformer.serve.layouts import serve_layout
+
+    folder = tmp_path_factory.mktemp("web") / "digits"
+    serve_layout("web", open_bundle(exported.output), folder, onnxruntime_web=web_engine)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
     from dmformer.assets import DEMONSTRATION_CHECKPOINT

@@ -13,7 +13,7 @@ from dmformer.assets import CALIBRATION_IMAGES
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import StageFailed, UnavailableError, UsageError
 from dmformer.export.build import build
-from dmformer.export.formats import ConversionSource, litert, ncnn
+from dmformer.export.formats import ConversionSource, litert, ncnn, run_converter
 from dmformer.runtimes import registry
 from dmformer.runtimes.ncnn import NcnnLayer, NcnnRuntime, locate_weights, read_param, write_param
 from dmformer.runtimes.onnxruntime import OnnxRuntime
@@ -237,8 +237,11 @@ def test_a_missing_pnnx_is_the_command(monkeypatch: pytest.MonkeyPatch, inline: 
 
 
 def test_what_pnnx_refuses_is_one_line(tmp_path: Path, with_ncnn: Path) -> None:
-    with pytest.raises(StageFailed, match="pnnx ended with"):
-        ncnn._run([ncnn._program(), "none.onnx"], str(tmp_path))
+    with pytest.raises(StageFailed, match="conversion to ncnn failed: pnnx ended with") as caught:
+        run_converter("ncnn", [ncnn._program(), "none.onnx"], str(tmp_path), tmp_path / "model.ncnn.bin")
+    one_line(caught.value)
+    with pytest.raises(StageFailed, match="true ended with 0: it said nothing"):
+        run_converter("ncnn", ["true"], str(tmp_path), tmp_path / "model.ncnn.bin")
 
 
 # --- LiteRT -----------------------------------------------------------------------------------------------------------

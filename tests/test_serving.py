@@ -188,7 +188,9 @@ def test_the_command(exported: ExportResult, tmp_path: Path, inline: Callable[..
     assert again.code == 2
     assert "--force" in again.error_line
     assert inline("serve-layout", "ovms", exported.output, "--output", "out", "--force").code == 0
-    assert "'tfserving'; expected triton or ovms" in inline("serve-layout", "tfserving", exported.output).error_line
+    assert (
+        "'tfserving'; expected triton, ovms or web" in inline("serve-layout", "tfserving", exported.output).error_line
+    )
 
 
 def test_pixels_have_no_labels_in_triton(

@@ -12,21 +12,45 @@ from dmformer.commands import _present as present
 
 
 def serve_layout(
-    server: Annotated[str, typer.Argument(metavar="triton|ovms", help="NVIDIA Triton, or OpenVINO Model Server.")],
+    server: Annotated[
+        str,
+        typer.Argument(
+            metavar="triton|ovms|web",
+            help="NVIDIA Triton; OpenVINO Model Server; any static server: a page that runs the network in browsers.",
+        ),
+    ],
     bundle: options.BundleArgument = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the layout.")] = Path("served"),
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Largest batch that Triton makes of waiting requests.")
     ] = 8,
+    onnxruntime_web: Annotated[
+        Path | None,
+        typer.Option(
+            "--onnxruntime-web",
+            metavar="FILE",
+            help="For web: the engine, as npm pack onnxruntime-web writes it; otherwise npm downloads it once.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
     debug: options.DebugOption = False,
 ) -> None:
-    """Write a model repository for a server: its configuration, the model files, and what clients have to know."""
+    """Write what a server serves: its configuration, the model files, and what clients have to know; or a page."""
     from dmformer.serve.layouts import serve_layout as write
 
-    written = write(server.lower(), options.find_bundle(bundle), output, force=force, max_batch=max_batch)
+    opened = options.find_bundle(bundle)
+    with present.stages() as shown:
+        written = write(
+            server.lower(),
+            opened,
+            output,
+            force=force,
+            max_batch=max_batch,
+            onnxruntime_web=onnxruntime_web,
+            stage=shown.stage,
+        )
     for name in written.models:
         present.show(str(output / "models" / name))
     for reason in written.left_out:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 _LEAST_SIDE = 480  # pixels of the picture's shorter side: a small image is enlarged
-_OPACITY = 0.55
-_DIMMED = 0.35  # brightness of what the network did not see
+OPACITY = 0.55  # of the classes' colours over the image
+DIMMED = 0.35  # brightness of what the network did not see
 _FONT = 18  # pixels
 _MOST_ENTRIES = 24
 _LONGEST = 40  # characters of a name
@@ -64,8 +64,8 @@ def overlay(
     seen = picture.crop((left, top, right, bottom))
     colours = class_colours(int(labels.max()) + 1)
     coloured = PillowImage.fromarray(colours[labels]).resize(seen.size, PillowImage.Resampling.NEAREST)
-    picture = picture.point([int(value * _DIMMED) for value in range(256)] * 3)
-    picture.paste(PillowImage.blend(seen, coloured, _OPACITY), (left, top))
+    picture = picture.point([int(value * DIMMED) for value in range(256)] * 3)
+    picture.paste(PillowImage.blend(seen, coloured, OPACITY), (left, top))
     key = _legend(list(legend), height)
     page = PillowImage.new("RGB", (width + key.width, max(height, key.height)), "white")
     page.paste(picture, (0, 0))

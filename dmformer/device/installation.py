@@ -1,14 +1,16 @@
-"""This tool and one engine, laid out to be run elsewhere: on an emulated processor, or with another release here.
+"""This tool and one engine, laid out to be run elsewhere: on an emulated processor, with another release, in a browser.
 
 Python packages come as wheels by ``pip download``: pip resolves what this tool's own metadata asks for and compares
 hashes with those of the index. The system of an emulated machine comes as Debian packages by ``apt-get``, which checks
-signed lists. What was downloaded is kept in the cache by what was asked for, and hashed again when it is used. It is
-unpacked into a temporary folder for each run, so that nothing half laid out is ever used and runs do not meet; where
-everything is in the cache no network is asked.
+signed lists; what runs in a browser comes by ``npm pack``, pinned to one version and its hash. What was downloaded is
+kept in the cache by what was asked for, and hashed again when it is used. It is unpacked into a temporary folder for
+each run, so that nothing half laid out is ever used and runs do not meet; where everything is in the cache no network
+is asked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -26,7 +28,8 @@ from typing import TYPE_CHECKING
 
 from dmformer import __version__
 from dmformer.cache import digest
-from dmformer.errors import StageFailed, UnavailableError
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
+from dmformer.files import open_regular
 from dmformer.process import announce
 
 if TYPE_CHECKING:
@@ -266,6 +269,86 @@ def _pip(fits: Platform, *arguments: str) -> str:
     if missing is not None:
         raise NoRelease(f"no release of {missing[1].strip()} for {fits.title}")
     raise NoRelease(f"no installation for {fits.title}: {said}")
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """One version of a package of the npm registry.
+
+    Attributes:
+        name: of the package.
+        version: of the package.
+        sha512: of its archive, in hexadecimal digits.
+    """
+
+    name: str
+    version: str
+    sha512: str
+
+    @property
+    def title(self) -> str:
+        """Name and version, for people."""
+        return f"{self.name} {self.version}"
+
+    def download(self, folder: Path, cache: Cache) -> Path:
+        """Put the archive into a folder, from the cache or by ``npm``.
+
+        Raises:
+            CheckFailed: npm gave another file than expected.
+            UnavailableError: it is not in the cache and cannot be downloaded here.
+        """
+        (path,) = _kept(cache, self.title, self.sha512, folder, lambda: [self.check(self._pack(folder))])
+        return path
+
+    def check(self, path: Path) -> Path:
+        """Return the path of an archive, after comparing its hash.
+
+        Raises:
+            CheckFailed: it is another file than expected.
+            UsageError: it cannot be read.
+        """
+        try:
+            with open_regular(path, links=True) as file:
+                found = hashlib.sha512(file.read()).hexdigest()
+        except OSError as error:
+            raise UsageError(
+                f"{str(path)!r}: {error.strerror or error}; expected the file that is written by: {self._command}"
+            ) from error
+        if found != self.sha512:
+            raise CheckFailed(
+                f"{str(path)!r}: SHA-512 {found[:12]}…; expected {self.sha512[:12]}…, that of {self.title}: take the "
+                f"file that is written by: {self._command}"
+            )
+        return path
+
+    @property
+    def _command(self) -> str:
+        return f"npm pack {self.name}@{self.version}"
+
+    def _pack(self, folder: Path) -> Path:
+        """Run npm, which writes the archive of the registry that it is set up for."""
+        npm = shutil.which("npm")
+        elsewhere = f"or the file that is written elsewhere by: {self._command}"
+        if npm is None:
+            raise UnavailableError(f"npm is not here, which gets {self.title}; expected it, {elsewhere}")
+        done = subprocess.run(
+            [npm, "pack", f"{self.name}@{self.version}", "--pack-destination", str(folder), "--ignore-scripts"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            cwd=folder,
+            check=False,
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if re.match(r"npm (error|ERR!) ", line)]
+            said = (lines or done.stderr.splitlines() or ["no message"])[0]
+            raise UnavailableError(
+                f"{self.title} is not in the cache, and npm could not get it ({said}); expected a network once, "
+                f"{elsewhere}"
+            )
+        (path,) = folder.glob("*.tgz")
+        return path
 
 
 def _kept(cache: Cache, what: str, inputs: object, folder: Path, make: Callable[[], list[Path]]) -> list[Path]:

@@ -1,8 +1,9 @@
-"""Write a bundle as the model repository of a server.
+"""Write a bundle as what a server serves: the model repository of a model server, or a page for browsers.
 
 DIR/models is the repository, and DIR/README.md says how it is served and what a client has to do with an image, for
-neither server does that. NVIDIA Triton: a folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/`` with the
-files under the names that its backend looks for. OpenVINO Model Server: ``config.json``, and a folder a model.
+no model server does that. NVIDIA Triton: a folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/`` with the
+files under the names that its backend looks for. OpenVINO Model Server: ``config.json``, and a folder a model. For
+browsers DIR is a page that does it all (:mod:`dmformer.serve.web`), which any static server serves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 from dmformer.bundle.writer import staged
 from dmformer.errors import UsageError
 from dmformer.names import check_distinct
+from dmformer.progress import silent
+from dmformer.serve.web import ENGINE, cannot_show, write_page
 from dmformer.task import STRIDES, THRESHOLD
 from dmformer.text import markdown, markdown_code, pbtxt_string, plain
 
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.manifest import Artifact, Manifest, Tensor
     from dmformer.bundle.reader import Bundle
+    from dmformer.progress import Progress
 
-SERVERS = ("triton", "ovms")
 LABELS = "labels.txt"
 _MODELS = "models"
 _QUEUE_US = 100  # how long Triton waits for others to share a batch with
@@ -46,7 +49,20 @@ _TRITON = {
     "openvino": _Backend("openvino", "KIND_CPU", "model.xml"),
     "tensorrt": _Backend("tensorrt", "KIND_GPU", "model.plan"),
 }
-_OVMS = {"onnx": "model.onnx", "openvino": "model.xml"}
+# By server, and format that it serves: the name of the main file.
+_MAIN_FILES = {
+    "triton": {name: backend.main for name, backend in _TRITON.items()},
+    "ovms": {"onnx": "model.onnx", "openvino": "model.xml"},
+    "web": {"onnx": "model.onnx"},
+}
+_START = {
+    "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
+    "tritonserver --model-repository=/models",
+    "ovms": "docker run --rm -p 9000:9000 -p 8000:8000 -v ./models:/models openvino/model_server:latest "
+    "--config_path /models/config.json --port 9000 --rest_port 8000",
+    "web": "python3 -m http.server 8000 --bind 127.0.0.1",
+}
+SERVERS = tuple(_MAIN_FILES)
 # Without the hint the CPU plugin may compute float32 models in bfloat16 on processors that have it.
 _PRECISION_HINTS = {"fp32": "f32", "fp16": "f16", "int8": "f32"}
 
@@ -60,35 +76,40 @@ class Layout:
     left_out: tuple[str, ...]
 
 
-def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = False, max_batch: int = 8) -> Layout:
-    """Write a model repository.
+def serve_layout(
+    server: str,
+    bundle: Bundle,
+    output: Path,
+    *,
+    force: bool = False,
+    max_batch: int = 8,
+    onnxruntime_web: Path | None = None,
+    stage: Progress = silent,
+) -> Layout:
+    """Write what a server serves.
 
     Args:
-        server: ``triton`` or ``ovms``.
+        server: ``triton``, ``ovms``, or ``web`` for a page that runs the network in a browser.
         bundle: every file is looked into, and compared with its hash as it is copied.
         output: a new or empty folder.
         force: replace whatever is in the folder.
         max_batch: largest batch that Triton makes of what waits; an engine's own bound goes before it.
+        onnxruntime_web: for ``web``, the engine's file as ``npm pack`` writes it; otherwise npm downloads it once.
+        stage: told about the download.
 
     Raises:
-        CheckFailed: a file is not what the manifest says, or leads to one that it does not list.
+        CheckFailed: a file is not what the manifest says, or leads to one that it does not list; or the engine's file
+            is another one than expected.
         StageFailed: writing failed.
+        UnavailableError: the page's engine is not in the cache and cannot be downloaded here.
         UsageError: no such server, the bundle has nothing for it, two of its models or files would have one name, or
             the folder is not empty.
     """
     if server not in SERVERS:
-        raise UsageError(f"server {server!r}; expected {' or '.join(SERVERS)}")
-    named: dict[str, Artifact] = {}
-    left_out: list[str] = []
-    for artifact in bundle.manifest.artifacts:
-        if reason := _unservable(server, bundle.manifest, artifact):
-            left_out.append(f"{artifact.format} {artifact.precision}: {reason}")
-            continue
-        name = _name(bundle.manifest, artifact)
-        check_distinct([*named, name])
-        named[name] = artifact
-    if not named:
-        raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
+        raise UsageError(f"server {server!r}; expected {', '.join(SERVERS[:-1])} or {SERVERS[-1]}")
+    if onnxruntime_web is not None and server != "web":
+        raise UsageError(f"`onnxruntime_web` for {server}; expected it with web alone")
+    named, left_out = _choose(server, bundle)
 
     def replaceable(folder: Path) -> None:
         if not force:
@@ -100,10 +121,29 @@ def serve_layout(server: str, bundle: Bundle, output: Path, *, force: bool = Fal
             _copy(bundle, artifact, folder / _MODELS / name / "1", server)
         if server == "triton":
             _write_triton(folder / _MODELS, bundle.manifest, named, max_batch)
-        else:
+        elif server == "ovms":
             _write_ovms(folder / _MODELS, named)
+        else:
+            models = {name: (one, folder / _MODELS / name / "1" / "model.onnx") for name, one in named.items()}
+            write_page(folder, bundle.manifest, bundle.golden(), models, engine=onnxruntime_web, stage=stage)
         (folder / "README.md").write_text(_readme(server, bundle.manifest, named, left_out), encoding="utf-8")
     return Layout(output, tuple(named), tuple(left_out))
+
+
+def _choose(server: str, bundle: Bundle) -> tuple[dict[str, Artifact], list[str]]:
+    """Return the artifacts that a server serves by the names of its models, and a sentence for each of the others."""
+    named: dict[str, Artifact] = {}
+    left_out: list[str] = []
+    for artifact in bundle.manifest.artifacts:
+        if reason := _unservable(server, bundle.manifest, artifact):
+            left_out.append(f"{artifact.format} {artifact.precision}: {reason}")
+            continue
+        name = _name(bundle.manifest, artifact)
+        check_distinct([*named, name])
+        named[name] = artifact
+    if not named:
+        raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
+    return named, left_out
 
 
 def _name(manifest: Manifest, artifact: Artifact) -> str:
@@ -118,8 +158,10 @@ def _unservable(server: str, manifest: Manifest, artifact: Artifact) -> str | No
             return f"a tensor of {tensor.dtype}; expected {' or '.join(_TYPES)}"
     if artifact.precision not in _PRECISION_HINTS:
         return f"precision {artifact.precision}; expected {', '.join(_PRECISION_HINTS)}"
-    if artifact.format not in (_TRITON if server == "triton" else _OVMS):
+    if artifact.format not in _MAIN_FILES[server]:
         return f"{server} has no backend for it"
+    if server == "web":
+        return cannot_show(manifest, artifact)
     if artifact.target is not None and artifact.target.flavour == "rtx":
         return "an engine of TensorRT-RTX; Triton's backend loads those of TensorRT: dmformer build --flavour tensorrt"
     return None
@@ -131,7 +173,7 @@ def _copy(bundle: Bundle, artifact: Artifact, folder: Path, server: str) -> None
     OpenVINO finds weights by the name of the file that is loaded; ONNX names them as they lie beside it.
     """
     bundle.open_artifact(artifact)
-    main = PurePosixPath(_TRITON[artifact.format].main if server == "triton" else _OVMS[artifact.format])
+    main = PurePosixPath(_MAIN_FILES[server][artifact.format])
     loaded = PurePosixPath(artifact.files[0].path)
     targets = {artifact.files[0]: str(main)}
     for entry in artifact.files[1:]:
@@ -220,20 +262,27 @@ def _tied(artifact: Artifact) -> str:
 _FULL_RANGE = "int8 weights of 8 bits, whose sums saturate in OpenVINO on x86 processors without VNNI"
 
 
+_FOR_BROWSERS = f"""\
+Then open http://127.0.0.1:8000 in a browser. Any static server will do, and any path on it: the page asks for nothing
+beside this folder. Where it comes by http from another machine, browsers compare no hashes: use https.
+
+One thread computes. Where the server sends `Cross-Origin-Opener-Policy: same-origin` and
+`Cross-Origin-Embedder-Policy: require-corp`, up to four do.
+
+The engine is {ENGINE.title}, WebAssembly, under the MIT license. The page decodes PNG files to the bit as Pillow does;
+JPEG, WebP, GIF and BMP files are decoded by the browser, whose decoder may differ by a little.
+"""
+
+
 def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: Sequence[str]) -> str:
-    start = {
-        "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
-        "tritonserver --model-repository=/models",
-        "ovms": "docker run --rm -p 9000:9000 -p 8000:8000 -v ./models:/models openvino/model_server:latest "
-        "--config_path /models/config.json --port 9000 --rest_port 8000",
-    }[server]
     labels = [f"{index}: {markdown(' '.join(label.split()))}" for index, label in enumerate(manifest.model.classes)]
     lines = [
         f"# {markdown(manifest.model.arch)} for {server}",
         "",
-        f"    {start}",
+        f"    {_START[server]}",
         "",
-        "## Before a request, in the client",
+        *([_FOR_BROWSERS] if server == "web" else ()),
+        "## What the page does with an image" if server == "web" else "## Before a request, in the client",
         "",
         *(f"{number}. {step}" for number, step in enumerate(_steps(manifest), 1)),
         "",

@@ -204,13 +204,18 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Ch
         except (UsageError, ValueError, TypeError) as error:
             comparison = Comparison(False, reason=f"the golden source images cannot be preprocessed: {error}")
     pixel_check = Check.of("pixels", "numpy", "uint8", len(golden.sources), comparison, exact, "training")
-    peak = max(1.0, float(np.abs(golden.inputs).max()))
-    limit = Limit(_PIXEL_TOLERANCE * peak, f"{_PIXEL_TOLERANCE:g} of the largest input value")
+    limit = preprocessing_limit(golden)
     try:
         comparison = compare(preprocessing.normalize(golden.images), golden.inputs, limit)
     except (ValueError, IndexError) as error:
         comparison = Comparison(False, reason=f"the golden images cannot be normalised: {error}")
     return [pixel_check, Check.of("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit, "training")]
+
+
+def preprocessing_limit(golden: Golden) -> Limit:
+    """Return the largest difference allowed between preprocessed tensors, in units of the network's input."""
+    peak = max(1.0, float(np.abs(golden.inputs).max()))
+    return Limit(_PIXEL_TOLERANCE * peak, f"{_PIXEL_TOLERANCE:g} of the largest input value")
 
 
 def _compare_pixels(candidate: NDArray[np.uint8], expected: NDArray[np.uint8]) -> Comparison:

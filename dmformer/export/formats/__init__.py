@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmformer.errors import UsageError
+from dmformer.errors import StageFailed, UsageError, first_line
 from dmformer.export.options import EngineOptions
 from dmformer.progress import Progress, silent
 from dmformer.runtimes import registry
 from dmformer.runtimes.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable  # noqa: TC004 - only the names of types
+    from collections.abc import Callable, Sequence  # noqa: TC004 - only the names of types
 
     from torch import nn  # noqa: TC004 - as above
 
     from dmformer.models.checkpoint import Checkpoint  # noqa: TC004 - it imports torch, which a device has not
     from dmformer.runtimes.registry import RuntimeEntry
+
+_LONGEST_S = 1800
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,39 @@ def check_from_onnx(row: RuntimeEntry) -> None:
     """
     if row.format == "onnx" or not is_from_onnx(row):
         raise UsageError(f"format {row.format} comes with an export; expected one that is built from ONNX")
+
+
+def run_converter(title: str, command: Sequence[str], folder: str, written: Path) -> None:
+    """Run another program that converts, without this one's path of packages.
+
+    Args:
+        title: of the format.
+        command: the program and its arguments.
+        folder: to run it in.
+        written: a file that it writes where it succeeds.
+
+    Raises:
+        StageFailed: it could not be started, failed, wrote nothing, or took longer than half an hour.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_LONGEST_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StageFailed(f"conversion to {title} failed: {first_line(error)}") from error
+    if done.returncode or not written.is_file():
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it said nothing"]
+        raise StageFailed(
+            f"conversion to {title} failed: {Path(command[0]).name} ended with {done.returncode}: {lines[-1]}"
+        )
 
 
 def versions(*packages: str) -> dict[str, str]:

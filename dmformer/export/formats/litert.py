@@ -7,7 +7,6 @@ input stays (N, C, H, W): the converter puts one transposition at its beginning.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dmformer.errors import StageFailed, UnavailableError, UsageError, first_line
-from dmformer.export.formats import Converted
+from dmformer.export.formats import Converted, run_converter
 from dmformer.task import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from dmformer.export.options import EngineOptions
 
 PYTHON = "DMFORMER_LITERT_PYTHON"
-_LONGEST_S = 1800
 
 
 def check_converter(engine: EngineOptions) -> None:
@@ -78,7 +76,9 @@ def to_litert(source: ConversionSource, folder: Path) -> Converted:
             "versions": str(versions),
         }
         order.write_bytes(msgspec.json.encode(content))
-        _run([python, str(Path(__file__).with_name("litert_program.py")), str(order)], scratch)
+        run_converter(
+            "LiteRT", [python, str(Path(__file__).with_name("litert_program.py")), str(order)], scratch, versions
+        )
         built_with = msgspec.json.decode(versions.read_bytes(), type=dict[str, str])
     return Converted((path,), built_with, engine_batch=1)
 
@@ -101,23 +101,3 @@ def _trace(form: nn.Module, shape: list[int], path: Path) -> None:
         torch.export.save(torch.export.export(Named(), (), {INPUT_NAME: torch.zeros(shape)}), path)
     except Exception as error:  # whatever a network of one's own raises
         raise StageFailed(f"conversion to LiteRT failed in torch.export: {first_line(error)}") from error
-
-
-def _run(command: list[str], folder: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LONGEST_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise StageFailed(f"conversion to LiteRT failed: {first_line(error)}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise StageFailed(f"conversion to LiteRT failed: {lines[-1]}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dmformer.errors import StageFailed, UnavailableError, UsageError, first_line
-from dmformer.export.formats import Converted, versions
+from dmformer.errors import StageFailed, UnavailableError, UsageError
+from dmformer.export.formats import Converted, run_converter, versions
 from dmformer.runtimes.inspector import module_path
 from dmformer.runtimes.ncnn import (
     FEATURE_MASK,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from dmformer.export.formats import ConversionSource
     from dmformer.export.options import EngineOptions
 
-_LONGEST_S = 600
 _OPEN_SIZES = (2 * STRIDES[-1], 2 * STRIDES[-1]), (3 * STRIDES[-1], 4 * STRIDES[-1])  # pnnx compares two
 _ACTIVATION = 9  # the parameter of a compute layer into which an activation is fused
 # Field numbers of onnx.proto3.
@@ -113,10 +111,11 @@ def to_ncnn(source: ConversionSource, folder: Path) -> Converted:
     with tempfile.TemporaryDirectory(prefix="dmformer-") as scratch:
         shutil.copyfile(onnx, Path(scratch) / "model.onnx")  # it writes beside what it reads
         shapes = [f"inputshape{number or ''}={size}" for number, size in zip(("", 2), sizes, strict=False)]
-        _run([program, "model.onnx", *shapes, "fp16=0"], scratch)
+        wanted = Path(scratch) / "model.ncnn.bin"
+        run_converter("ncnn", [program, "model.onnx", *shapes, "fp16=0"], scratch, wanted)
         try:
             layers = read_param((Path(scratch) / "model.ncnn.param").read_text("ascii"))
-            data = (Path(scratch) / "model.ncnn.bin").read_bytes()
+            data = wanted.read_bytes()
             located = locate_weights(layers, data)
         except (OSError, ValueError) as error:
             raise StageFailed(f"conversion to ncnn failed: pnnx wrote what cannot be read: {error}") from error
@@ -130,18 +129,6 @@ def to_ncnn(source: ConversionSource, folder: Path) -> Converted:
     path.write_text(write_param(named), encoding="ascii")
     path.with_suffix(".bin").write_bytes(data)
     return Converted((path, path.with_suffix(".bin")), versions("pnnx") if find_spec("pnnx") else {}, engine_batch=1)
-
-
-def _run(command: Sequence[str], folder: str) -> None:
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_LONGEST_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise StageFailed(f"conversion to ncnn failed: {first_line(error)}") from error
-    if done.returncode or not (Path(folder) / "model.ncnn.bin").is_file():
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()] or ["it said nothing"]
-        raise StageFailed(f"conversion to ncnn failed: pnnx ended with {done.returncode}: {lines[-1]}")
 
 
 def _read_graph(data: bytes) -> _Graph:
