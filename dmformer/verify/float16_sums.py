@@ -35,22 +35,23 @@ def convolve(given: list[Tensor], attributes: dict[str, Any]) -> Tensor | None:
         attributes.get("dilations", [1, 1]),
         attributes.get("pads", [0] * 4),
     )
-    padded = F.pad(x, (left, end, top, bottom)).half()
     rows, columns = weight.shape[2:]
-    height = (padded.shape[2] - row_step * (rows - 1) - 1) // down + 1
-    width = (padded.shape[3] - column_step * (columns - 1) - 1) // right + 1
-    taps = weight.half().reshape(groups, -1, *weight.shape[1:], 1, 1)  # (groups, O / groups, C / groups, k, l, 1, 1)
-    total = torch.zeros(len(x), groups, taps.shape[1], height, width, dtype=torch.float16)
+    padded = F.pad(x, (left, end, top, bottom)).half().permute(0, 2, 3, 1).contiguous()  # (N, C, H, W) -> (N, H, W, C)
+    height = (padded.shape[1] - row_step * (rows - 1) - 1) // down + 1
+    width = (padded.shape[2] - column_step * (columns - 1) - 1) // right + 1
+    # (O, C / groups, k, l) -> (k, l, C / groups, groups, O / groups)
+    taps = weight.half().reshape(groups, -1, *weight.shape[1:]).permute(3, 4, 2, 0, 1).contiguous()
+    total = torch.zeros(len(x), height, width, groups, taps.shape[-1], dtype=torch.float16)
     if bias is not None:
-        total += bias.half().reshape(groups, -1, 1, 1)
+        total += bias.half().reshape(groups, -1)
     for image, sums in zip(padded, total, strict=True):  # one by one, so that sums stay in the processor's cache
-        by_group = image.reshape(groups, -1, 1, *image.shape[1:])
+        by_group = image.unflatten(-1, (groups, -1))
         for row in range(rows):
             for column in range(columns):
-                window = by_group[..., row * row_step :: down, column * column_step :: right][..., :height, :width]
-                for channel in range(taps.shape[2]):
-                    sums.addcmul_(window[:, channel], taps[:, :, channel, row, column])
-    return total.flatten(1, 2).to(x.dtype)
+                window = by_group[row * row_step :: down, column * column_step :: right][:height, :width]
+                for channel, tap in enumerate(taps[row, column]):
+                    sums.addcmul_(window[..., channel, None], tap)
+    return total.flatten(3).permute(0, 3, 1, 2).to(x.dtype)
 
 
 def multiply(given: list[Tensor], _attributes: dict[str, Any]) -> Tensor | None:
