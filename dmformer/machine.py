@@ -40,6 +40,7 @@ _ISA_VNNI: dict[str, frozenset[str]] = {
 }  # fmt: skip
 _VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 _X86 = frozenset(("x86_64", "amd64", "i686", "x86"))
+_ARM = frozenset(("aarch64", "arm64"))
 _FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 EMULATED = ", emulated"  # ends the name of a processor that dmformer emulates
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -100,6 +101,11 @@ def without_vnni() -> str | None:
     if limit is not None and not _ISA_VNNI[limit[1]] & (sets or _VNNI):
         return f"{limit[0]} holds oneDNN to {limit[1]}, without this processor's VNNI"
     return None if sets else "this system does not tell whether its processor has VNNI"
+
+
+def on_arm() -> bool:
+    """Return whether this process runs on an Arm processor of 64 bits."""
+    return platform.machine().lower() in _ARM
 
 
 def usable_cores() -> int:

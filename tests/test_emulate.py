@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from dmformer.graph.trace import trace
 from dmformer.models.deploy import deploy
 from dmformer.runtimes.inspector import module_path
 from dmformer.verify.executors import Emulation, by_reference, emulated, exact, input_peaks, quantized, round_layers_
+from dmformer.verify.float16_sums import convolve, multiply
 from dmformer.verify.inner import ModuleTruth
 from dmformer.verify.reference import golden_pixels, make_golden, torch_outputs
 from dmformer.verify.report import Check
@@ -82,6 +84,64 @@ def test_int8_has_a_symmetric_grid() -> None:
     assert found.tolist() == pytest.approx([-128 / 127, -1, -1 / 127, 0, 38 / 127, 1, 1])
     assert quantized(values, torch.tensor(0.0)).isfinite().all()
     assert (64 * quantized(values, torch.tensor(1.0), 7)).tolist() == [-65, -64, 0, 0, 19, 64, 64]
+
+
+def summed_by_hand(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, step: int, gap: int, groups: int) -> np.ndarray:
+    """A convolution without padding by a kernel that has a float16 sum for each value, rounded at each product."""
+    rows, columns = ((side - gap * 2 - 1) // step + 1 for side in x.shape[2:])
+    found = np.zeros((len(x), len(weight), rows, columns), np.float32)
+    share, width = len(weight) // groups, weight.shape[1]
+    for image, channel, row, column in np.ndindex(*found.shape):
+        total = np.float16(bias[channel])
+        for down, right, of_group in np.ndindex(3, 3, width):
+            value = x[image, channel // share * width + of_group, row * step + down * gap, column * step + right * gap]
+            total = np.float16(np.float32(total) + value * weight[channel, of_group, down, right])
+        found[image, channel, row, column] = total
+    return found
+
+
+@pytest.mark.parametrize(("step", "gap", "groups"), [(1, 1, 1), (2, 1, 2), (1, 2, 4)])
+def test_float16_sums_are_rounded_at_each_product(step: int, gap: int, groups: int) -> None:
+    random = np.random.default_rng(0)
+    shapes = ((2, 4, 7, 9), (8, 4 // groups, 3, 3), (8,))
+    x, weight, bias = (random.normal(size=shape).astype(np.float16).astype(np.float32) for shape in shapes)
+    given = [torch.from_numpy(array) for array in (x, weight, bias)]
+    attributes = {"strides": [step] * 2, "dilations": [gap] * 2, "group": groups}
+    found = convolve(given, attributes)
+    assert found is not None
+    np.testing.assert_array_equal(found.numpy(), summed_by_hand(x, weight, bias, step, gap, groups))
+    padded = convolve(given, {**attributes, "pads": [1, 2, 3, 4]})
+    expected = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(given[0], (2, 4, 1, 3)), *given[1:], step, 0, gap, groups
+    )
+    assert padded is not None
+    assert padded.shape == expected.shape
+    assert 1e-4 < float((padded - expected).abs().max()) < 0.1
+
+
+def test_a_float16_sum_stands_still_where_what_is_added_is_less_than_half_its_last_place() -> None:
+    ones, small = torch.ones(1, 4096), torch.full((4096, 1), 2.0**-12)
+    ones[0, 0] = 2.0**12
+    found = multiply([ones, small], {})
+    assert found is not None
+    assert found.tolist() == [[1.0]]  # in float32, 2
+
+
+def test_float16_sums_are_further_from_the_truth(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    form = deploy(checkpoint.model(), 32)
+    trace(checkpoint, form, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
+    inputs = {"image": checkpoint.preprocessing.normalize(golden_pixels(checkpoint.preprocessing, []))}
+    layers = frozenset(node.name for node in graph.graph.node if node.op_type in ("Conv", "Gemm"))
+    plain = Emulation("fp16", layers)
+    truth = dict(exact(graph, inputs))["logits"]
+
+    def error(emulation: Emulation) -> float:
+        return float(np.abs(dict(emulated(graph, inputs, emulation))["logits"] - truth).max())
+
+    once, summed = error(plain), error(replace(plain, float16_sums=True))
+    assert 2 * once < summed < 0.1 * np.ptp(truth)
+    assert error(replace(plain, float16_sums=True, exact=frozenset(node.name for node in graph.graph.node))) < once
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

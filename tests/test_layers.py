@@ -235,6 +235,31 @@ def test_onnxruntime_has_no_float16_on_older_arm(sets: str, has: bool, monkeypat
     assert (kind.support.cannot_compute("fp16") is None) is has
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "ncnn", "litert"])
+@pytest.mark.parametrize(
+    ("machine", "sets", "summed"),
+    [("aarch64", "asimd fphp asimdhp", True), ("aarch64", "asimd", False), ("x86_64", "avx2 avx512_fp16", False)],
+)
+def test_sums_are_float16_where_arm_has_that_arithmetic(
+    name: str, machine: str, sets: str, summed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found on an emulated Cortex-A76, whose answers were further off than results rounded to float16 explain."""
+    row = registry.entry(name)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    for module in ("onnxruntime", "ncnn"):
+        monkeypatch.setattr(f"dmformer.runtimes.{module}.instructions", lambda: frozenset(sets.split()))
+    monkeypatch.setattr("dmformer.runtimes.openvino._has_float16", lambda: "hp" in sets or "fp16" in sets)
+    assert registry.support(row).sums_in_float16() is (summed and name != "litert")
+
+
+@pytest.mark.parametrize(("machine", "has"), [("x86_64", True), ("aarch64", False)])
+def test_openvino_computes_little_in_int8_on_arm(machine: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 of 57 layers on an emulated Cortex-A76, and right answers."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    reason = registry.support(registry.entry("openvino")).cannot_compute("int8")
+    assert (reason is None) is has
+
+
 @pytest.mark.parametrize(("capabilities", "has"), [(["FP32", "FP16"], True), (["FP32", "INT8", "BF16"], False)])
 def test_openvino_has_float16_where_its_plugin_says_so(
     capabilities: list[str], has: bool, monkeypatch: pytest.MonkeyPatch

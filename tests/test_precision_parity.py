@@ -17,6 +17,7 @@ from dmformer.bundle.golden import Golden, load_golden
 from dmformer.errors import StageFailed, UsageError
 from dmformer.export.networks import random_checkpoint
 from dmformer.export.precisions.int8 import to_int8
+from dmformer.runtimes.onnxruntime import OnnxSupport
 from dmformer.runtimes.openvino import OpenVinoInspector
 from dmformer.verify.answers import Answers
 from dmformer.verify.parity import check_layers, references
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from dmformer.export.cached import ExportResult
     from dmformer.export.precisions import Calibration
     from dmformer.models.checkpoint import Checkpoint
+    from dmformer.verify.report import ParityReport
+
+CONV = "stages.2.downsample.conv"
 
 
 def test_the_bundle_passes_with_a_row_for_each_precision(reduced: ExportResult) -> None:
@@ -153,6 +157,46 @@ def test_a_fault_in_an_int8_file_is_caught(reduced_bundle: Path, fault: str) -> 
 def test_one_percent_in_an_fp16_file_is_caught(reduced_bundle: Path, name: str) -> None:
     changed(reduced_bundle, "onnx/fp16/model.onnx", lambda a: {name: 1.01 * a[name]})
     assert failed(dmformer.verify(reduced_bundle, runtimes=["ort"])) == [("onnxruntime", "fp16", "runtime")]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [("head.weight", lambda array: 1.05 * array), (f"{CONV}.weight", np.flip), (f"{CONV}.bias", np.zeros_like)],
+)
+def test_a_fault_in_an_fp16_file_is_caught_where_sums_are_float16(
+    reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, spoil: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Within the limits of a processor that adds up in float16, which are wider."""
+    narrow = fp16_limits(dmformer.verify(reduced_bundle, runtimes=["ort"]))
+    monkeypatch.setattr(OnnxSupport, "sums_in_float16", lambda _: True)
+    right = dmformer.verify(reduced_bundle, runtimes=["ort"])
+    assert failed(right) == []
+    wide = fp16_limits(right)
+    assert all(wide[against] > 2 * narrow[against] for against in ("PyTorch", "onnx fp16"))
+    changed(reduced_bundle, "onnx/fp16/model.onnx", lambda a: {name: spoil(a[name])})
+    assert failed(dmformer.verify(reduced_bundle, runtimes=["ort"])) == [("onnxruntime", "fp16", "runtime")]
+
+
+def fp16_limits(report: ParityReport) -> dict[str, float]:
+    """The limits of answers at fp16, by what these are compared with."""
+    rows = [check for check in report.checks if (check.precision, check.stage) == ("fp16", "runtime")]
+    return {check.against: check.limit for check in rows if check.limit is not None}
+
+
+def test_a_bundle_without_float16_sums_keeps_its_limits(reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bundles of versions before that field are."""
+    narrow = fp16_limits(dmformer.verify(reduced_bundle, runtimes=["ort"]))
+    regolden(reduced_bundle, lambda content: content.pop("float16_sums/logits"))
+    monkeypatch.setattr(OnnxSupport, "sums_in_float16", lambda _: True)
+    assert fp16_limits(dmformer.verify(reduced_bundle, runtimes=["ort"])) == narrow
+
+
+def test_float16_sums_that_drown_the_signal_are_refused(reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxSupport, "sums_in_float16", lambda _: True)
+    for value, message in ((9.0, "fp16 with sums in float16 noise"), (np.inf, "gives NaN or infinity")):
+        regolden(reduced_bundle, lambda content, v=value: content["float16_sums/logits"].__setitem__((0, 3), v))
+        with pytest.raises(StageFailed, match=message):
+            dmformer.verify(reduced_bundle, runtimes=["ort"])
 
 
 def test_another_models_int8_file_is_caught(

@@ -6,7 +6,8 @@ normalisation), and for each output of the network ``outputs/NAME`` (PyTorch in 
 
 For a precision P there is ``outputs_P/NAME``: what the ONNX file at that precision answers, the stage before every
 engine (in onnxruntime at fp32, one operator at a time at a reduced precision); and for a reduced one
-``emulated_P/NAME``: what the network answers emulated at that precision in PyTorch.
+``emulated_P/NAME``: what the network answers emulated at that precision in PyTorch. Beside fp16 there is
+``float16_sums/NAME``: what it answers emulated on processors that add products of float16 numbers up in float16.
 
 Maps (N·C·H·W) with many values are thinned: of an output with a number n in ``strides/NAME`` there is every n-th row
 and column. n is odd, so that every phase of an enlargement by 2 or 4 is among them.
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 # Noise and answers of networks hardly compress; what expands like zeros is no golden file.
 _MOST_EXPANDED = 50
 _MOST_SMALL = 16 << 20
-_OTHER = "other/"
+_OTHER, _FLOAT16_SUMS = "other/", "float16_sums/"
 FIRST_AND_LAST = (0, -1)  # rows: a real image where there are some, and noise, in which no two channels are alike
 
 
@@ -50,6 +51,8 @@ class Golden:
         outputs_float64: PyTorch's in float64.
         files: by precision, what the ONNX file at it answers.
         emulated: by reduced precision, what the network emulated at it answers.
+        float16_sums: what the network answers at fp16 where sums are rounded to float16 too; empty without fp16, and in
+            bundles of versions before this field.
         sources: images before resizing and cropping, (H, W, C) each.
         source_pixels: what is made of them, (sources, H, W, C).
         strides: of the rows and columns that are kept, by output; 1 where it has none.
@@ -62,6 +65,7 @@ class Golden:
     outputs_float64: dict[str, NDArray[np.float64]]
     files: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
     emulated: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+    float16_sums: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     sources: tuple[NDArray[np.uint8], ...] = ()
     source_pixels: NDArray[np.uint8] | None = None
     strides: dict[str, int] = field(default_factory=dict)
@@ -132,6 +136,7 @@ def _arrays(golden: Golden) -> dict[str, Any]:
     for kind, by_precision in (("outputs", golden.files), ("emulated", golden.emulated)):
         for precision, outputs in by_precision.items():
             arrays |= {f"{kind}_{precision}/{name}": array for name, array in outputs.items()}
+    arrays |= {f"{_FLOAT16_SUMS}{name}": array for name, array in golden.float16_sums.items()}
     arrays |= {f"sources/{index}": array for index, array in enumerate(golden.sources)}
     if golden.source_pixels is not None:
         arrays["source_pixels"] = golden.source_pixels
@@ -199,6 +204,7 @@ def _golden(arrays: dict[str, NDArray[Any]]) -> Golden:
         outputs_float64=_group(arrays, "outputs_float64/"),
         files={name: _group(arrays, f"outputs_{name}/") for name in _precisions(arrays, "outputs_")},
         emulated={name: _group(arrays, f"emulated_{name}/") for name in _precisions(arrays, "emulated_")},
+        float16_sums=_group(arrays, _FLOAT16_SUMS),
         sources=tuple(_group(arrays, "sources/").values()),
         source_pixels=arrays.get("source_pixels"),
         strides={name: _read_stride(name, stride) for name, stride in _group(arrays, "strides/").items()},
@@ -224,6 +230,7 @@ def _check_part(golden: Golden, path: Path) -> None:
     ):
         raise UsageError(f"{path}: the arrays of another height and width have other outputs; expected the same")
     others: list[dict[str, NDArray[Any]]] = [golden.outputs_float64, *golden.files.values(), *golden.emulated.values()]
+    others += [golden.float16_sums] if golden.float16_sums else []
     for other in others:
         if not golden.outputs or set(golden.outputs) != set(other):
             raise UsageError(f"{path}: outputs {sorted(golden.outputs)} and {sorted(other)} do not match")

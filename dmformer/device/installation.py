@@ -10,6 +10,7 @@ is asked.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -109,7 +110,8 @@ def temporary_folder() -> Iterator[Path]:
         folder.mkdir(mode=0o700)
         yield folder
     except OSError as error:
-        raise StageFailed(f"laying out in {str(folder)!r} failed: {error.strerror or error}") from error
+        more = "; expected room there, or TMPDIR that names another folder" if error.errno == errno.ENOSPC else ""
+        raise StageFailed(f"laying out in {str(folder)!r} failed: {error.strerror or error}{more}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -170,6 +172,7 @@ def _run(command: list[str], what: str, package: str, folder: Path | None = None
     """Run a program of Debian's.
 
     Raises:
+        OSError: the disk is full.
         UnavailableError: it is not here, or failed.
     """
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
@@ -182,9 +185,17 @@ def _run(command: list[str], what: str, package: str, folder: Path | None = None
             f"{command[0]} is not here, which gets {what}; expected Debian's {package}, or `root`, a root file system"
         ) from error
     if done.returncode:
+        _check_room(done.stderr)
         lines = [line for line in done.stderr.splitlines() if line.startswith(("E:", "dpkg-deb: error"))]
         said = (lines or done.stderr.splitlines() or ["no message"])[0]
         raise UnavailableError(f"{what} could not be had ({said}); expected them in the cache, or a network")
+
+
+def _check_room(said: str) -> None:
+    """Raise the error of a full disk where that is what another program says."""
+    full = os.strerror(errno.ENOSPC)
+    if full in said:
+        raise OSError(errno.ENOSPC, full)
 
 
 def lay_out_packages(fits: Platform, extra: str, pins: Sequence[str], folder: Path, cache: Cache) -> dict[str, str]:
@@ -246,6 +257,7 @@ def _pip(fits: Platform, *arguments: str) -> str:
 
     Raises:
         NoRelease: no release fits.
+        OSError: the disk is full.
         UnavailableError: pip is not here, or the index cannot be reached.
     """
     done = subprocess.run(
@@ -257,6 +269,7 @@ def _pip(fits: Platform, *arguments: str) -> str:
     )
     if not done.returncode:
         return done.stdout
+    _check_room(done.stderr)
     errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     said = (errors or done.stderr.splitlines() or ["no message"])[-1]
     if "No module named pip" in done.stderr:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import ModelProto, TensorProto
 
-_COMPUTING = ("Conv", "Gemm", "MatMul")
+COMPUTE_OPERATORS = ("Conv", "Gemm", "MatMul")
 _ADDING_UP = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
 
 
@@ -183,7 +183,7 @@ def compute_layers(model: ModelProto) -> dict[str, str]:
             return "int8"
         return "fp16" if types.get(node.input[1]) == onnx.TensorProto.FLOAT16 else "fp32"
 
-    return {node.name: precision_of(node) for node in model.graph.node if node.op_type in _COMPUTING}
+    return {node.name: precision_of(node) for node in model.graph.node if node.op_type in COMPUTE_OPERATORS}
 
 
 def typed_share(model: ModelProto, precision: str) -> float:

@@ -60,7 +60,7 @@ class LiteRtSupport(Support):
         """Say that weights in float16 are computed with in float32."""
         if precision != "fp16":
             return None
-        return "LiteRT keeps weights in float16 here, and computes in float32"
+        return "litert keeps weights in float16 here, and computes in float32"
 
 
 def _version() -> str:

@@ -197,6 +197,10 @@ class NcnnSupport(Support):
             return None
         return "ncnn has no float16 arithmetic on this processor, and computes in float32"
 
+    def sums_in_float16(self) -> bool:
+        """Say that its layers add up in float16 wherever they compute in it."""
+        return self.cannot_compute("fp16") is None
+
 
 class NcnnInspector(Inspector):
     """Reads the loaded layers, and extracts the tensors one after another."""

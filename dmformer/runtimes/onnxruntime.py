@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections import Counter
@@ -16,7 +15,7 @@ import numpy as np
 
 from dmformer._optional import require
 from dmformer.errors import CheckFailed, StageFailed, UsageError
-from dmformer.machine import give_memory_back, instructions
+from dmformer.machine import give_memory_back, instructions, on_arm
 from dmformer.names import check_name
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, smallest_shape, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
@@ -77,8 +76,8 @@ class OnnxSupport(Support):
 
     def cannot_compute(self, precision: str) -> str | None:
         """Say that float16 convolutions need Arm with float16, and those in int8 quantised outputs as well."""
-        sets, arm = instructions(), platform.machine().lower() in ("aarch64", "arm64")
-        if precision == "fp16" and (not arm or ("asimd" in sets and "asimdhp" not in sets)):  # as on a Cortex-A72
+        sets = instructions()
+        if precision == "fp16" and (not on_arm() or ("asimd" in sets and "asimdhp" not in sets)):  # as on a Cortex-A72
             return "onnxruntime's CPU provider has no float16 convolutions on this processor, and computes in float32"
         if precision == "int8":
             return (
@@ -86,6 +85,10 @@ class OnnxSupport(Support):
                 "leaves in floating point, and computes in float32"
             )
         return None
+
+    def sums_in_float16(self) -> bool:
+        """Say that its float16 convolutions, which Arm's arithmetic of that type alone has, add up in float16."""
+        return self.cannot_compute("fp16") is None
 
 
 class OnnxInspector(Inspector):

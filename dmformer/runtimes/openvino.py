@@ -16,7 +16,7 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.errors import StageFailed, UsageError
 from dmformer.files import utf8_path
-from dmformer.machine import instructions, max_isa, without_vnni
+from dmformer.machine import instructions, max_isa, on_arm, without_vnni
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, freed_here_alone, symbolic
 from dmformer.runtimes.inspector import Inspector, Kernel, is_compute, precision_of
 from dmformer.runtimes.support import Availability, Support
@@ -85,10 +85,16 @@ class OpenVinoSupport(Support):
         return Availability(True, version)
 
     def cannot_compute(self, precision: str) -> str | None:
-        """Say where the CPU plugin has no float16 arithmetic."""
-        if precision != "fp16" or _has_float16():
-            return None
-        return "openvino has no float16 arithmetic on this processor, and computes in float32"
+        """Say where the CPU plugin has no float16 arithmetic, and that it has little of int8 on Arm."""
+        if precision == "fp16" and not _has_float16():
+            return "openvino has no float16 arithmetic on this processor, and computes in float32"
+        if precision == "int8" and on_arm():
+            return "openvino has int8 kernels for few layers on Arm, and computes the others in float32"
+        return None
+
+    def sums_in_float16(self) -> bool:
+        """Say that the kernels for Arm add up in float16; those of x86 with float16 arithmetic do so in float32."""
+        return on_arm() and self.cannot_compute("fp16") is None
 
     def saturates(self) -> str | None:
         """Say so on x86 without VNNI, where oneDNN adds pairs of products in 16 bits."""

@@ -114,12 +114,19 @@ class Support(ABC):
         return self.probe()
 
     def cannot_compute(self, precision: str) -> str | None:
-        """Return why the engine has no arithmetic of a precision here, though it runs artifacts of it.
+        """Return why the engine has no arithmetic of a precision here, or has it for few layers, and runs it anyway.
 
-        ``None`` where it has. Such an artifact is computed in float32: slower, not wrong, and to be said aloud.
+        ``None`` where it has. The layers without are computed in float32: slower, not wrong, and to be said aloud.
         """
         del precision
         return None
+
+    def sums_in_float16(self) -> bool:
+        """Return whether products of float16 numbers are added up in float16 here, and not in float32.
+
+        Such answers are right, and further from PyTorch's: their limits are derived from an emulation that does so too.
+        """
+        return False
 
     def saturates(self) -> str | None:
         """Return why sums of products with int8 weights of 8 bits may saturate in this engine on this machine.

@@ -10,6 +10,10 @@ used, and neither is made from what it judges. Against PyTorch: the distance bet
 precision in PyTorch (:mod:`dmformer.verify.executors`) and PyTorch in float64, times :data:`EMULATED_FACTOR`. An engine
 against a literal execution of its graph, operator by operator: the distance of that execution from PyTorch in float64,
 times :data:`REDUCED_FACTOR`. A single inner tensor has a limit of its own, times :data:`TENSOR_FACTORS`.
+
+Where an engine adds products of float16 numbers up in float16, as on Arm with that arithmetic, its error is several
+times that of float16 results alone. The measure there is the error of the network emulated with such sums
+(:mod:`dmformer.verify.float16_sums`), times the same factors.
 """
 
 from __future__ import annotations
@@ -148,6 +152,36 @@ def emulated_limit(
         source = f"{precision} emulated in PyTorch differs from float64 by {error:.2g} on the same {len(double)} images"
         limits[name] = Limit(limit, f"{EMULATED_FACTOR:g} x the error of {precision}: {source}")
     return limits
+
+
+def widened_for_float16_sums(
+    limits: Mapping[str, Limit],
+    factor: float,
+    summed: Mapping[str, NDArray[Any]],
+    float64: Mapping[str, NDArray[Any]],
+) -> dict[str, Limit]:
+    """Return limits for an engine that adds up in float16: never less than those of one that does so in float32.
+
+    Args:
+        limits: by output, where sums are float32.
+        factor: how many times the error of the emulation is allowed.
+        summed: what the network answers emulated with sums in float16.
+        float64: what PyTorch answers in float64.
+
+    Raises:
+        StageFailed: the emulation is not finite, or its error drowns what outputs differ by between images.
+    """
+    found = {}
+    for name, limit in limits.items():
+        double = float64[name]
+        if not np.isfinite(summed[name]).all():
+            raise StageFailed(f"fp16 with sums in float16 gives NaN or infinity in output {name!r}; use fp32")
+        error = float(np.abs(summed[name] - double).max())
+        _check_signal(name, double, REDUCED_FACTOR * error, _LARGEST_REDUCED_SHARE, "fp16 with sums in float16")
+        source = f"emulated in PyTorch it differs from float64 by {error:.2g} on the same {len(double)} images"
+        wider = Limit(factor * error, f"{factor:g} x the error of fp16 with sums in float16: {source}")
+        found[name] = max(limit, wider, key=lambda one: one.max_abs)
+    return found
 
 
 def tensor_limits(

@@ -2,19 +2,21 @@
 
 :func:`exact` computes in float64 with PyTorch: the truth that inner tensors are judged by. :func:`emulated` computes in
 float32 with PyTorch and rounds as a precision rounds; its error against the truth is a measure for files and engines at
-that precision. Both know the operators that a DMFormer in float32 consists of and owe nothing to the engines or to the
-tool that made the file. What computes with shapes and positions, and every operator of other networks, is left to
-ONNX's reference implementation, in the same type; :func:`by_reference` names these. :func:`round_layers_` emulates a
-precision in the network itself, without any graph.
+that precision. At float16 it may round each sum as well (:mod:`dmformer.verify.float16_sums`). Both know the operators
+that a DMFormer in float32 consists of and owe nothing to the engines or to the tool that made the file. What computes
+with shapes and positions, and every operator of other networks, is left to ONNX's reference implementation, in the same
+type; :func:`by_reference` names these. :func:`round_layers_` emulates a precision in the network itself, without any
+graph.
 
 :func:`literal` takes a file at any precision by its word: onnxruntime runs one operator at a time, and each result is
 rounded to its type. An engine that runs the whole graph may fuse operators, and may skip the rounding to float16
 between two of them even with its optimisations off (onnxruntime removes the casts that it puts around float16
-operators, the rounding with them). Here each operator is a graph of its own.
+operators, the rounding with them). Here each operator is a graph of its own, and adds up in float32.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +28,8 @@ import numpy as np
 from dmformer._optional import require
 from dmformer.bundle.manifest import FULL_WEIGHT_BITS
 from dmformer.errors import StageFailed, first_line
-from dmformer.graph.onnx_file import compute_layers
+from dmformer.graph.onnx_file import COMPUTE_OPERATORS, compute_layers
+from dmformer.verify.float16_sums import convolve, multiply
 from dmformer.verify.reference import depthwise
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class Emulation:
         peaks: for int8, how far the input of a module was found to reach; of a module that is not named, as far as it
             does here.
         weight_bits: for int8, how many bits the weights use.
+        float16_sums: for fp16, whether convolutions and matrix products add up in float16 too, not in float32.
     """
 
     precision: str = "fp32"
@@ -73,6 +77,7 @@ class Emulation:
     exact: frozenset[str] = frozenset()
     peaks: Mapping[str, float] = field(default_factory=dict)
     weight_bits: int | None = None
+    float16_sums: bool = False
 
     @property
     def modules(self) -> list[str]:
@@ -176,7 +181,13 @@ def _run_alone(
 ) -> list[NDArray[Any]]:
     onnx = require("onnx", extra="export", purpose="literal execution")
     ort = require("onnxruntime", extra="onnxruntime", purpose="literal execution")
-    helper = onnx.helper
+    helper, fixed = onnx.helper, [weights[name] for name in dict.fromkeys(node.input) if name in weights]
+    # Where the processor adds up in float16, onnxruntime does; a file is judged alike on every processor.
+    summed = node.op_type in COMPUTE_OPERATORS and any(array.dtype == np.float16 for array in given.values())
+    if summed:
+        to_array, from_array = onnx.numpy_helper.to_array, onnx.numpy_helper.from_array
+        given = {name: array.astype(np.float32) for name, array in given.items()}
+        fixed = [from_array(to_array(tensor).astype(np.float32), tensor.name) for tensor in fixed]
     graph = helper.make_graph(
         [node],
         "one",
@@ -185,7 +196,7 @@ def _run_alone(
             for name, array in given.items()
         ],
         [onnx.ValueInfoProto(name=name) for name in node.output],
-        [weights[name] for name in dict.fromkeys(node.input) if name in weights],
+        fixed,
     )
     single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     options = ort.SessionOptions()
@@ -195,17 +206,21 @@ def _run_alone(
         results: list[NDArray[Any]] = session.run(list(node.output), given)
     except Exception as error:
         raise StageFailed(f"node {node.name!r} cannot be executed by itself: {first_line(error)}") from error
-    return results
+    with np.errstate(over="ignore"):  # what is beyond float16 is infinite there
+        return [one.astype(np.float16) for one in results] if summed else results
 
 
 def _in_pytorch(model: ModelProto, inputs: Inputs, dtype: torch.dtype, emulation: Emulation) -> Tensors:
     import torch
 
     onnx = require("onnx", extra="export", purpose="reading ONNX files")
-    operators = _operators()
+    plain = _operators()
+    summed = plain | _float16_operators() if emulation.float16_sums else plain
 
     def compute(node: NodeProto, values: dict[str, Tensor]) -> list[Tensor]:
         given = [values[name] for name in node.input if name]
+        rounded = emulation.precision == "fp16" and node.name not in emulation.exact
+        operators = summed if rounded else plain
         with torch.inference_mode():
             if node.name in emulation.layers:
                 given = _reduced(given, emulation, node.name)
@@ -215,7 +230,6 @@ def _in_pytorch(model: ModelProto, inputs: Inputs, dtype: torch.dtype, emulation
                 attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
                 result = operators[node.op_type](given, attributes)
             results = _by_reference(node, given, model, dtype) if result is None else [result]
-            rounded = emulation.precision == "fp16" and node.name not in emulation.exact
             return [one.half().to(dtype) if rounded and one.is_floating_point() else one for one in results]
 
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -285,11 +299,20 @@ def _operators() -> dict[str, Operator]:
     }
 
 
-def _gemm(given: list[Tensor], attributes: dict[str, Any]) -> Tensor | None:
+def _float16_operators() -> dict[str, Operator]:
+    """Return those that add up in float16."""
+    return {"Conv": convolve, "Gemm": functools.partial(_gemm, multiply=multiply), "MatMul": multiply}
+
+
+def _gemm(
+    given: list[Tensor],
+    attributes: dict[str, Any],
+    multiply: Operator = lambda x, _: x[0] @ x[1],
+) -> Tensor | None:
     if attributes.get("transA") or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
         return None
-    product = given[0] @ (given[1].T if attributes.get("transB") else given[1])
-    return product + given[2] if len(given) > 2 else product
+    product = multiply([given[0], given[1].T if attributes.get("transB") else given[1]], {})
+    return product + given[2] if product is not None and len(given) > 2 else product
 
 
 def _resize(given: list[Tensor], attributes: dict[str, Any]) -> Tensor | None:

@@ -292,10 +292,10 @@ def check_reduced(
         outputs = {name: np.concatenate([array[:1], rest[name], array[1:]]) for name, array in outputs.items()}
     tensors = check_tensors(float32, emulation, golden.first_and_last, shown)
     round_layers_(form, emulation)
-    completed = _completed(golden, precision, outputs, form)
+    completed = _completed(golden, outputs, form, float32, emulation)
     if golden.other_size is not None:
         outputs = graph_outputs(reduced, literal(reduced, {input_name(reduced): golden.other_size.inputs}))
-        completed = replace(completed, other_size=_completed(golden.other_size, precision, outputs, form))
+        completed = replace(completed, other_size=_completed(golden.other_size, outputs, form, float32, emulation))
     checks = []
     for size, part in completed.sizes.items():
         try:
@@ -308,13 +308,27 @@ def check_reduced(
     return completed, [*checks, tensors]
 
 
-def _completed(golden: Golden, precision: str, outputs: Mapping[str, NDArray[Any]], rounded: nn.Module) -> Golden:
-    """Golden outputs with the literal ones of the file at a precision, and those of the network that was rounded."""
+def _completed(
+    golden: Golden,
+    outputs: Mapping[str, NDArray[Any]],
+    rounded: nn.Module,
+    float32: ModelProto,
+    emulation: Emulation,
+) -> Golden:
+    """Golden outputs with the literal ones of the file at a precision, and those that the precision is emulated with.
+
+    These are of the network that was rounded, and at fp16 of the float32 graph with sums in float16 as well.
+    """
+    precision, sums = emulation.precision, golden.float16_sums
     emulated_outputs = golden.thinned(torch_outputs(rounded, golden.inputs))
+    if precision == "fp16":
+        summing = replace(emulation, float16_sums=True)
+        sums = golden.thinned(graph_outputs(float32, emulated(float32, {input_name(float32): golden.inputs}, summing)))
     return replace(
         golden,
         files=golden.files | {precision: golden.thinned(outputs)},
         emulated=golden.emulated | {precision: emulated_outputs},
+        float16_sums=sums,
     )
 
 

@@ -16,6 +16,8 @@ from dmformer.runtimes.inspector import describe_layers, shortfall
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.answers import Answers
 from dmformer.verify.compare import (
+    EMULATED_FACTOR,
+    REDUCED_FACTOR,
     Comparison,
     Limit,
     Reference,
@@ -24,6 +26,7 @@ from dmformer.verify.compare import (
     float32_limit,
     largest_difference,
     reduced_limit,
+    widened_for_float16_sums,
 )
 from dmformer.verify.report import PYTORCH, Check, add_cause
 from dmformer.verify.tasks.classification import decide
@@ -51,7 +54,12 @@ _EQUAL = {
 }
 
 
-def references(golden: Golden, precision: str, pytorch: Mapping[str, NDArray[Any]] | None = None) -> list[Reference]:
+def references(
+    golden: Golden,
+    precision: str,
+    pytorch: Mapping[str, NDArray[Any]] | None = None,
+    float16_sums: bool = False,
+) -> list[Reference]:
     """What an engine at a precision is compared with: PyTorch, and the ONNX file that it was made from.
 
     The second is missing before that file has answered.
@@ -60,6 +68,7 @@ def references(golden: Golden, precision: str, pytorch: Mapping[str, NDArray[Any
         golden: where the limits come from.
         precision: of the engine.
         pytorch: PyTorch's answers to the golden images, where they were computed anew.
+        float16_sums: whether the engine adds products of float16 numbers up in float16 on this machine.
 
     Raises:
         StageFailed: the golden outputs themselves are not finite, or differ too little to tell anything.
@@ -75,9 +84,14 @@ def references(golden: Golden, precision: str, pytorch: Mapping[str, NDArray[Any
     if precision not in golden.files or precision not in golden.emulated:
         raise UsageError(f"no golden outputs at {precision}; expected a bundle that was exported with it")
     answered = golden.files[precision]
+    against_pytorch = emulated_limit(precision, golden.emulated[precision], double)
+    against_file = reduced_limit(precision, answered, double)
+    if precision == "fp16" and float16_sums and golden.float16_sums:
+        against_pytorch = widened_for_float16_sums(against_pytorch, EMULATED_FACTOR, golden.float16_sums, double)
+        against_file = widened_for_float16_sums(against_file, REDUCED_FACTOR, golden.float16_sums, double)
     return [
-        Reference(PYTORCH, pytorch, emulated_limit(precision, golden.emulated[precision], double)),
-        Reference(f"onnx {precision}", answered, reduced_limit(precision, answered, double)),
+        Reference(PYTORCH, pytorch, against_pytorch),
+        Reference(f"onnx {precision}", answered, against_file),
     ]
 
 
@@ -136,8 +150,10 @@ def check_consistency(answers: Answers, compared_with: Sequence[Reference]) -> l
     return checks
 
 
-def check_other_size(stage: str, answers: Answers, golden: Golden) -> list[Check]:
+def check_other_size(stage: str, answers: Answers, golden: Golden, float16_sums: bool = False) -> list[Check]:
     """Answers at another height and width, where they are open, against PyTorch and the file before.
+
+    Arguments as for :func:`check_answers` and :func:`references`.
 
     Raises:
         UsageError: there are no golden outputs at the precision.
@@ -147,7 +163,7 @@ def check_other_size(stage: str, answers: Answers, golden: Golden) -> list[Check
         return []
     answered = answers.other_size if answers.other_size is not None else StageFailed("not asked at another size")
     answers_there = Answers(answers.runtime, answers.precision, {len(part.inputs): answered})
-    return check_answers(stage, answers_there, references(part, answers.precision), part.size)
+    return check_answers(stage, answers_there, references(part, answers.precision, None, float16_sums), part.size)
 
 
 def check_artifact(
@@ -166,8 +182,9 @@ def check_artifact(
         artifact: what it promises, and whether its sums saturate here, which what failed then says.
         pytorch: PyTorch's answers, where they were computed anew.
     """
+    float16_sums = registry.support(row).sums_in_float16()
     try:
-        compared_with = references(golden, answers.precision, pytorch)
+        compared_with = references(golden, answers.precision, pytorch, float16_sums)
     except UsageError as error:
         nothing = Comparison(False, reason=str(error))
         return [Check.of("runtime", answers.runtime, answers.precision, batch, nothing) for batch in answers.by_batch]
@@ -179,7 +196,7 @@ def check_artifact(
         *check_answers("runtime", answers, compared_with),
         *missing,
         *check_consistency(answers, compared_with),
-        *check_other_size("runtime", answers, golden),
+        *check_other_size("runtime", answers, golden, float16_sums),
         *check_decisions(answers, answers.at_largest_batch, compared_with[0]),
         check_layers(answers, artifact.promised_share, registry.support(row).cannot_compute(answers.precision)),
     ]

@@ -184,7 +184,8 @@ class _Replayer:
                     )
             except NoRelease as error:
                 checks = [self._broken(artifact, str(error)) for artifact in self.artifacts]
-            title = f"{package} {versions.get(package, version)}".strip()
+            version = versions.get(package.replace("-", "_"), version)  # files of wheels have no dashes in names
+            title = f"{package} {version}".strip()
             for artifact in self.artifacts if versions else ():
                 with self.stage(f"{where}: {title} {artifact.precision}"):
                     report = self._call(artifact, folder)
@@ -335,7 +336,7 @@ def _releases(engines: Sequence[str]) -> dict[str, list[str]]:
             raise UsageError(
                 f"`engines` {text!r}; expected PACKAGE==VERSION or PACKAGE==FIRST..LAST, as in onnxruntime==1.26.0"
             )
-        package = re.sub(r"[-_.]+", "-", match[1]).lower()
+        package = _normalized(match[1])
         found.setdefault(package, []).append(match[2] if match[3] is None else f"{match[2]}{_RANGE}{match[3]}")
     return found
 
@@ -350,8 +351,12 @@ def _default_release(row: registry.RuntimeEntry, artifacts: Sequence[Artifact]) 
 
 
 def _package(row: registry.RuntimeEntry) -> str:
-    """Return the name of the distribution of an engine."""
-    return next(iter(registry.support(row).package), row.name)
+    """Return the name of the distribution of an engine, as indexes write it: ``ai-edge-litert``."""
+    return _normalized(next(iter(registry.support(row).package), row.name))
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _within(version: str, first: str, last: str) -> bool:

@@ -245,7 +245,8 @@ class _Bisection:
         # Without a file at the precision every layer is taken to compute in it.
         model, typed = (self.file, self.precision) if self.file is not None else (self.trusted.model, "fp32")
         found = emulation_of(model, typed, artifact.kept_in_fp32, weight_bits=artifact.weight_bits or FULL_WEIGHT_BITS)
-        return replace(found, precision=self.precision)
+        float16_sums = registry.support(self.choice.entry).sums_in_float16()
+        return replace(found, precision=self.precision, float16_sums=float16_sums)
 
     def _show(self, names: Collection[str]) -> dict[str, NDArray[Any]]:
         """What the runtime gives for tensors of the graph, inner ones too."""
