@@ -4,7 +4,7 @@
 # make test-fast   what needs no export and no process of its own: for each save of a file
 # make test-slow   recipes, whole exports and benches of faults, the README's commands, another environment
 # make test-older  what computes in int8, as a processor with AVX2 and without VNNI does
-# make test-oldest what a device does, with the oldest releases that pyproject.toml admits
+# make test-oldest export and what a device does, with the oldest releases that pyproject.toml admits
 
 PYTHON ?= python3
 VENV ?= .venv
