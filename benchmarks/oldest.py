@@ -79,8 +79,8 @@ def main() -> None:
             run(*dmformer, "sign", work / "b", "--key", work / "k.pem", environment=environment),
             run(*dmformer, "serve-layout", "triton", work / "b", "--output", work / "s", environment=environment),
             run(
-                *dmformer, "export", "--format", "onnx", "--format", "openvino", "--precision", "fp32", "--precision", "fp16",
-                "--precision", "int8", "--output", work / "own", environment=environment,
+                *dmformer, "export", "--format", "onnx", "--format", "openvino", "--precision", "fp32",
+                "--precision", "fp16", "--precision", "int8", "--output", work / "own", environment=environment,
             ),
             run(
                 # Older releases deprecate what newer ones of others still call: that is no error of ours.
