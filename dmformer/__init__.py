@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dmformer.models.checkpoint import load_checkpoint
     from dmformer.models.dmformer import create_model, list_models
     from dmformer.serve.predictor import load
+    from dmformer.signoff.api import report
     from dmformer.tuning.api import tune
     from dmformer.verify.api import verify
 
@@ -26,11 +27,13 @@ _FUNCTIONS = {
     "list_models": "dmformer.models.dmformer",
     "load": "dmformer.serve.predictor",
     "load_checkpoint": "dmformer.models.checkpoint",
+    "report": "dmformer.signoff.api",
     "tune": "dmformer.tuning.api",
     "verify": "dmformer.verify.api",
 }
 __all__ = [
-    "__version__", "bench", "create_model", "export", "list_models", "load", "load_checkpoint", "tune", "verify",
+    "__version__", "bench", "create_model", "export", "list_models", "load", "load_checkpoint", "report", "tune",
+    "verify",
 ]  # fmt: skip
 
 # Three functions are called as the packages in which they are. Python binds a package to its name when it is first

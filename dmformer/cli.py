@@ -24,6 +24,7 @@ from dmformer.commands.export import export
 from dmformer.commands.inspect import inspect
 from dmformer.commands.pack import pack
 from dmformer.commands.predict import predict
+from dmformer.commands.report import report
 from dmformer.commands.serve_layout import serve_layout
 from dmformer.commands.sign import sign
 from dmformer.commands.train import train
@@ -40,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
 )
 for _command in (
-    export, train, sign, cache, build, verify, bench, tune, predict, inspect, doctor, check, pack, unpack,
+    export, train, sign, cache, build, verify, bench, tune, predict, inspect, report, doctor, check, pack, unpack,
 ):  # fmt: skip
     app.command()(_command)
 app.command("eval")(evaluate)

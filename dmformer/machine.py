@@ -18,7 +18,7 @@ from dmformer.errors import UsageError
 from dmformer.procfs import cpu_quota, read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 # Instruction sets that decide how fast an engine is, or whether it runs, in Linux's names.
 _DECISIVE = frozenset(
@@ -67,6 +67,12 @@ def describe_processor() -> Processor:
     """Return the processor of this machine."""
     decisive = tuple(sorted(instructions() & _DECISIVE))
     return Processor(cpu=cpu_model(), architecture=platform.machine(), instructions=decisive, max_isa=max_isa())
+
+
+def processor_title(found: Mapping[str, Any]) -> str:
+    """Describe a processor (or a machine, which has its fields): its name, and the instruction sets that matter."""
+    held = f", oneDNN held to {found['max_isa']}" if found["max_isa"] else ""
+    return f"{found['cpu']} ({' '.join(found['instructions']) or found['architecture']}{held})"
 
 
 def max_isa() -> str | None:

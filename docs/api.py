@@ -18,6 +18,7 @@ GROUPS = {
         "dmformer:verify",
         "dmformer:bench",
         "dmformer:load",
+        "dmformer:report",
     ),
     "Behind the other commands": (
         "dmformer.export.run:plan_export",

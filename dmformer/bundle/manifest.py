@@ -213,6 +213,16 @@ class Model(Struct, frozen=True, kw_only=True):
     module: ModuleOrigin | None = None
     key_map: KeyMap | None = None
 
+    @property
+    def weights_origin(self) -> str:
+        """Where the weights come from, in words."""
+        return {
+            "checkpoint": f"checkpoint, SHA-256 {self.checkpoint_sha256}",
+            "demonstration": "the demonstration checkpoint",
+            "random": f"RANDOM, seed {self.seed}: never trained",
+            "module": "those that the network of one's own came with",
+        }[self.weights]
+
 
 class Simplification(Struct, frozen=True, kw_only=True):
     """Whether the simplified graph was kept, and why."""

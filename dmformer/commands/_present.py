@@ -17,7 +17,7 @@ from dmformer.process import printing_to_stderr
 from dmformer.text import plain, plain_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console, RenderableType
     from rich.progress import Task
@@ -104,8 +104,13 @@ def write_json(report: Any, target: str | None) -> None:
     from dmformer.files import indented_json
 
     data = indented_json(report)
+    write_data(plain_json(data) if target == "-" else data, target)
+
+
+def write_data(data: bytes, target: str) -> None:
+    """Write a report that is encoded to a file, as :func:`write_report` does, or to standard output, which ``-`` is."""
     if target == "-":
-        sys.stdout.buffer.write(plain_json(data))
+        sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
     write_report(Path(target), data)
@@ -266,12 +271,6 @@ def artifact_findings(artifacts: Sequence[Artifact]) -> Table:
         ]
         add_row(listing, cells)
     return listing
-
-
-def processor(found: Mapping[str, Any]) -> str:
-    """Describe a processor (or a machine, which has its fields): its name, and the instruction sets that matter."""
-    held = f", oneDNN held to {found['max_isa']}" if found["max_isa"] else ""
-    return f"{found['cpu']} ({' '.join(found['instructions']) or found['architecture']}{held})"
 
 
 def tied_to(artifact: Artifact) -> str:

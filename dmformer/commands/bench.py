@@ -98,11 +98,12 @@ def bench(
     from dmformer.bench import api, page
     from dmformer.bench.plan import NO_SPEED, BenchRequest, plan_bench
     from dmformer.bench.sentences import format_duration
+    from dmformer.page.svg import check_installed
 
     if cpus:
         raise UsageError(f"--cpu {cpus[0]}: {NO_SPEED}; expected it with dmformer verify, and bench on the device")
     if html is not None:
-        page.check_installed()
+        check_installed()
     earlier = _baseline(baseline, max_regression)
     request = BenchRequest(
         runtimes=runtimes or [],

@@ -11,6 +11,7 @@ import typer
 
 from dmformer.commands import _options as options
 from dmformer.commands import _present as present
+from dmformer.machine import processor_title
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +41,7 @@ def doctor(
     machine = report.machine
     memory = machine["available_memory_mb"]
     present.show(
-        f"{present.processor(machine)}, {machine['cores']} cores, "
+        f"{processor_title(machine)}, {machine['cores']} cores, "
         f"{'' if memory is None else f'{memory} MB of memory available, '}{machine['os']}, "
         f"Python {machine['versions']['python']}"
     )

@@ -8,6 +8,7 @@ import msgspec
 
 from dmformer.commands import _options as options
 from dmformer.commands import _present as present
+from dmformer.machine import processor_title
 
 _MOST_SENSITIVE = 5
 
@@ -33,11 +34,6 @@ def inspect(
 def _show(manifest: Manifest, root: str) -> None:
     model, pre = manifest.model, manifest.preprocessing
     facts = present.table(f"Bundle {root}", ["", "what it is"])
-    weights = {
-        "checkpoint": f"checkpoint, SHA-256 {model.checkpoint_sha256}",
-        "demonstration": "the demonstration checkpoint",
-        "random": f"RANDOM, seed {model.seed}: never trained",
-    }[model.weights]
     evidence = manifest.evidence.parity
     int8 = [artifact for artifact in manifest.artifacts if artifact.precision == "int8"]
     measured = [manifest.evidence.accuracy] if manifest.evidence.accuracy is not None else []
@@ -47,7 +43,7 @@ def _show(manifest: Manifest, root: str) -> None:
             f"{model.arch}, {model.task}" + (f", {manifest.class_count} classes" if manifest.class_count else ""),
         ),
         ("size", f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e9:.3g} GMACs an image"),
-        ("weights", weights),
+        ("weights", model.weights_origin),
         ("form", "deploy: everything linear folded" if model.deploy_form else "training: as PyTorch has it"),
         (
             "input",
@@ -58,7 +54,7 @@ def _show(manifest: Manifest, root: str) -> None:
         ("normalised", f"mean {_numbers(pre.mean)}, deviation {_numbers(pre.std)}"),
         ("parity", f"{_HELD[evidence.passed]}, {evidence.checks} checks, {evidence.failed} failed"),
         *(
-            ("checked on", present.processor(msgspec.structs.asdict(checked)))
+            ("checked on", processor_title(msgspec.structs.asdict(checked)))
             for checked in [manifest.evidence.processor]
             if checked is not None
         ),

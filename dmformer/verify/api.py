@@ -192,7 +192,7 @@ def check_choices(
                     checks.append(layer_check)
                 else:
                     skipped.append(layer_check)
-    return parity_report([*checks, *unasked], skipped)
+    return parity_report([*checks, *unasked], skipped, [choice.artifact for choice in chosen])
 
 
 def _broken_engines(bundle: Bundle) -> list[Check]:

@@ -135,8 +135,11 @@ def verify_elsewhere(
         found.skipped.append(NOT_SHOWN)
         reason = note_processors(bundle, found.evidence)
         note(f"not noted in the bundle: {reason}" if reason else f"noted in the evidence of {bundle.root / MANIFEST}")
+    asked = [artifact for artifacts in work.values() for artifact in artifacts]
     return replace(
-        parity_report(found.checks, found.skipped), replays=tuple(found.replays), release_ranges=tuple(found.ranges)
+        parity_report(found.checks, found.skipped, asked),
+        replays=tuple(found.replays),
+        release_ranges=tuple(found.ranges),
     )
 
 

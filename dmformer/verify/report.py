@@ -14,6 +14,7 @@ from dmformer.verify.tasks.segmentation import PixelAgreement
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dmformer.bundle.manifest import Artifact
     from dmformer.verify.compare import Comparison, Limit
 
 
@@ -217,6 +218,8 @@ class ParityReport(Struct, frozen=True, kw_only=True):
         processor: what computed the answers; this machine, where it emulated others.
         replays: what was asked elsewhere, on an emulated processor or with another release of an engine.
         release_ranges: where releases begin to fail, for each range that was asked for.
+        artifacts: SHA-256 of each artifact that was asked, as the manifest's artifacts have it; empty in the report of
+            an export, which is listed in the manifest itself, and in older ones.
     """
 
     passed: bool
@@ -226,15 +229,19 @@ class ParityReport(Struct, frozen=True, kw_only=True):
     processor: Processor | None = None
     replays: tuple[Replay, ...] = ()
     release_ranges: tuple[ReleaseRange, ...] = ()
+    artifacts: tuple[str, ...] = ()
 
 
-def parity_report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
+def parity_report(
+    checks: Sequence[Check], skipped: Sequence[str] = (), artifacts: Sequence[Artifact] = ()
+) -> ParityReport:
     """Make the report of some checks; without any it does not pass."""
     return ParityReport(
         passed=bool(checks) and all(check.passed for check in checks),
         checks=tuple(checks),
         skipped=tuple(skipped),
         processor=describe_processor(),
+        artifacts=tuple(artifact.sha256 for artifact in artifacts),
     )
 
 

@@ -1,0 +1,1 @@
+"""Reports as pages that need no network: pictures in SVG, tables and images, in one HTML file."""

@@ -1,0 +1,153 @@
+"""What tells something about a bundle: the bundle itself, other bundles, and reports of other machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from dmformer.bench.report import BenchReport
+from dmformer.bundle.golden import Golden
+from dmformer.bundle.integrity import IntegrityReport, check_integrity
+from dmformer.bundle.manifest import BENCH_REPORT, PARITY_REPORT
+from dmformer.bundle.reader import Bundle, is_copied, open_bundle
+from dmformer.errors import CheckFailed, UsageError
+from dmformer.files import decode_json, read_bounded
+from dmformer.verify.evaluate import EvalReport
+from dmformer.verify.report import ParityReport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+_MOST_BYTES = 64 << 20  # of a report
+# The keys that tell a report's kind; every report of the kind has them.
+_KINDS: tuple[tuple[frozenset[str], type[msgspec.Struct]], ...] = (
+    (frozenset(("passed", "checks")), ParityReport),
+    (frozenset(("environment", "results")), BenchReport),
+    (frozenset(("data", "labelled", "results")), EvalReport),
+)
+_EXPECTED = "expected what verify, bench or eval wrote with --json, or a bundle"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that tells of a bundle.
+
+    Attributes:
+        title: what tells the source from the others.
+        bundle: where the source is one.
+        integrity: of the bundle's files and signature.
+        parity: checks.
+        bench: latencies.
+        accuracy: accuracy on a folder of images.
+        golden: golden images and answers; ``None`` where the bundle has none that can be read.
+    """
+
+    title: str
+    bundle: Bundle | None = None
+    integrity: IntegrityReport | None = None
+    parity: ParityReport | None = None
+    bench: BenchReport | None = None
+    accuracy: EvalReport | None = None
+    golden: Golden | None = None
+
+
+def bundle_source(named: Path | Bundle, title: str) -> Source:
+    """Open a bundle under the policy in force, check its files, and read the reports in it.
+
+    A file that is not what the manifest says is left out; ``integrity`` names it.
+
+    Raises:
+        CheckFailed: the policy asks for a signature that is not there, or a packed file is damaged.
+        UnavailableError: the bundle is signed, and the package that checks signatures is not installed.
+        UsageError: there is no bundle, or a report in it cannot be read.
+    """
+    bundle = named if isinstance(named, Bundle) else open_bundle(named)
+    integrity = check_integrity(bundle.source)
+    try:
+        golden = bundle.golden()
+    except (CheckFailed, UsageError):
+        golden = None
+    return Source(
+        title,
+        bundle=bundle,
+        integrity=integrity,
+        parity=_read(bundle, PARITY_REPORT, ParityReport),
+        bench=_read(bundle, BENCH_REPORT, BenchReport),
+        golden=golden,
+    )
+
+
+def _read(bundle: Bundle, name: str, kind: type[Any]) -> Any:
+    """Return a report of a bundle; ``None`` where it has none, or one that is not what the manifest says."""
+    for entry in bundle.manifest.files:
+        if entry.path == name:
+            try:
+                return decode_json(bundle.read(entry), kind)
+            except CheckFailed:
+                return None
+            except msgspec.DecodeError as error:
+                raise UsageError(f"{bundle.source}: {name} is no report that this version reads: {error}") from error
+    return None
+
+
+def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
+    """Return the sources of a page: the bundle, and what is added to it, each told by what is in it.
+
+    Raises:
+        CheckFailed: the policy asks for a signature that is not there, or a packed file is damaged.
+        UnavailableError: a bundle is signed, and the package that checks signatures is not installed.
+        UsageError: a file cannot be read, is neither report nor bundle, or is of artifacts that no bundle here has.
+    """
+    sources = [bundle_source(bundle, "this bundle")]
+    reports = []
+    for path in add:
+        if path.is_dir() or (is_copied(path) and not _is_json(path)):
+            sources.append(bundle_source(path, f"bundle {path.name or path}"))
+        else:
+            reports.append((path, _read_report(path)))
+    known = {artifact.sha256 for source in sources if source.bundle for artifact in source.bundle.manifest.artifacts}
+    for path, source in reports:
+        if foreign := sorted(set(_artifacts_of(source)) - known):
+            raise UsageError(
+                f"`add` {str(path)!r} is of an artifact {foreign[0][:12]}…, which the bundle does not have; expected a "
+                "report on this bundle: name the bundle that it is of with `add` as well"
+            )
+    return sources + [source for _, source in reports]
+
+
+def _is_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
+
+
+def _read_report(path: Path) -> Source:
+    try:
+        data = read_bounded(path, _MOST_BYTES, links=True)
+    except OSError as error:
+        raise UsageError(f"`add` {str(path)!r}: {error.strerror}; {_EXPECTED}") from error
+    try:
+        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).keys()
+        kind = next((kind for needed, kind in _KINDS if needed <= keys), None)
+        report = decode_json(data, kind) if kind is not None else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"`add` {str(path)!r} is no report that this version reads: {error}; {_EXPECTED}") from error
+    if isinstance(report, ParityReport):
+        cpu = report.processor.cpu if report.processor else "processor not noted"
+        return Source(f"{path.name} ({cpu})", parity=report)
+    if isinstance(report, BenchReport):
+        return Source(f"{path.name} ({report.environment.get('cpu', 'processor not noted')})", bench=report)
+    if isinstance(report, EvalReport):
+        return Source(path.name, accuracy=report)
+    raise UsageError(f"`add` {str(path)!r} is no report; {_EXPECTED}")
+
+
+def _artifacts_of(source: Source) -> list[str]:
+    """Return the hashes of the artifacts that a report is of; those of older parity reports are not known."""
+    parity = [] if source.parity is None else list(source.parity.artifacts)
+    bench = [] if source.bench is None else [row.artifact_sha256 for row in source.bench.results]
+    accuracy = [] if source.accuracy is None else [row.artifact_sha256 for row in source.accuracy.results]
+    return [*parity, *bench, *accuracy]
