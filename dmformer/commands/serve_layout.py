@@ -15,9 +15,29 @@ def serve_layout(
     server: Annotated[str, typer.Argument(metavar="triton|ovms", help="NVIDIA Triton, or OpenVINO Model Server.")],
     bundle: options.BundleArgument = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the layout.")] = Path("served"),
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            metavar="NAME",
+            help="engines (the server's own), or for Triton python: this tool answers, with any runtime of the bundle.",
+        ),
+    ] = "engines",
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="With --backend python: also models that take files of images and give classes."),
+    ] = False,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Largest batch that Triton makes of waiting requests.")
     ] = 8,
+    instances: Annotated[
+        int,
+        typer.Option(
+            "--instances", min=1, help="With --backend python: processes of each model, which share the cores."
+        ),
+    ] = 1,
+    runtimes: options.RuntimeOption = None,
+    precisions: options.PrecisionOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
@@ -26,7 +46,18 @@ def serve_layout(
     """Write a model repository for a server: its configuration, the model files, and what clients have to know."""
     from dmformer.serve.layouts import serve_layout as write
 
-    written = write(server.lower(), options.find_bundle(bundle), output, force=force, max_batch=max_batch)
+    written = write(
+        server.lower(),
+        options.find_bundle(bundle),
+        output,
+        force=force,
+        backend=backend.lower(),
+        images=images,
+        max_batch=max_batch,
+        instances=instances,
+        runtimes=runtimes or [],
+        precisions=precisions or [],
+    )
     for name in written.models:
         present.show(str(output / "models" / name))
     for reason in written.left_out:

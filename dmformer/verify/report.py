@@ -95,7 +95,7 @@ class Check(Struct, frozen=True, kw_only=True):
         decisions: where classes of images were compared.
         pixels: where classes of pixels were compared.
         processor: the emulated one that answered; ``null`` for this machine's.
-        engine: package and release that answered, where it is not this installation's.
+        engine: package and release that answered, where it is not this installation's; or the model of a server.
     """
 
     stage: str
@@ -206,6 +206,22 @@ class ReleaseRange(Struct, frozen=True, kw_only=True):
     first_bad: str | None
 
 
+class Server(Struct, frozen=True, kw_only=True):
+    """A server that was asked by the Open Inference Protocol.
+
+    Attributes:
+        url: where it was asked.
+        name: as it calls itself.
+        version: of it.
+        models: that were asked, each with its version.
+    """
+
+    url: str
+    name: str
+    version: str
+    models: tuple[str, ...]
+
+
 class ParityReport(Struct, frozen=True, kw_only=True):
     """What ``verify`` or an export found.
 
@@ -217,6 +233,7 @@ class ParityReport(Struct, frozen=True, kw_only=True):
         processor: what computed the answers; this machine, where it emulated others.
         replays: what was asked elsewhere, on an emulated processor or with another release of an engine.
         release_ranges: where releases begin to fail, for each range that was asked for.
+        server: what answered, where that was a server.
     """
 
     passed: bool
@@ -226,6 +243,7 @@ class ParityReport(Struct, frozen=True, kw_only=True):
     processor: Processor | None = None
     replays: tuple[Replay, ...] = ()
     release_ranges: tuple[ReleaseRange, ...] = ()
+    server: Server | None = None
 
 
 def parity_report(checks: Sequence[Check], skipped: Sequence[str] = ()) -> ParityReport:
