@@ -64,10 +64,11 @@ class Triton:
         http: its URL for HTTP.
         grpc: its URL for gRPC.
         log: file of what it says.
+        repository: its folder of models.
     """
 
     def __init__(self, repository: Path, folder: Path, *arguments: str, packages: Path | None = None) -> None:
-        self.log = folder / "triton.log"
+        self.log, self.repository = folder / "triton.log", repository
         environment_folder = environment()
         site = next(environment_folder.glob("lib/python*/site-packages"))
         program = site / "pytriton/tritonserver"
@@ -123,10 +124,22 @@ class Triton:
 
     def stubs(self) -> list[int]:
         """Process numbers of the stubs, one for each instance of a model."""
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False
-        )
-        return [int(line.split()[0]) for line in listed.stdout.splitlines() if "triton_python_backend_stub" in line]
+        return [number for number, _ in self._stubs()]
+
+    def stub_of(self, model: str) -> int:
+        """Process number of the stub of a model of one instance."""
+        (found,) = (number for number, command in self._stubs() if f"/{model}/1/model.py" in command)
+        return found
+
+    def _stubs(self) -> list[tuple[int, str]]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                parent = int(path.read_text().rpartition(")")[2].split()[1])
+                command = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if parent == self.process.pid and "triton_python_backend_stub" in command:
+                    found.append((int(path.parent.name), command))
+        return sorted(found)
 
     def end(self) -> None:
         self.process.terminate()

@@ -233,7 +233,9 @@ class Predictor:
 
 
 def read_tensor(manifest: Manifest, image: Image) -> NDArray[np.float32]:
-    """Return what the network sees of a decoded image, (1, C, H, W): all of it for segmentation of open size, else a square.
+    """Return what the network sees of a decoded image, (1, C, H, W).
+
+    That is all of it for segmentation of open height and width, and otherwise the centre square.
 
     Raises:
         UsageError: its pixels cannot be used.
