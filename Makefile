@@ -3,6 +3,7 @@
 # make test      linters, types and tests: minutes
 # make test-fast   what needs no export and no process of its own: for each save of a file
 # make test-slow   recipes, whole exports and benches of faults, the README's commands, another environment
+# make test-serving what is behind NVIDIA's tritonserver, which pip installs into an environment of its own: minutes
 # make test-older  what computes in int8, as a processor with AVX2 and without VNNI does
 # make test-oldest export and what a device does, with the oldest releases that pyproject.toml admits
 
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test test-fast test-slow test-older test-oldest lint digits scenes picture clean
+.PHONY: install demo test test-fast test-slow test-serving test-older test-oldest lint digits scenes picture clean
 
 install: $(VENV)/installed
 
@@ -39,7 +40,11 @@ test-fast: install
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not slow and not medium'
 
 test-slow: install
-	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'slow and not serving'
+
+# One worker: the server and its clients share the cores.
+test-serving: install
+	$(BIN)/pytest -m serving
 
 # oneDNN obeys the variable, and with it OpenVINO.
 INT8_TESTS := -k 'not emulated' tests/test_processors.py tests/test_saturation.py tests/test_int8.py tests/test_precision_export.py tests/test_precision_parity.py

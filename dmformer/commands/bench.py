@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dmformer.bench.report import Baseline, BenchReport, Result
+    from dmformer.bench.server import LoadReport
 
 _REPORTED = "Reports"
+_SERVED = "A running server"
 
 
 def bench(
@@ -78,6 +80,33 @@ def bench(
             rich_help_panel=_REPORTED,
         ),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="Put load on this server: http://HOST:PORT, or grpc://HOST:PORT.",
+            rich_help_panel=_SERVED,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="Of its models this one; otherwise those that are named as serve-layout names them.",
+            rich_help_panel=_SERVED,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            "--concurrency",
+            metavar="N,N",
+            help="Clients that ask at once, a row for each number; otherwise 1,4,16.",
+            rich_help_panel=_SERVED,
+        ),
+    ] = None,
     json_file: options.JsonOption = None,
     html: Annotated[
         Path | None,
@@ -102,6 +131,16 @@ def bench(
 
     if cpus:
         raise UsageError(f"--cpu {cpus[0]}: {NO_SPEED}; expected it with dmformer verify, and bench on the device")
+    if server is not None:
+        if batches or modes or streams or threads or images or rounds or profile or baseline or html:
+            raise UsageError(
+                "--server with options of runtimes on this machine; expected --model, --concurrency, --runtime, "
+                "--precision, --duration or --json with it"
+            )
+        _bench_server(bundle, server, model, concurrency, runtimes, precisions, duration_s, json_file)
+        return
+    if model is not None or concurrency is not None:
+        raise UsageError("--model or --concurrency without --server; expected the address of the server")
     if html is not None:
         check_installed()
     earlier = _baseline(baseline, max_regression)
@@ -134,6 +173,73 @@ def bench(
     if earlier is not None:
         earlier.judge(report)
     report.check_rows()
+
+
+def _bench_server(
+    bundle: Path | None,
+    url: str,
+    model: str | None,
+    concurrency: str | None,
+    runtimes: list[str] | None,
+    precisions: list[str] | None,
+    duration_s: float,
+    json_file: str | None,
+) -> None:
+    """Put load on a server, and show what it came to."""
+    from dmformer.bench.server import CONCURRENCY, bench_server
+
+    if precisions is not None and len(precisions) > 1:
+        raise UsageError(f"--precision {' '.join(precisions)} with --server; expected one")
+    counts = options.parse_numbers(concurrency, "--concurrency")
+    if any(count != int(count) for count in counts or ()):
+        raise UsageError(f"--concurrency {concurrency}; expected whole numbers, for instance 1,4,16")
+    opened = options.find_bundle(bundle)
+    with present.stages() as shown:
+        report = bench_server(
+            opened,
+            url,
+            model=model,
+            concurrency=CONCURRENCY if counts is None else [int(count) for count in counts],
+            duration_s=duration_s,
+            runtimes=runtimes or [],
+            precision=precisions[0] if precisions else None,
+            command=shlex.join(["dmformer", *sys.argv[1:]]),
+            stage=shown.stage,
+        )
+    present.write_json(report, json_file)
+    present.show(_load_table(report), json_file)
+    for row in report.rows:
+        for reason, count in row.errors.items():
+            present.say(f"{row.title}: {count} requests failed: {reason}")
+    for note in report.notes:
+        present.say(note)
+    if report.partial:
+        raise KeyboardInterrupt
+    report.check_rows()
+
+
+def _load_table(report: LoadReport) -> Table:
+    from dmformer.bench.sentences import digits
+
+    figures = ["clients", "answered", "failed", "p50 ms", "p90 ms", "p99 ms", "img/s", "client ms", "client cores"]
+    title = f"Load on {report.server}, one image a request, {report.duration_s:g} s a row"
+    listing = present.table(title, ["model", *figures, "status"], numeric=figures)
+    for row in report.rows:
+        timed = row.latency_ms
+        wrong = f"{row.mixed_up} mixed up" if row.mixed_up else "failed"
+        cells: list[str | Text] = [
+            row.model,
+            str(row.concurrency),
+            str(row.answered),
+            str(row.failed),
+            *(digits(getattr(timed, name) if timed else None) for name in ("p50", "p90", "p99")),
+            digits(row.throughput_ips),
+            digits(row.client_cpu_ms),
+            f"{row.client_cores:.2f}",
+            present.mark(not row.failed and not row.mixed_up, wrong),
+        ]
+        present.add_row(listing, cells)
+    return listing
 
 
 def _baseline(path: str | None, max_regression: float | None) -> Baseline | None:

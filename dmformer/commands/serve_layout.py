@@ -21,9 +21,29 @@ def serve_layout(
     ],
     bundle: options.BundleArgument = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the layout.")] = Path("served"),
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            metavar="NAME",
+            help="engines (the server's own), or for Triton python: this tool answers, with any runtime of the bundle.",
+        ),
+    ] = "engines",
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="With --backend python: also models that take files of images and give classes."),
+    ] = False,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Largest batch that Triton makes of waiting requests.")
     ] = 8,
+    instances: Annotated[
+        int,
+        typer.Option(
+            "--instances", min=1, help="With --backend python: processes of each model, which share the cores."
+        ),
+    ] = 1,
+    runtimes: options.RuntimeOption = None,
+    precisions: options.PrecisionOption = None,
     onnxruntime_web: Annotated[
         Path | None,
         typer.Option(
@@ -40,14 +60,18 @@ def serve_layout(
     """Write what a server serves: its configuration, the model files, and what clients have to know; or a page."""
     from dmformer.serve.layouts import serve_layout as write
 
-    opened = options.find_bundle(bundle)
     with present.stages() as shown:
         written = write(
             server.lower(),
-            opened,
+            options.find_bundle(bundle),
             output,
             force=force,
+            backend=backend.lower(),
+            images=images,
             max_batch=max_batch,
+            instances=instances,
+            runtimes=runtimes or [],
+            precisions=precisions or [],
             onnxruntime_web=onnxruntime_web,
             stage=shown.stage,
         )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CASES = "dmformer-bisect"
 _ELSEWHERE = "Another processor, another release of an engine"
+_SERVED = "A running server"
 
 
 def verify(
@@ -74,6 +75,33 @@ def verify(
             rich_help_panel=_ELSEWHERE,
         ),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="Ask this server, by the Open Inference Protocol: http://HOST:PORT, or grpc://HOST:PORT.",
+            rich_help_panel=_SERVED,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="Of its models this one; otherwise those that are named as serve-layout names them.",
+            rich_help_panel=_SERVED,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            metavar="P",
+            help="Of the artifact behind --model, where the server does not say.",
+            rich_help_panel=_SERVED,
+        ),
+    ] = None,
     json_file: options.JsonOption = None,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
@@ -91,7 +119,7 @@ def verify(
         _list_processors()
         return
     if case is not None:
-        if bundle is not None or runtimes or weights or module or images or bisect or cpus or engines or root:
+        if bundle is not None or runtimes or weights or module or images or bisect or cpus or engines or root or server:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
         report = run_case(case)
     else:
@@ -109,6 +137,9 @@ def verify(
                 cpus=cpus or [],
                 engines=engines or [],
                 root=root,
+                server=server,
+                model=model,
+                precision=precision,
                 stage=shown.stage,
                 note=lambda note: shown.say(f"note: {note}"),
             )
@@ -144,6 +175,8 @@ def _show(report: ParityReport, json_file: str | None) -> None:
         place = [group[0].processor or "here"] if elsewhere else []
         present.add_row(listing, [verdict, *place, *cells])
     present.show(listing, json_file)
+    if report.server is not None:
+        present.show(f"asked {report.server.name} {report.server.version} at {report.server.url}", json_file)
     for line in _remarks(report):
         present.show(line, json_file)
     for reason in report.skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -141,25 +142,48 @@ def open_image(path: Path) -> Image:
         UsageError: it is missing, no file, no image of :data:`FORMATS`, truncated, or so large that it looks
             like a decompression bomb.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: no file; expected an image")  # opening a pipe would wait for its other end
+    return _decode(path, str(path))
+
+
+def decode_image(data: bytes) -> Image:
+    """Decode the bytes of an image file; of an animation the first frame.
+
+    Raises:
+        UsageError: as :func:`open_image`.
+    """
+    return _decode(io.BytesIO(data), f"image of {len(data)} bytes")
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels (H, W, C) of one or three channels as the bytes of a PNG file."""
+    from PIL import Image as PillowImage
+
+    file = io.BytesIO()
+    PillowImage.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _decode(source: Path | io.BytesIO, title: str) -> Image:
+    """Decode an image; the title names it in messages."""
     from PIL import Image as PillowImage
     from PIL import UnidentifiedImageError
 
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: no file; expected an image")  # opening a pipe would wait for its other end
     try:
-        with PillowImage.open(path, formats=FORMATS) as image:
+        with PillowImage.open(source, formats=FORMATS) as image:
             _check_size(image)
             image.load()
             copied: Image = image.copy()
             return copied
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file; expected an image") from error
+        raise UsageError(f"{title}: no such file; expected an image") from error
     except UnidentifiedImageError as error:
-        raise UsageError(f"{path}: no image that is read here; expected one of {', '.join(FORMATS)}") from error
+        raise UsageError(f"{title}: no image that is read here; expected one of {', '.join(FORMATS)}") from error
     except (PillowImage.DecompressionBombWarning, PillowImage.DecompressionBombError) as error:
-        raise UsageError(f"{path}: {first_line(error)}; expected a smaller image") from error
+        raise UsageError(f"{title}: {first_line(error)}; expected a smaller image") from error
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise UsageError(f"{path}: cannot be read as an image: {first_line(error)}") from error
+        raise UsageError(f"{title}: cannot be read as an image: {first_line(error)}") from error
 
 
 def _check_size(image: Image) -> None:

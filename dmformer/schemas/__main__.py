@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from dmformer.bench.report import BenchReport
+from dmformer.bench.server import LoadReport
 from dmformer.bundle.integrity import IntegrityReport
 from dmformer.bundle.manifest import Manifest
 from dmformer.cache import CacheReport
@@ -23,6 +24,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "manifest": Manifest,
     "verify": ParityReport,
     "bench": BenchReport,
+    "load": LoadReport,
     "eval": EvalReport,
     "predict": PredictReport,
     "segment": SegmentReport,

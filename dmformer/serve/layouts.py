@@ -1,66 +1,69 @@
 """Write a bundle as what a server serves: the model repository of a model server, or a page for browsers.
 
-DIR/models is the repository, and DIR/README.md says how it is served and what a client has to do with an image, for
-no model server does that. NVIDIA Triton: a folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/`` with the
-files under the names that its backend looks for. OpenVINO Model Server: ``config.json``, and a folder a model. For
-browsers DIR is a page that does it all (:mod:`dmformer.serve.web`), which any static server serves.
+DIR/models is the repository, and DIR/README.md says how it is served and what a client has to do. NVIDIA Triton: a
+folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/``, which has the files under the names that its backend
+looks for; for the Python backend ``model.py`` and the bundle. OpenVINO Model Server: ``config.json``, and a folder a
+model. For browsers DIR is a page that does it all (:mod:`dmformer.serve.web`), which any static server serves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
+from dmformer.bundle.reader import read_manifest, read_signature_file
 from dmformer.bundle.writer import staged
-from dmformer.errors import UsageError
+from dmformer.data.images import encode_png
+from dmformer.errors import CheckFailed, UsageError
 from dmformer.names import check_distinct
 from dmformer.progress import silent
-from dmformer.serve.web import ENGINE, cannot_show, write_page
-from dmformer.task import STRIDES, THRESHOLD
-from dmformer.text import markdown, markdown_code, pbtxt_string, plain
+from dmformer.runtimes import registry
+from dmformer.serve.layout_readme import readme, tied
+from dmformer.serve.served import ServedSpec
+from dmformer.serve.triton_config import FLOATS, Batching, TritonBackend, encoded_string, write_config
+from dmformer.serve.triton_model import BUNDLE
+from dmformer.serve.web import cannot_show, write_page
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dmformer.bundle.manifest import Artifact, Manifest, Tensor
+    from dmformer.bundle.manifest import Artifact, Manifest
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Progress
 
-LABELS = "labels.txt"
+# What Triton calls: each engine's own backend, or this tool in its Python backend.
+ENGINES, PYTHON = "engines", "python"
+BACKENDS = (ENGINES, PYTHON)
 _MODELS = "models"
-_QUEUE_US = 100  # how long Triton waits for others to share a batch with
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """How Triton calls an engine, on what it runs there, and under which name it looks for the main file."""
-
-    name: str
-    kind: str
-    main: str
-
-
-_TRITON = {
-    "onnx": _Backend("onnxruntime", "KIND_CPU", "model.onnx"),
-    "openvino": _Backend("openvino", "KIND_CPU", "model.xml"),
-    "tensorrt": _Backend("tensorrt", "KIND_GPU", "model.plan"),
+_ENGINES = {
+    "onnx": TritonBackend("onnxruntime", "KIND_CPU", "model.onnx"),
+    "openvino": TritonBackend("openvino", "KIND_CPU", "model.xml"),
+    "tensorrt": TritonBackend("tensorrt", "KIND_GPU", "model.plan"),
 }
+_PYTHON = TritonBackend("python", "KIND_CPU", "model.py")
+_MODEL_PY = '''\
+"""What Triton's Python backend loads; dmformer must be found by the Python that the backend starts."""
+
+import os
+import sys
+
+# The backend's stub may be built to ignore its environment.
+named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+sys.path[:0] = [folder for folder in named if folder and folder not in sys.path]
+
+from dmformer.serve.triton_model import TritonPythonModel  # noqa: E402
+
+__all__ = ["TritonPythonModel"]
+'''
 # By server, and format that it serves: the name of the main file.
 _MAIN_FILES = {
-    "triton": {name: backend.main for name, backend in _TRITON.items()},
+    "triton": {name: backend.main for name, backend in _ENGINES.items()},
     "ovms": {"onnx": "model.onnx", "openvino": "model.xml"},
     "web": {"onnx": "model.onnx"},
-}
-_START = {
-    "triton": "docker run --rm -p 8000:8000 -v ./models:/models nvcr.io/nvidia/tritonserver:<version> "
-    "tritonserver --model-repository=/models",
-    "ovms": "docker run --rm -p 9000:9000 -p 8000:8000 -v ./models:/models openvino/model_server:latest "
-    "--config_path /models/config.json --port 9000 --rest_port 8000",
-    "web": "python3 -m http.server 8000 --bind 127.0.0.1",
 }
 SERVERS = tuple(_MAIN_FILES)
 # Without the hint the CPU plugin may compute float32 models in bfloat16 on processors that have it.
@@ -82,7 +85,12 @@ def serve_layout(
     output: Path,
     *,
     force: bool = False,
+    backend: str = ENGINES,
+    images: bool = False,
     max_batch: int = 8,
+    instances: int = 1,
+    runtimes: Sequence[str] = (),
+    precisions: Sequence[str] = (),
     onnxruntime_web: Path | None = None,
     stage: Progress = silent,
 ) -> Layout:
@@ -93,7 +101,12 @@ def serve_layout(
         bundle: every file is looked into, and compared with its hash as it is copied.
         output: a new or empty folder.
         force: replace whatever is in the folder.
+        backend: ``engines`` for the server's own backends, or ``python`` for this tool in Triton's Python backend.
+        images: with ``python``, serve each artifact a second time, with files of images in and classes out.
         max_batch: largest batch that Triton makes of what waits; an engine's own bound goes before it.
+        instances: with ``python``, processes of each model, which share the cores.
+        runtimes: names of runtimes whose artifacts are served; otherwise all.
+        precisions: of the artifacts that are served; otherwise all.
         onnxruntime_web: for ``web``, the engine's file as ``npm pack`` writes it; otherwise npm downloads it once.
         stage: told about the download.
 
@@ -105,11 +118,11 @@ def serve_layout(
         UsageError: no such server, the bundle has nothing for it, two of its models or files would have one name, or
             the folder is not empty.
     """
-    if server not in SERVERS:
-        raise UsageError(f"server {server!r}; expected {', '.join(SERVERS[:-1])} or {SERVERS[-1]}")
+    python, batching = backend == PYTHON, Batching(max_batch, instances)
+    _check(server, backend, batching, images)
     if onnxruntime_web is not None and server != "web":
         raise UsageError(f"`onnxruntime_web` for {server}; expected it with web alone")
-    named, left_out = _choose(server, bundle)
+    models, left_out = _models(server, bundle.manifest, _wanted(bundle, runtimes, precisions), python, images)
 
     def replaceable(folder: Path) -> None:
         if not force:
@@ -117,45 +130,90 @@ def serve_layout(
 
     with staged(output, replaceable) as folder:
         (folder / _MODELS).mkdir()
-        for name, artifact in named.items():
-            _copy(bundle, artifact, folder / _MODELS / name / "1", server)
-        if server == "triton":
-            _write_triton(folder / _MODELS, bundle.manifest, named, max_batch)
-        elif server == "ovms":
-            _write_ovms(folder / _MODELS, named)
-        else:
-            models = {name: (one, folder / _MODELS / name / "1" / "model.onnx") for name, one in named.items()}
-            write_page(folder, bundle.manifest, bundle.golden(), models, engine=onnxruntime_web, stage=stage)
-        (folder / "README.md").write_text(_readme(server, bundle.manifest, named, left_out), encoding="utf-8")
-    return Layout(output, tuple(named), tuple(left_out))
+        for model in models:
+            target = folder / _MODELS / model.name
+            if python:
+                _write_python(bundle, model, target, batching)
+            else:
+                _write_engine(bundle, model, target, server, batching)
+        if server == "ovms":
+            _write_ovms(folder / _MODELS, models)
+        elif server == "web":
+            shown = {one.name: (one.artifact, folder / _MODELS / one.name / "1" / "model.onnx") for one in models}
+            write_page(folder, bundle.manifest, bundle.golden(), shown, engine=onnxruntime_web, stage=stage)
+        text = readme(server, models, left_out, python=python)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return Layout(output, tuple(model.name for model in models), tuple(left_out))
 
 
-def _choose(server: str, bundle: Bundle) -> tuple[dict[str, Artifact], list[str]]:
-    """Return the artifacts that a server serves by the names of its models, and a sentence for each of the others."""
-    named: dict[str, Artifact] = {}
-    left_out: list[str] = []
-    for artifact in bundle.manifest.artifacts:
-        if reason := _unservable(server, bundle.manifest, artifact):
+def _check(server: str, backend: str, batching: Batching, images: bool) -> None:
+    """Refuse what does not go together."""
+    if server not in SERVERS:
+        raise UsageError(f"server {server!r}; expected {', '.join(SERVERS[:-1])} or {SERVERS[-1]}")
+    if backend not in BACKENDS or (backend == PYTHON and server != "triton"):
+        raise UsageError(f"`backend` {backend!r} for {server}; expected {ENGINES}, or for triton {PYTHON}")
+    if (images or batching.instances != 1) and backend != PYTHON:
+        raise UsageError(f"`images` or `instances` with `backend` {backend}; expected {PYTHON}: engines decode nothing")
+    if min(batching.max_batch, batching.instances) < 1:
+        numbers = f"`max_batch` {batching.max_batch}, `instances` {batching.instances}"
+        raise UsageError(f"{numbers}; expected at least 1")
+
+
+def _models(
+    server: str, manifest: Manifest, artifacts: Sequence[Artifact], python: bool, images: bool
+) -> tuple[list[ServedSpec], list[str]]:
+    """Return the models that are served, and a sentence for each artifact that is not.
+
+    Raises:
+        UsageError: there are none, or two would have one name.
+    """
+    models: list[ServedSpec] = []
+    left_out = []
+    for artifact in artifacts:
+        if reason := (_unanswerable if python else _unservable)(server, manifest, artifact):
             left_out.append(f"{artifact.format} {artifact.precision}: {reason}")
             continue
-        name = _name(bundle.manifest, artifact)
-        check_distinct([*named, name])
-        named[name] = artifact
-    if not named:
+        models += [ServedSpec(manifest, artifact, kind) for kind in ((False, True) if images else (False,))]
+        check_distinct(model.name for model in models)
+    if not models:
         raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
-    return named, left_out
+    return models, left_out
 
 
-def _name(manifest: Manifest, artifact: Artifact) -> str:
-    """Name a model and its folder: nothing in it leads elsewhere, whatever the manifest calls the architecture."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{manifest.model.arch}_{artifact.format}_{artifact.precision}")
+def _wanted(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str]) -> list[Artifact]:
+    """Return the artifacts that are asked for.
+
+    Raises:
+        UsageError: there are none.
+    """
+    formats = {registry.entry(name).format for name in runtimes if name.lower() != "all"}
+    wanted = {precision.lower() for precision in precisions}
+    held = bundle.manifest.artifacts
+    found = [
+        artifact
+        for artifact in held
+        if (not formats or artifact.format in formats) and (not wanted or artifact.precision in wanted)
+    ]
+    if not found:
+        has = ", ".join(f"{artifact.format} {artifact.precision}" for artifact in held)
+        raise UsageError(f"the bundle has nothing for {' '.join([*runtimes, *precisions])}; it has {has}")
+    return found
+
+
+def _unanswerable(server: str, manifest: Manifest, artifact: Artifact) -> str | None:
+    """Say why this tool cannot answer for an artifact in a server; ``None`` where it can."""
+    del server
+    if artifact.format == "torch":
+        return "the reference, which needs PyTorch; expected another runtime"
+    if registry.reader_of(artifact.format) is None:
+        return "this version of dmformer has no runtime for it"
+    return _foreign_tensor(manifest)
 
 
 def _unservable(server: str, manifest: Manifest, artifact: Artifact) -> str | None:
-    """Say why a server cannot serve an artifact; ``None`` where it can."""
-    for tensor in (*manifest.inputs, *manifest.outputs):
-        if tensor.dtype not in _TYPES:
-            return f"a tensor of {tensor.dtype}; expected {' or '.join(_TYPES)}"
+    """Say why a server's own backends cannot serve an artifact; ``None`` where one can."""
+    if reason := _foreign_tensor(manifest):
+        return reason
     if artifact.precision not in _PRECISION_HINTS:
         return f"precision {artifact.precision}; expected {', '.join(_PRECISION_HINTS)}"
     if artifact.format not in _MAIN_FILES[server]:
@@ -167,13 +225,58 @@ def _unservable(server: str, manifest: Manifest, artifact: Artifact) -> str | No
     return None
 
 
-def _copy(bundle: Bundle, artifact: Artifact, folder: Path, server: str) -> None:
+def _foreign_tensor(manifest: Manifest) -> str | None:
+    """Say which tensor is of a type that no server is told of; ``None`` where there is none."""
+    return next(
+        (
+            f"a tensor of {tensor.dtype}; expected {' or '.join(FLOATS)}"
+            for tensor in (*manifest.inputs, *manifest.outputs)
+            if tensor.dtype not in FLOATS
+        ),
+        None,
+    )
+
+
+def _write_engine(bundle: Bundle, model: ServedSpec, folder: Path, server: str, batching: Batching) -> None:
+    """Write the folder of a model that an engine's own backend answers."""
+    artifact = model.artifact
+    _copy(bundle, artifact, folder / "1", _MAIN_FILES[server][artifact.format])
+    if server != "triton":
+        return
+    backend, target = _ENGINES[artifact.format], artifact.target
+    if target is None:
+        write_config(folder, model, backend, batching)
+    else:
+        write_config(folder, model, backend, Batching(target.max_batch), tied(artifact))
+
+
+def _write_python(bundle: Bundle, model: ServedSpec, folder: Path, batching: Batching) -> None:
+    """Write the folder of a model that this tool answers: what its predictor reads of the bundle, and ``model.py``."""
+    artifact, version = model.artifact, folder / "1"
+    manifest, signature = read_manifest(bundle.root), read_signature_file(bundle.root)
+    if hashlib.sha256(manifest).hexdigest() != bundle.manifest_sha256:
+        raise CheckFailed(f"{bundle.root} changed while it was copied; run it again")
+    bundle.open_artifact(artifact)
+    (version / BUNDLE).mkdir(parents=True)
+    (version / BUNDLE / MANIFEST).write_bytes(manifest)
+    if signature is not None:
+        (version / BUNDLE / SIGNATURE).write_bytes(signature)
+    golden = [entry for entry in bundle.manifest.files if entry.path == GOLDEN]
+    for entry in (*golden, *artifact.files):
+        bundle.copy(entry, version / BUNDLE / entry.path)
+    (version / _PYTHON.main).write_text(_MODEL_PY, encoding="utf-8")
+    first = bundle.golden()
+    warm_up = encoded_string(encode_png(first.images[0])) if model.images else first.inputs[:1].tobytes()
+    write_config(folder, model, _PYTHON, batching, warm_up=warm_up)
+
+
+def _copy(bundle: Bundle, artifact: Artifact, folder: Path, main_file: str) -> None:
     """Copy an artifact's files, each checked: the main one under the name that the server looks for, and the others.
 
     OpenVINO finds weights by the name of the file that is loaded; ONNX names them as they lie beside it.
     """
     bundle.open_artifact(artifact)
-    main = PurePosixPath(_MAIN_FILES[server][artifact.format])
+    main = PurePosixPath(main_file)
     loaded = PurePosixPath(artifact.files[0].path)
     targets = {artifact.files[0]: str(main)}
     for entry in artifact.files[1:]:
@@ -187,173 +290,19 @@ def _copy(bundle: Bundle, artifact: Artifact, folder: Path, server: str) -> None
         bundle.copy(entry, folder / target)
 
 
-def _write_triton(folder: Path, manifest: Manifest, named: dict[str, Artifact], max_batch: int) -> None:
-    for name, artifact in named.items():
-        (folder / name / "config.pbtxt").write_text(
-            _config(manifest, artifact, name, max_batch), encoding="utf-8", newline="\n"
-        )
-        if _is_labelled(manifest):
-            lines = (plain(" ".join(label.split())) for label in manifest.model.classes)
-            (folder / name / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _is_labelled(manifest: Manifest) -> bool:
-    """Whether Triton can name the answers: it puts labels to the largest values of a whole output.
-
-    That names classes of an image, but neither those of pixels nor the two that one output tells apart.
-    """
-    return manifest.model.task == "classification" and bool(manifest.model.classes) and not manifest.one_logit
-
-
-def _config(manifest: Manifest, artifact: Artifact, name: str, max_batch: int) -> str:
-    """``ModelConfig`` (model_config.proto of Triton) in protobuf's text form; dimensions are without the batch."""
-    backend = _TRITON[artifact.format]
-    (given,) = manifest.inputs
-    bound = artifact.target.max_batch if artifact.target is not None else max_batch
-    comment = f"# {_tied(artifact)}\n" if artifact.target is not None else ""
-    label = f'\n    label_filename: "{LABELS}"' if _is_labelled(manifest) else ""
-
-    def tensor(spec: Tensor, more: str = "") -> str:
-        dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:])
-        name = pbtxt_string(spec.name)
-        return f"  {{\n    name: {name}\n    data_type: {_TYPES[spec.dtype]}\n    dims: [ {dims} ]{more}\n  }}"
-
-    outputs = ",\n".join(tensor(output, label) for output in manifest.outputs)
-    return (
-        f"{comment}name: {pbtxt_string(name)}\n"
-        f'backend: "{backend.name}"\n'
-        f'default_model_filename: "{backend.main}"\n'
-        f"max_batch_size: {bound}\n"
-        f"input [\n{tensor(given)}\n]\n"
-        f"output [\n{outputs}\n]\n"
-        f"instance_group [\n  {{\n    count: 1\n    kind: {backend.kind}\n  }}\n]\n"
-        f"dynamic_batching {{\n  max_queue_delay_microseconds: {_QUEUE_US}\n}}\n"
-        f'parameters {{\n  key: "dmformer_sha256"\n  value {{ string_value: "{artifact.sha256}" }}\n}}\n'
-    )
-
-
-def _write_ovms(folder: Path, named: dict[str, Artifact]) -> None:
+def _write_ovms(folder: Path, models: Sequence[ServedSpec]) -> None:
     listing = [
         {
             "config": {
-                "name": name,
-                "base_path": f"/{_MODELS}/{name}",
+                "name": model.name,
+                "base_path": f"/{_MODELS}/{model.name}",
                 "target_device": "CPU",
                 "plugin_config": {
                     "PERFORMANCE_HINT": "LATENCY",
-                    "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[artifact.precision],
+                    "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[model.artifact.precision],
                 },
             }
         }
-        for name, artifact in named.items()
+        for model in models
     ]
     (folder / "config.json").write_text(json.dumps({"model_config_list": listing}, indent=2) + "\n", encoding="utf-8")
-
-
-def _tied(artifact: Artifact) -> str:
-    target = artifact.target
-    assert target is not None
-    return plain(
-        f"TensorRT {target.version} on {target.platform}, compute capability {', '.join(target.compute_capabilities)}, "
-        f"batch {target.min_batch} to {target.max_batch}: Triton must bring this version, and the GPU be one of these"
-    )
-
-
-_FULL_RANGE = "int8 weights of 8 bits, whose sums saturate in OpenVINO on x86 processors without VNNI"
-
-
-_FOR_BROWSERS = f"""\
-Then open http://127.0.0.1:8000 in a browser. Any static server will do, and any path on it: the page asks for nothing
-beside this folder. Where it comes by http from another machine, browsers compare no hashes: use https.
-
-One thread computes. Where the server sends `Cross-Origin-Opener-Policy: same-origin` and
-`Cross-Origin-Embedder-Policy: require-corp`, up to four do.
-
-The engine is {ENGINE.title}, WebAssembly, under the MIT license. The page decodes PNG files to the bit as Pillow does;
-JPEG, WebP, GIF and BMP files are decoded by the browser, whose decoder may differ by a little.
-"""
-
-
-def _readme(server: str, manifest: Manifest, named: dict[str, Artifact], left_out: Sequence[str]) -> str:
-    labels = [f"{index}: {markdown(' '.join(label.split()))}" for index, label in enumerate(manifest.model.classes)]
-    lines = [
-        f"# {markdown(manifest.model.arch)} for {server}",
-        "",
-        f"    {_START[server]}",
-        "",
-        *([_FOR_BROWSERS] if server == "web" else ()),
-        "## What the page does with an image" if server == "web" else "## Before a request, in the client",
-        "",
-        *(f"{number}. {step}" for number, step in enumerate(_steps(manifest), 1)),
-        "",
-        *_answers(manifest),
-        "",
-        "## Models",
-        "",
-        *(f"- `{name}`: SHA-256 {artifact.sha256}" for name, artifact in named.items()),
-        *(
-            f"- `{name}`: {markdown(_tied(artifact))}"
-            for name, artifact in named.items()
-            if artifact.target is not None
-        ),
-        *(f"- `{name}`: {_FULL_RANGE}" for name, artifact in named.items() if artifact.full_range),
-        *(f"- not here: {markdown(reason)}" for reason in left_out),
-    ]
-    if labels and manifest.class_count:
-        lines += ["", "## Classes", "", *(f"- {label}" for label in labels)]
-    return "\n".join(lines) + "\n"
-
-
-def _steps(manifest: Manifest) -> list[str]:
-    """List what a client does with an image before a request."""
-    pre, (given,) = manifest.preprocessing, manifest.inputs
-    how = f"({pre.interpolation}, as Pillow does it)"
-    resized, more = round(pre.image_size / pre.crop_fraction), ""
-    if manifest.open_size:
-        more = "; other heights and widths can be sent as well"
-    fit = [
-        f"Resize the shorter side to {resized} pixels {how}.",
-        f"Take the centre of {pre.image_size}x{pre.image_size} pixels{more}.",
-    ]
-    if manifest.open_size and manifest.model.task == "segmentation":
-        longer = f"the longer one in proportion, to the nearest multiple of {STRIDES[-1]}"
-        fit = [f"Resize the shorter side to {pre.image_size} pixels, {longer} {how}."]
-    return [
-        f"Decode the image; channels {pre.channels}.",
-        *fit,
-        f"Divide by 255; for each channel subtract the mean {list(pre.mean)}, divide by the deviation {list(pre.std)}.",
-        f"Send {markdown_code(given.name)}, {given.dtype}, (batch, channels, height, width) = {_sides(given)}.",
-    ]
-
-
-def _sides(tensor: Tensor) -> str:
-    return f"[{', '.join(markdown(repr(side)) for side in tensor.shape)}]"
-
-
-_MEANING = {
-    "classification": "logits; their softmax is probabilities.",
-    "segmentation": "logits of every pixel that was sent; the largest of a pixel's is its class.",
-    "features": "the map of a stage.",
-}
-_ONE_LOGIT = (
-    f"one logit; its sigmoid is the probability of class 1, which an image is of above {THRESHOLD}, and otherwise of "
-    "class 0."
-)
-_COMPARE = {
-    "classification": "`dmformer predict` does all of this, to compare with.",
-    "segmentation": "`dmformer predict` does all of this, to compare with.",
-    "features": "`dmformer.load(BUNDLE).outputs(IMAGE)` does all of this in Python, to compare with.",
-}
-
-
-def _answers(manifest: Manifest) -> list[str]:
-    """Say what comes back, and how to see whether it is right."""
-    task = manifest.model.task
-    return [
-        *(
-            f"Back comes {markdown_code(output.name)}, {output.dtype}, {_sides(output)}: "
-            f"{_ONE_LOGIT if manifest.one_logit else _MEANING[task]}"
-            for output in manifest.outputs
-        ),
-        _COMPARE[task],
-    ]

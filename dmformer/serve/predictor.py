@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
+    from dmformer.bundle.manifest import Manifest
     from dmformer.bundle.select import Choice
 
 _BATCH = 8
@@ -193,11 +194,19 @@ class Predictor:
         """
         return self._run(load_pixels(_as_paths(images), self.manifest.preprocessing))
 
-    def _run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        inputs = self.manifest.preprocessing.normalize(pixels)
+    def run(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Run preprocessed images (N, C, H, W) through the network in one batch; return its outputs by name.
+
+        Raises:
+            UsageError: they are of another type or shape than the network takes.
+            StageFailed: the runtime failed.
+        """
         self.runtime.check_open()
         with self.runtime.in_turn():  # an engine's request or execution context is one thread's at a time
             return self.runtime.run_rows({self.manifest.inputs[0].name: inputs})
+
+    def _run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        return self.run(self.manifest.preprocessing.normalize(pixels))
 
     def _check_task(self, wanted: str) -> None:
         task = self.manifest.model.task
@@ -215,8 +224,7 @@ class Predictor:
 
     def _top(self, path: Path, logits: NDArray[np.float32], top_k: int) -> Prediction:
         self._check_finite(path, logits)
-        scaled = np.exp(logits.astype(np.float64) - logits.max())
-        probabilities = scaled / scaled.sum()
+        probabilities = softmax(logits)
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         return Prediction(
             image=str(path),
@@ -225,6 +233,29 @@ class Predictor:
                 for i in order
             ),
         )
+
+
+def read_tensor(manifest: Manifest, image: Image) -> NDArray[np.float32]:
+    """Return what the network sees of a decoded image, (1, C, H, W).
+
+    That is all of it for segmentation of open height and width, and otherwise the centre square.
+
+    Raises:
+        UsageError: its pixels cannot be used.
+    """
+    preprocessing = manifest.preprocessing
+    if manifest.model.task == "segmentation" and manifest.open_size:
+        pixels = preprocessing.uncropped_pixels(image, STRIDES[-1])
+    else:
+        pixels = preprocessing.pixels(image)
+    return preprocessing.normalize(pixels[None])
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return probabilities from logits along the last axis."""
+    scaled = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    probabilities: NDArray[np.float64] = scaled / scaled.sum(-1, keepdims=True)
+    return probabilities
 
 
 def _as_paths(images: str | Path | Sequence[str | Path]) -> list[Path]:

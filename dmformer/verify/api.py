@@ -72,6 +72,9 @@ def verify(
     cpus: Sequence[str] = (),
     engines: Sequence[str] = (),
     root: str | Path | None = None,
+    server: str | None = None,
+    model: str | None = None,
+    precision: str | None = None,
     stage: Progress = silent,
     note: Callable[[str], object] = lambda _: None,
 ) -> ParityReport:
@@ -97,35 +100,38 @@ def verify(
         engines: releases to ask instead of those installed, ``PACKAGE==VERSION``, or ``PACKAGE==FIRST..LAST`` for all
             between two, where the first bad one is looked for by halving.
         root: with ``cpus``, a root file system of the device; otherwise a small Debian is laid out.
+        server: address of a running server of the Open Inference Protocol, as in ``http://localhost:8000`` or
+            ``grpc://localhost:8001``, that is asked instead of this machine's runtimes.
+        model: with ``server``, the name of one of its models; otherwise all that are named as ``serve-layout`` names
+            those of the bundle.
+        precision: with ``model``, that of the artifact behind it, where neither its name nor its configuration says so.
         stage: told about each step.
         note: told, before anything runs, what is to be known about an artifact on this machine.
 
     Raises:
         CheckFailed: a file is not what the manifest says, or is not listed in it.
-        UnavailableError: a runtime that was named, or every one, cannot run on this machine, or a package is missing.
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine, or a package is missing;
+            or the server cannot be asked.
         UsageError: an argument or a file cannot be used.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     own = OwnModule.of(module, module_options)
-    if cpus or engines or root is not None:
-        if (
-            weights is not None
-            or weights_key is not None
-            or own is not None
-            or images is not None
-            or layers
-            or bisect is not None
-        ):
-            raise UsageError(
-                "`cpus`, `engines` and `root` ask for the golden answers; expected them without `weights`, `module`, "
-                "`images`, `layers` and `bisect`"
-            )
+    elsewhere = bool(cpus or engines or root is not None)
+    if elsewhere or server is not None:
+        given = (weights, weights_key, own, images, layers or None, bisect)
+        _check_place(server, elsewhere, golden_alone=all(one is None for one in given))
+        if server is not None:
+            from dmformer.verify.server import verify_server
+
+            return verify_server(opened, server, model=model, runtimes=runtimes, precision=precision, stage=stage)
         from dmformer.verify.replay import verify_elsewhere
 
         folder = Path(root) if root is not None else None
         return verify_elsewhere(
             opened, runtimes=runtimes, cpus=cpus, engines=engines, root=folder, stage=stage, note=note
         )
+    if model is not None or precision is not None:
+        raise UsageError("`model` or `precision` without `server`; expected the address of the server that has it")
     source = ReferenceSource.of(weights, own, weights_key)
     if bisect is not None:
         for package in ("torch", "onnx"):
@@ -151,6 +157,18 @@ def verify(
     return localize(
         opened, report, weights=source.weights, folder=Path(bisect), stage=stage, module=own, weights_key=weights_key
     )
+
+
+def _check_place(server: str | None, elsewhere: bool, *, golden_alone: bool) -> None:
+    """Refuse what cannot be asked of a server or elsewhere."""
+    if server is not None and elsewhere:
+        raise UsageError("`server` with `cpus`, `engines` or `root`; expected one place to ask at a time")
+    if not golden_alone:
+        named = "`server` asks" if server is not None else "`cpus`, `engines` and `root` ask"
+        raise UsageError(
+            f"{named} for the golden answers; expected them without `weights`, `module`, `images`, `layers` and "
+            "`bisect`"
+        )
 
 
 def check_choices(

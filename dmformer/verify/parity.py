@@ -51,6 +51,7 @@ _EQUAL = {
     "shuffled": "the same rows in another order",
     "repeated": "the same rows asked twice",
     "batches": "the same rows alone and in a batch",
+    "concurrent": "the same rows asked alone and by several clients at once",
 }
 
 
@@ -173,7 +174,7 @@ def check_artifact(
     artifact: Artifact,
     pytorch: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[Check]:
-    """Make every check of an artifact's answers to the golden images.
+    """Make every check of an artifact's answers to the golden images, and of the precision that it ran in.
 
     Args:
         answers: of its runtime.
@@ -182,7 +183,27 @@ def check_artifact(
         artifact: what it promises, and whether its sums saturate here, which what failed then says.
         pytorch: PyTorch's answers, where they were computed anew.
     """
-    float16_sums = registry.support(row).sums_in_float16()
+    checks = check_golden_answers(answers, golden, pytorch, registry.support(row).sums_in_float16())
+    if any(check.limit for check in checks):  # else there was nothing to compare with
+        promise = registry.support(row).cannot_compute(answers.precision)
+        checks.append(check_layers(answers, artifact.promised_share, promise))
+    return add_cause(checks, saturation_risk(row, artifact.full_range))
+
+
+def check_golden_answers(
+    answers: Answers,
+    golden: Golden,
+    pytorch: Mapping[str, NDArray[Any]] | None = None,
+    float16_sums: bool = False,
+) -> list[Check]:
+    """Compare answers to the golden images with PyTorch's and the ONNX file's, with themselves, and by their classes.
+
+    Args:
+        answers: of an artifact.
+        golden: the golden images and answers.
+        pytorch: PyTorch's answers, where they were computed anew.
+        float16_sums: whether what answered adds up in float16 at that precision.
+    """
     try:
         compared_with = references(golden, answers.precision, pytorch, float16_sums)
     except UsageError as error:
@@ -192,15 +213,13 @@ def check_artifact(
     if answers.precision not in golden.files:
         reason = f"no golden outputs of the ONNX file at {answers.precision}; export the bundle again"
         missing.append(Check.of("runtime", answers.runtime, answers.precision, 1, Comparison(False, reason=reason)))
-    checks = [
+    return [
         *check_answers("runtime", answers, compared_with),
         *missing,
         *check_consistency(answers, compared_with),
         *check_other_size("runtime", answers, golden, float16_sums),
         *check_decisions(answers, answers.at_largest_batch, compared_with[0]),
-        check_layers(answers, artifact.promised_share, registry.support(row).cannot_compute(answers.precision)),
     ]
-    return add_cause(checks, saturation_risk(row, artifact.full_range))
 
 
 def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Check]:
@@ -221,7 +240,7 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Ch
         except (UsageError, ValueError, TypeError) as error:
             comparison = Comparison(False, reason=f"the golden source images cannot be preprocessed: {error}")
     pixel_check = Check.of("pixels", "numpy", "uint8", len(golden.sources), comparison, exact, "training")
-    limit = preprocessing_limit(golden)
+    limit = tensor_limit(golden.inputs)
     try:
         comparison = compare(preprocessing.normalize(golden.images), golden.inputs, limit)
     except (ValueError, IndexError) as error:
@@ -229,9 +248,9 @@ def check_preprocessing(preprocessing: Preprocessing, golden: Golden) -> list[Ch
     return [pixel_check, Check.of("preprocessing", "numpy", "fp32", len(golden.images), comparison, limit, "training")]
 
 
-def preprocessing_limit(golden: Golden) -> Limit:
-    """Return the largest difference allowed between preprocessed tensors, in units of the network's input."""
-    peak = max(1.0, float(np.abs(golden.inputs).max()))
+def tensor_limit(expected: NDArray[np.float32]) -> Limit:
+    """Return how far a preprocessed image may be from the expected tensor."""
+    peak = max(1.0, float(np.abs(expected).max()))
     return Limit(_PIXEL_TOLERANCE * peak, f"{_PIXEL_TOLERANCE:g} of the largest input value")
 
 

@@ -96,7 +96,7 @@ class Check(Struct, frozen=True, kw_only=True):
         decisions: where classes of images were compared.
         pixels: where classes of pixels were compared.
         processor: the emulated one that answered; ``null`` for this machine's.
-        engine: package and release that answered, where it is not this installation's.
+        engine: package and release that answered, where it is not this installation's; or the model of a server.
     """
 
     stage: str
@@ -207,6 +207,22 @@ class ReleaseRange(Struct, frozen=True, kw_only=True):
     first_bad: str | None
 
 
+class Server(Struct, frozen=True, kw_only=True):
+    """A server that was asked by the Open Inference Protocol.
+
+    Attributes:
+        url: where it was asked.
+        name: as it calls itself.
+        version: of it.
+        models: that were asked, each with its version.
+    """
+
+    url: str
+    name: str
+    version: str
+    models: tuple[str, ...]
+
+
 class ParityReport(Struct, frozen=True, kw_only=True):
     """What ``verify`` or an export found.
 
@@ -220,6 +236,7 @@ class ParityReport(Struct, frozen=True, kw_only=True):
         release_ranges: where releases begin to fail, for each range that was asked for.
         artifacts: SHA-256 of each artifact that was asked, as the manifest's artifacts have it; empty in the report of
             an export, which is listed in the manifest itself, and in older ones.
+        server: what answered, where that was a server.
     """
 
     passed: bool
@@ -230,6 +247,7 @@ class ParityReport(Struct, frozen=True, kw_only=True):
     replays: tuple[Replay, ...] = ()
     release_ranges: tuple[ReleaseRange, ...] = ()
     artifacts: tuple[str, ...] = ()
+    server: Server | None = None
 
 
 def parity_report(

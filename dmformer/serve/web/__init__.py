@@ -27,7 +27,7 @@ from dmformer.task import STRIDES, Task
 from dmformer.text import plain
 from dmformer.verify.answers import batch_sizes
 from dmformer.verify.compare import Limit
-from dmformer.verify.parity import preprocessing_limit, references
+from dmformer.verify.parity import references, tensor_limit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -245,7 +245,7 @@ def _golden(golden: Golden, arrays: _Arrays) -> dict[str, Any]:
         "batches": batch_sizes(golden.inputs),
         "images": arrays.add(golden.images),
         "inputs": arrays.add(golden.inputs),
-        "limit": preprocessing_limit(golden),
+        "limit": tensor_limit(golden.inputs),
         "strides": golden.strides,
         "sources": tuple(map(arrays.add, golden.sources)),
         "source_pixels": None if pixels is None else arrays.add(pixels),
