@@ -263,7 +263,9 @@ def _is_taken(name: str, path: Path) -> bool:
     module = sys.modules.get(name)
     spec = None if module is not None else importlib.util.find_spec(name)
     file = getattr(module, "__file__", None) if spec is None else spec.origin
-    return (module is not None or spec is not None) and not (file and Path(file).resolve() == path)
+    if module is None and spec is None:
+        return False
+    return not file or Path(file).resolve() != path
 
 
 def _import_module(name: str) -> Any:
