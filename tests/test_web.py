@@ -321,6 +321,17 @@ def test_without_a_network_what_is_in_the_cache_is_taken(tmp_path: Path, monkeyp
     assert "npm pack a-package@1.0.0" in one_line(caught.value)
 
 
+def test_the_command_without_npm(
+    exported: ExportResult, tmp_path: Path, inline: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npm_that(tmp_path / "bin", "exit 0", monkeypatch)
+    run = inline("serve-layout", "web", exported.output, "--output", "out")
+    assert run.code == 3
+    assert "no message" in run.error_line
+    assert run.error_line.endswith(f"npm pack onnxruntime-web@{ENGINE.version}, given as --onnxruntime-web")
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_file_from_npm_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = NpmPackage("a-package", "1.0.0", hashlib.sha512(b"an archive").hexdigest())
     cache = Cache(tmp_path / "cache")
