@@ -176,6 +176,52 @@ def test_a_swapped_class_fails(browser: Any, serve: Callable[..., str], spoilt: 
     assert stages == ({"runtime", "decisions"} if mended else {"integrity"})
 
 
+ENGINE_THAT = """async () => {
+  const { check } = await import(new URL('checks.js', location.href).href);
+  const inputs = {shape: [3, 1, 1, 1], data: Float32Array.of(1, 2, 3)};
+  const logits = {shape: [3, 2], data: Float32Array.of(1, -1, 2, -2, 3, -3)};
+  const limit = {max_abs: 0.01, source: ''}, pixels = {see: null, normalise: values => Float32Array.from(values)};
+  const golden = {batches: [1, 2], images: inputs, inputs, limit, strides: {}, sources: [], other: null,
+                  arrays: array => array.data};
+  let calls = 0;
+  const run = async (_, given, [batch]) => {
+    calls++;
+    const data = Float32Array.from([...given].flatMap(value => [value, -value]));
+    const answers = {logits: {shape: [batch, 2], type: 'float32', data}};
+    FAULT;
+    return answers;
+  };
+  const rows = [];
+  const references = [{name: 'PyTorch', outputs: {logits}, limits: {logits: limit}}];
+  await check({page: {task: 'classification'}, model: {references}, golden, session: null, run, pixels,
+               show: row => rows.push(row)});
+  return rows.filter(row => !row.passed).map(row => row.stage);
+}"""
+
+
+@pytest.mark.parametrize(("fault", "expected"), [
+    ("", []),
+    ("if (calls === 6) data[2] += 0.02", ["rows"]),
+    ("if (calls === 7) data[2] += 0.02", ["shuffled"]),
+    ("if (calls === 10) data[2] += 0.02", ["repeated"]),
+    ("if (calls === 5) data[0] += 0.02", ["runtime", "batches"]),
+    ("if (calls === 2) data[0] = NaN", ["runtime", "batches", "decisions", "rows", "shuffled", "repeated"]),
+    ("if (batch === 2) answers.logits.type = 'float16'", ["runtime"]),
+    ("answers.more = answers.logits", ["runtime"]),
+    ("answers.logits.shape = [batch, 2, 1]", ["runtime", "decisions"]),
+    ("throw new Error('broken')", ["runtime", "decisions"]),
+])  # fmt: skip
+def test_each_check_can_fail(
+    browser: Any, serve: Callable[..., str], web_page: Path, fault: str, expected: list[str], tmp_path: Path
+) -> None:
+    """The scripts' checks on an engine that is called for two rows, one, equal ones, shuffled ones, and again."""
+    opened = Opened(browser, serve(web_page)).ready()
+    failed = opened.page.evaluate(ENGINE_THAT.replace("FAULT", fault))
+    assert failed[0] == "pixels"  # there are no source images
+    assert set(failed[1:]) <= {*expected}
+    assert expected[:1] == failed[1:2]
+
+
 def test_a_file_that_is_no_network_is_told(browser: Any, serve: Callable[..., str], spoilt: Path) -> None:
     (path,) = spoilt.glob("models/*/1/model.onnx")
     path.write_bytes(b"no network")
