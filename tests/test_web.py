@@ -270,6 +270,16 @@ def test_one_line_where_it_cannot_start(browser: Any, serve: Callable[..., str],
     assert not without.is_visible("#main")
 
 
+def test_where_browsers_compare_no_hashes_it_says_so(browser: Any, serve: Callable[..., str], web_page: Path) -> None:
+    """As on a page that comes by http from another machine."""
+    script = "Object.defineProperty(Crypto.prototype, 'subtle', {value: undefined})"
+    opened = Opened(browser, serve(web_page), script=script).ready()
+    rows = opened.verify()
+    assert {row[0] for row in rows} == {"ok"}
+    assert "integrity" not in {row[1] for row in rows}
+    assert "hashes: this browser compares them" in opened.page.text_content("#skipped")
+
+
 def test_the_page_reaches_no_other_origin(browser: Any, serve: Callable[..., str], web_page: Path) -> None:
     other = serve(web_page)
     opened = Opened(browser, serve(web_page)).ready()
