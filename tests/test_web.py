@@ -153,6 +153,7 @@ def test_damaged_golden_answers_fail(browser: Any, serve: Callable[..., str], sp
     assert failed[0][1] == ("runtime" if mended else "integrity")
     assert "failed" in opened.verdict
     assert ("differs by" if mended else "SHA-256") in failed[0][6]
+    assert failed[0][6] in opened.verdict
 
 
 @pytest.mark.parametrize("mended", [False, True])

@@ -185,8 +185,9 @@ async function verify() {
     };
     await check({ page, model, golden, session: ready.session, run, pixels, show });
   }
-  const failed = rows.filter((row) => !row.passed).length;
-  say("verdict", failed ? `${failed} of ${rows.length} checks failed` : `all ${rows.length} checks held`, failed ? "bad" : "good");
+  const failed = rows.filter((row) => !row.passed);
+  if (!failed.length) say("verdict", `all ${rows.length} checks held`, "good");
+  else say("verdict", `${failed.length} of ${rows.length} checks failed; first: ${failed[0].stage}: ${failed[0].reason}`, "bad");
 }
 
 const NO_HASHES = "hashes: this browser compares them on pages of https and of localhost only";
