@@ -153,6 +153,7 @@ def test_damaged_golden_answers_fail(browser: Any, serve: Callable[..., str], sp
     assert failed[0][1] == ("runtime" if mended else "integrity")
     assert "failed" in opened.verdict
     assert ("differs by" if mended else "SHA-256") in failed[0][6]
+    assert failed[0][6] in opened.verdict
 
 
 @pytest.mark.parametrize("mended", [False, True])
@@ -174,6 +175,52 @@ def test_a_swapped_class_fails(browser: Any, serve: Callable[..., str], spoilt: 
     failed = [row for row in opened.verify() if row[0] != "ok"]
     stages = {row[1] for row in failed}
     assert stages == ({"runtime", "decisions"} if mended else {"integrity"})
+
+
+ENGINE_THAT = """async () => {
+  const { check } = await import(new URL('checks.js', location.href).href);
+  const inputs = {shape: [3, 1, 1, 1], data: Float32Array.of(1, 2, 3)};
+  const logits = {shape: [3, 2], data: Float32Array.of(1, -1, 2, -2, 3, -3)};
+  const limit = {max_abs: 0.01, source: ''}, pixels = {see: null, normalise: values => Float32Array.from(values)};
+  const golden = {batches: [1, 2], images: inputs, inputs, limit, strides: {}, sources: [], other: null,
+                  arrays: array => array.data};
+  let calls = 0;
+  const run = async (_, given, [batch]) => {
+    calls++;
+    const data = Float32Array.from([...given].flatMap(value => [value, -value]));
+    const answers = {logits: {shape: [batch, 2], type: 'float32', data}};
+    FAULT;
+    return answers;
+  };
+  const rows = [];
+  const references = [{name: 'PyTorch', outputs: {logits}, limits: {logits: limit}}];
+  await check({page: {task: 'classification'}, model: {references}, golden, session: null, run, pixels,
+               show: row => rows.push(row)});
+  return rows.filter(row => !row.passed).map(row => row.stage);
+}"""
+
+
+@pytest.mark.parametrize(("fault", "expected"), [
+    ("", []),
+    ("if (calls === 6) data[2] += 0.02", ["rows"]),
+    ("if (calls === 7) data[2] += 0.02", ["shuffled"]),
+    ("if (calls === 10) data[2] += 0.02", ["repeated"]),
+    ("if (calls === 5) data[0] += 0.02", ["runtime", "batches"]),
+    ("if (calls === 2) data[0] = NaN", ["runtime", "batches", "decisions", "rows", "shuffled", "repeated"]),
+    ("if (batch === 2) answers.logits.type = 'float16'", ["runtime"]),
+    ("answers.more = answers.logits", ["runtime"]),
+    ("answers.logits.shape = [batch, 2, 1]", ["runtime", "decisions"]),
+    ("throw new Error('broken')", ["runtime", "decisions"]),
+])  # fmt: skip
+def test_each_check_can_fail(
+    browser: Any, serve: Callable[..., str], web_page: Path, fault: str, expected: list[str], tmp_path: Path
+) -> None:
+    """The scripts' checks on an engine that is called for two rows, one, equal ones, shuffled ones, and again."""
+    opened = Opened(browser, serve(web_page)).ready()
+    failed = opened.page.evaluate(ENGINE_THAT.replace("FAULT", fault))
+    assert failed[0] == "pixels"  # there are no source images
+    assert set(failed[1:]) <= {*expected}
+    assert expected[:1] == failed[1:2]
 
 
 def test_a_file_that_is_no_network_is_told(browser: Any, serve: Callable[..., str], spoilt: Path) -> None:
@@ -222,6 +269,16 @@ def test_one_line_where_it_cannot_start(browser: Any, serve: Callable[..., str],
     without.wait_for_selector("#status.bad")
     assert "no WebAssembly" in without.text_content("#status")
     assert not without.is_visible("#main")
+
+
+def test_where_browsers_compare_no_hashes_it_says_so(browser: Any, serve: Callable[..., str], web_page: Path) -> None:
+    """As on a page that comes by http from another machine."""
+    script = "Object.defineProperty(Crypto.prototype, 'subtle', {value: undefined})"
+    opened = Opened(browser, serve(web_page), script=script).ready()
+    rows = opened.verify()
+    assert {row[0] for row in rows} == {"ok"}
+    assert "integrity" not in {row[1] for row in rows}
+    assert "hashes: this browser compares them" in opened.page.text_content("#skipped")
 
 
 def test_the_page_reaches_no_other_origin(browser: Any, serve: Callable[..., str], web_page: Path) -> None:
@@ -319,6 +376,17 @@ def test_without_a_network_what_is_in_the_cache_is_taken(tmp_path: Path, monkeyp
     with pytest.raises(UnavailableError, match=r"not in the cache, and npm could not get it .*ENOTFOUND") as caught:
         package.download(tmp_path / "third", Cache())
     assert "npm pack a-package@1.0.0" in one_line(caught.value)
+
+
+def test_the_command_without_npm(
+    exported: ExportResult, tmp_path: Path, inline: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npm_that(tmp_path / "bin", "exit 0", monkeypatch)
+    run = inline("serve-layout", "web", exported.output, "--output", "out")
+    assert run.code == 3
+    assert "no message" in run.error_line
+    assert run.error_line.endswith(f"npm pack onnxruntime-web@{ENGINE.version}, given as --onnxruntime-web")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_file_from_npm_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,9 @@ def test_every_kind_of_png_to_the_bit(
         same_pixels(scripts, data, preprocessing, tmp_path)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (48, 48), (48, 64), (7, 5), (500, 60), (131, 257), (64, 63), (900, 1200)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (48, 48), (48, 64), (7, 5), (500, 60), (131, 257), (64, 63), (32, 35), (900, 1200)]
+)
 @pytest.mark.parametrize(
     "preprocessing", [RGB, replace(RGB, interpolation="bilinear"), replace(RGB, crop_fraction=1.0), LUMA],
     ids=["bicubic", "bilinear", "uncropped", "L"],

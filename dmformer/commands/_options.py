@@ -66,7 +66,9 @@ BundleArgument = Annotated[
 RuntimeOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--runtime", metavar="NAME", help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt) or ncnn. Repeatable."
+        "--runtime",
+        metavar="NAME",
+        help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt), ncnn or litert. Repeatable.",
     ),
 ]
 PrecisionOption = Annotated[

@@ -32,7 +32,7 @@ def bench(
         typer.Option(
             "--runtime",
             metavar="NAME",
-            help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt), ncnn or all. Repeatable.",
+            help="torch, onnxruntime (ort), openvino (ov), tensorrt (trt), ncnn, litert or all. Repeatable.",
         ),
     ] = None,
     precisions: options.PrecisionOption = None,

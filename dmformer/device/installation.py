@@ -54,6 +54,7 @@ deb [signed-by={_KEYRING}] {_MIRROR}/debian {_DEBIAN}-updates main
 deb [signed-by={_KEYRING}] {_MIRROR}/debian-security {_DEBIAN}-security main
 """
 _PIP = (sys.executable, "-m", "pip")
+_NPM_FLAGS = ("--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=2000")
 _UNREACHED = re.compile(r"Retrying|ConnectionError|ConnectTimeout|Could not fetch URL|name resolution", re.IGNORECASE)
 
 
@@ -345,7 +346,7 @@ class NpmPackage:
         if npm is None:
             raise UnavailableError(f"npm is not here, which gets {self.title}; expected it, {elsewhere}")
         done = subprocess.run(
-            [npm, "pack", f"{self.name}@{self.version}", "--pack-destination", str(folder), "--ignore-scripts"],
+            [npm, "pack", f"{self.name}@{self.version}", "--pack-destination", str(folder), *_NPM_FLAGS],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -353,15 +354,15 @@ class NpmPackage:
             cwd=folder,
             check=False,
         )
-        if done.returncode:
+        written = sorted(folder.glob("*.tgz"))
+        if done.returncode or not written:
             lines = [line for line in done.stderr.splitlines() if re.match(r"npm (error|ERR!) ", line)]
             said = (lines or done.stderr.splitlines() or ["no message"])[0]
             raise UnavailableError(
                 f"{self.title} is not in the cache, and npm could not get it ({said}); expected a network once, "
                 f"{elsewhere}"
             )
-        (path,) = folder.glob("*.tgz")
-        return path
+        return written[0]
 
 
 def _kept(cache: Cache, what: str, inputs: object, folder: Path, make: Callable[[], list[Path]]) -> list[Path]:

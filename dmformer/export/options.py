@@ -85,7 +85,7 @@ class ExportOptions:
     ] = None
     task: Annotated[Task | None, "features: the four stage maps, without a head. Otherwise the network's own."] = None
     formats: Annotated[
-        Sequence[str], "onnx, openvino (ov), tensorrt (trt), ncnn, torch or all that can be made here."
+        Sequence[str], "onnx, openvino (ov), tensorrt (trt), ncnn, litert, torch or all that can be made here."
     ] = ("onnx",)
     precisions: Annotated[
         Sequence[str], "fp32, fp16 or int8. auto: for each format the fastest here within the accuracy budget."

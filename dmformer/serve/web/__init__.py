@@ -22,6 +22,7 @@ from dmformer.bundle.manifest import FileEntry, file_entry
 from dmformer.cache import open_cache
 from dmformer.data.overlay import DIMMED, OPACITY, class_colours
 from dmformer.device.installation import NpmPackage, temporary_folder
+from dmformer.errors import UnavailableError
 from dmformer.progress import silent
 from dmformer.task import STRIDES, Task
 from dmformer.text import plain
@@ -208,7 +209,10 @@ def _about(manifest: Manifest) -> str:
 def _write_engine(folder: Path, archive: Path | None) -> None:
     folder.mkdir()
     with temporary_folder() as scratch:
-        path = ENGINE.download(scratch, open_cache()) if archive is None else ENGINE.check(archive)
+        try:
+            path = ENGINE.download(scratch, open_cache()) if archive is None else ENGINE.check(archive)
+        except UnavailableError as error:
+            raise UnavailableError(f"{error}, given as `onnxruntime_web`") from error
         with tarfile.open(path) as packed:
             for name, ours in _ENGINE_FILES.items():
                 content = packed.extractfile(f"package/dist/{name}")

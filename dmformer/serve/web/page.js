@@ -127,8 +127,7 @@ function draw(image, labels, width, height) {
   const scale = Math.max(1, LEAST_SIDE / Math.min(image.width, image.height));
   [canvas.width, canvas.height] = [Math.round(image.width * scale), Math.round(image.height * scale)];
   const [left, top, right, bottom] = visibleBox(image, page.preprocessing, multiple()).map((edge) => Math.round(edge * scale));
-  const colour = (index) => [0, 1, 2].map((channel) => image.data[index * image.channels + (channel % image.channels)]);
-  context.drawImage(canvasOf(image.width, image.height, colour), 0, 0, canvas.width, canvas.height);
+  context.drawImage(canvasOf(image), 0, 0, canvas.width, canvas.height);
   context.fillStyle = "black";
   context.globalAlpha = 1 - page.dimmed;
   context.beginPath();
@@ -137,14 +136,21 @@ function draw(image, labels, width, height) {
   context.fill("evenodd");
   context.globalAlpha = page.opacity;
   context.imageSmoothingEnabled = false;
-  context.drawImage(canvasOf(width, height, (index) => page.colours[labels[index]]), left, top, right - left, bottom - top);
+  const colours = new Uint8Array(3 * labels.length);
+  labels.forEach((label, index) => colours.set(page.colours[label], 3 * index));
+  context.drawImage(canvasOf({ width, height, channels: 3, data: colours }), left, top, right - left, bottom - top);
   context.globalAlpha = 1;
 }
 
-function canvasOf(width, height, colour) {
+function canvasOf({ width, height, channels, data }) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const pixels = new ImageData(width, height);
-  for (let index = 0; index < width * height; index++) pixels.data.set([...colour(index), 255], 4 * index);
+  for (let index = 0; index < width * height; index++) {
+    for (let channel = 0; channel < 3; channel++) {
+      pixels.data[4 * index + channel] = data[index * channels + (channel % channels)];
+    }
+    pixels.data[4 * index + 3] = 255;
+  }
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   return canvas;
 }
@@ -179,8 +185,9 @@ async function verify() {
     };
     await check({ page, model, golden, session: ready.session, run, pixels, show });
   }
-  const failed = rows.filter((row) => !row.passed).length;
-  say("verdict", failed ? `${failed} of ${rows.length} checks failed` : `all ${rows.length} checks held`, failed ? "bad" : "good");
+  const failed = rows.filter((row) => !row.passed);
+  if (!failed.length) say("verdict", `all ${rows.length} checks held`, "good");
+  else say("verdict", `${failed.length} of ${rows.length} checks failed; first: ${failed[0].stage}: ${failed[0].reason}`, "bad");
 }
 
 const NO_HASHES = "hashes: this browser compares them on pages of https and of localhost only";
