@@ -171,8 +171,8 @@ def test_a_fault_in_an_fp16_file_is_caught_where_sums_are_float16(
     assert failed(right) == []
     wide = fp16_limits(right)
     assert all(wide[against] > 2 * narrow[against] for against in ("PyTorch", "onnx fp16"))
-    changed(reduced_bundle, "onnx/fp16/model.onnx", lambda a: {name: spoil(a[name])})
-    assert failed(dmformer.verify(reduced_bundle, runtimes=["ort"])) == [("onnxruntime", "fp16", "runtime")]
+    changed(reduced_bundle, "onnx/fp16/model.onnx", lambda a: {name: np.ascontiguousarray(spoil(a[name]))})
+    assert ("onnxruntime", "fp16", "runtime") in failed(dmformer.verify(reduced_bundle, runtimes=["ort"]))
 
 
 def fp16_limits(report: ParityReport) -> dict[str, float]:

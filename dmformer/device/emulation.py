@@ -39,8 +39,8 @@ NOT_SHOWN = (
     "emulation tells answers and missing instructions, not speed; the processes see this machine's kernel, /sys and "
     "caches; AVX-512 and AMX are not emulated"
 )
-# What is shown of a board's root file system, beside its lib folders. QEMU looks for every path there first: its /tmp or
-# /home would hide this machine's, which have the bundle and the packages.
+# What is shown of a board's root file system, beside its lib folders. QEMU looks for every path there first: its /tmp
+# or /home would hide this machine's, which have the bundle and the packages.
 _SHOWN = frozenset(("usr", "bin", "sbin", "etc"))
 _PROBE_S = 120.0
 _PROBE = "import os, sys; print(*sys.version_info[:2], os.confstr('CS_GNU_LIBC_VERSION'))"
