@@ -243,7 +243,7 @@ def test_reduced_outputs_are_read_back(golden: Golden, tmp_path: Path) -> None:
     logits = golden.outputs["logits"]
     files = {"fp32": {"logits": logits}, "fp16": {"logits": logits + 1}, "int8": {"logits": logits + 2}}
     emulated = {"fp16": {"logits": logits + 3}, "int8": {"logits": logits + 4}}
-    wanted = replace(golden, files=files, emulated=emulated)
+    wanted = replace(golden, files=files, emulated=emulated, float16_sums={"logits": logits + 5})
     wanted.save(tmp_path / "a.npz")
     wanted.save(tmp_path / "b.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
@@ -254,6 +254,7 @@ def test_reduced_outputs_are_read_back(golden: Golden, tmp_path: Path) -> None:
         for precision, outputs in ours.items():
             np.testing.assert_array_equal(theirs[precision]["logits"], outputs["logits"])
     assert found.outputs_float64.keys() == {"logits"}
+    np.testing.assert_array_equal(found.float16_sums["logits"], logits + 5)
     assert [source.shape for source in found.sources] == [source.shape for source in golden.sources]
     np.testing.assert_array_equal(found.source_pixels, golden.source_pixels)
 
