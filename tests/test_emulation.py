@@ -263,8 +263,12 @@ def test_the_root_of_a_board_takes_debians_place(tools: StandIns, cache: Cache, 
     (root / "usr/bin").mkdir(parents=True)
     (root / "usr/bin/python3.9").touch()
     (root / "usr/bin/python3.12").touch()
-    (root / "proc").mkdir()
+    for name in ("proc", "tmp", "home", "lib", "etc"):
+        (root / name).mkdir()
     with emulated_machine(processor("cortex-a72"), root, cache) as there:
+        shown = Path(there.interpreter[there.interpreter.index("-L") + 1])
+        # Debian 13's real root had a /tmp, in which QEMU looked for a bundle in this machine's.
+        assert {entry.name for entry in shown.iterdir()} == {"proc", "usr", "lib", "etc"}
         python = Path(there.interpreter[5])
         assert python.resolve() == (root / "usr/bin/python3.12").resolve()
         system = Path(there.interpreter[4])

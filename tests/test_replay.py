@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 import dmformer
+from dmformer.bundle import writer
 from dmformer.bundle.integrity import sign_bundle
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.writer import pack
@@ -102,6 +103,15 @@ def test_a_signed_or_packed_bundle_stays_as_it_is(tools: StandIns, bundle: Path,
         assert notes[0].startswith("not noted in the bundle: ")
         assert why in notes[0]
         assert (path / "manifest.json" if path.is_dir() else path).read_bytes() == kept
+
+
+def test_a_run_that_ends_while_another_writes_the_bundle_keeps_its_report(tools: StandIns, bundle: Path) -> None:
+    notes: list[str] = []
+    with writer._locked(bundle.resolve()):
+        assert dmformer.verify(bundle, runtimes=["ort"], cpus=["cortex-a72"], note=notes.append).passed
+    assert len(notes) == 1
+    assert notes[0].startswith("not noted in the bundle: ")
+    assert "another" in notes[0]
 
 
 def test_a_crash_is_a_failed_check_and_hides_no_other(tools: StandIns, bundle: Path) -> None:

@@ -39,6 +39,9 @@ NOT_SHOWN = (
     "emulation tells answers and missing instructions, not speed; the processes see this machine's kernel, /sys and "
     "caches; AVX-512 and AMX are not emulated"
 )
+# What is shown of a board's root file system, beside its lib folders. QEMU looks for every path there first: its /tmp
+# or /home would hide this machine's, which have the bundle and the packages.
+_SHOWN = frozenset(("usr", "bin", "sbin", "etc"))
 _PROBE_S = 120.0
 _PROBE = "import os, sys; print(*sys.version_info[:2], os.confstr('CS_GNU_LIBC_VERSION'))"
 
@@ -126,7 +129,7 @@ def emulated_machine(processor: EmulatedProcessor, root: Path | None, cache: Cac
         else:
             python = system / _python_in(root).relative_to(root)
             for entry in root.iterdir():
-                if entry.name != "proc":
+                if entry.name in _SHOWN or entry.name.startswith("lib"):
                     (system / entry.name).symlink_to(entry.resolve())
         (system / "proc").mkdir(exist_ok=True)
         (system / "proc/cpuinfo").write_text(processor.cpuinfo(usable_cores()), encoding="utf-8")

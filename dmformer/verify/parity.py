@@ -16,8 +16,6 @@ from dmformer.runtimes.inspector import describe_layers, shortfall
 from dmformer.task import OUTPUT_NAME
 from dmformer.verify.answers import Answers
 from dmformer.verify.compare import (
-    EMULATED_FACTOR,
-    REDUCED_FACTOR,
     Comparison,
     Limit,
     Reference,
@@ -88,8 +86,8 @@ def references(
     against_pytorch = emulated_limit(precision, golden.emulated[precision], double)
     against_file = reduced_limit(precision, answered, double)
     if precision == "fp16" and float16_sums and golden.float16_sums:
-        against_pytorch = widened_for_float16_sums(against_pytorch, EMULATED_FACTOR, golden.float16_sums, double)
-        against_file = widened_for_float16_sums(against_file, REDUCED_FACTOR, golden.float16_sums, double)
+        against_pytorch = widened_for_float16_sums(against_pytorch, golden.float16_sums, double)
+        against_file = widened_for_float16_sums(against_file, golden.float16_sums, double)
     return [
         Reference(PYTORCH, pytorch, against_pytorch),
         Reference(f"onnx {precision}", answered, against_file),

@@ -133,7 +133,7 @@ def verify_elsewhere(
                     replayed.walk(release) if _RANGE in release else replayed.ask(release)
     if cpus:
         found.skipped.append(NOT_SHOWN)
-        reason = note_processors(bundle, found.evidence)
+        reason = _note_evidence(bundle, found.evidence)
         note(f"not noted in the bundle: {reason}" if reason else f"noted in the evidence of {bundle.root / MANIFEST}")
     asked = [artifact for artifacts in work.values() for artifact in artifacts]
     return replace(
@@ -141,6 +141,14 @@ def verify_elsewhere(
         replays=tuple(found.replays),
         release_ranges=tuple(found.ranges),
     )
+
+
+def _note_evidence(bundle: Bundle, evidence: Sequence[ProcessorEvidence]) -> str | None:
+    """Note it in the bundle, or return why not, as where another run writes just then: the report took minutes."""
+    try:
+        return note_processors(bundle, evidence)
+    except DMFormerError as error:
+        return str(error)
 
 
 class _Found:
