@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dmformer.bundle.integrity import sign_bundle
 from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.trust import generate_keys, load_private_key
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.files import hash_file
 from dmformer.serve.layouts import serve_layout
@@ -304,7 +306,9 @@ def test_what_does_not_go_together(
 
 
 def test_a_signature_goes_with_what_it_signs(bundle: Path, tmp_path: Path) -> None:
-    (bundle / "manifest.sig").write_bytes(b"signed")
+    generate_keys(tmp_path / "key.pem")
+    sign_bundle(bundle, load_private_key(tmp_path / "key.pem", lambda: pytest.fail("asked for a password")))
     serve_layout("triton", open_bundle(bundle), tmp_path / "out", backend="python", runtimes=["ort"])
     (inside,) = (tmp_path / "out/models").glob("*/1/bundle/manifest.sig")
-    assert inside.read_bytes() == b"signed"
+    assert inside.read_bytes() == (bundle / "manifest.sig").read_bytes()
+    open_bundle(inside.parent)
