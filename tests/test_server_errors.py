@@ -176,6 +176,13 @@ def test_float32_in_the_place_of_a_reduced_precision_is_caught(
     assert verify_server(opened, double.url).passed
 
 
+def test_answers_that_are_not_finite_fail(opened: Bundle, double: Double, golden: Golden) -> None:
+    right = replies(golden, "fp32")
+    double.answer = lambda rows: {"logits": right(rows)["logits"] * np.float32(np.nan)}
+    wrong = failed(verify_server(opened, double.url))
+    assert {check.stage for check in wrong} >= {"runtime", "decisions", "rows", "concurrent"}
+
+
 def test_an_artifact_that_the_server_itself_names_is_compared(opened: Bundle, double: Double) -> None:
     artifacts = {(one.format, one.precision): one for one in opened.manifest.artifacts}
     double.extensions = ["model_configuration"]

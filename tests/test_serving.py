@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dmformer.bundle.integrity import sign_bundle
 from dmformer.bundle.reader import open_bundle
+from dmformer.bundle.trust import generate_keys, load_private_key
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.files import hash_file
 from dmformer.serve.layouts import serve_layout
@@ -239,3 +241,76 @@ def test_every_map_of_features_is_served(
     assert "outputs(IMAGE)" in said
     assert "logits" not in said
     assert "## Classes" not in said
+
+
+def test_a_repository_for_the_python_backend(
+    exported: ExportResult, tmp_path: Path, parse: Callable[[Path], Any]
+) -> None:
+    bundle = open_bundle(exported.output)
+    layout = serve_layout("triton", bundle, tmp_path / "out", backend="python", images=True, instances=2, max_batch=3)
+    kinds = [f"dmformer_nano_{name}_fp32{suffix}" for name in ("onnx", "openvino") for suffix in ("", "_images")]
+    assert list(layout.models) == kinds
+    assert layout.left_out == ("torch fp32: the reference, which needs PyTorch; expected another runtime",)
+    for name in kinds:
+        folder = tmp_path / "out/models" / name
+        config = parse(folder / "config.pbtxt")
+        assert (config.name, config.backend, config.max_batch_size) == (name, "python", 3)
+        assert [(group.count, group.kind) for group in config.instance_group] == [(2, 2)]
+        assert (folder / "1" / config.default_model_filename).is_file()
+        (given,) = config.input
+        outputs = [output.name for output in config.output]
+        labelled = {output.name: output.label_filename for output in config.output if output.label_filename}
+        if name.endswith("_images"):
+            assert (given.name, given.data_type, list(given.dims)) == ("encoded_image", 13, [1])  # TYPE_STRING
+            assert outputs == ["class_index", "class_name", "probabilities", "logits", "image"]
+            assert labelled == {"probabilities": "labels.txt"}
+        else:
+            assert (given.name, given.data_type, list(given.dims)) == ("image", 11, [3, 32, 32])
+            assert (outputs, labelled) == (["logits"], {"logits": "labels.txt"})
+        assert [warm_up.batch_size for warm_up in config.model_warmup] == [1, 2, 3]
+        size = (folder / "warmup" / "golden").stat().st_size
+        assert size > 100 if name.endswith("_images") else size == 3 * 32 * 32 * 4
+        inside = open_bundle(folder / "1/bundle")
+        assert inside.manifest_sha256 == bundle.manifest_sha256
+        assert {path.name for path in (folder / "1/bundle").iterdir()} == {
+            "manifest.json", "golden.npz", name.split("_")[2],
+        }  # fmt: skip
+        parameters = {key: value.string_value for key, value in config.parameters.items()}
+        (artifact,) = inside.artifacts(parameters["dmformer_format"], parameters["dmformer_precision"])
+        assert parameters["dmformer_sha256"] == artifact.sha256
+        inside.open_artifact(artifact)
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "says"),
+    [
+        ("ovms", {"backend": "python"}, "expected engines, or for triton python"),
+        ("triton", {"backend": "onnx"}, "`backend` 'onnx' for triton; expected engines, or for triton python"),
+        ("triton", {"images": True}, "`images` or `instances` with `backend` engines; expected python"),
+        ("triton", {"instances": 2}, "`images` or `instances` with `backend` engines; expected python"),
+        ("triton", {"backend": "python", "instances": 0}, "`max_batch` 8, `instances` 0; expected at least 1"),
+        ("triton", {"precisions": ["int8"]}, "nothing for int8; it has torch fp32, onnx fp32, openvino fp32"),
+        ("triton", {"runtimes": ["ncnn"]}, "nothing for ncnn; it has"),
+        (
+            "triton",
+            {"backend": "python", "runtimes": ["torch"]},
+            "nothing that triton serves: torch fp32: the reference",
+        ),
+    ],
+)
+def test_what_does_not_go_together(
+    exported: ExportResult, tmp_path: Path, server: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        serve_layout(server, open_bundle(exported.output), tmp_path / "out", **options)
+    assert says in one_line(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signature_goes_with_what_it_signs(bundle: Path, tmp_path: Path) -> None:
+    generate_keys(tmp_path / "key.pem")
+    sign_bundle(bundle, load_private_key(tmp_path / "key.pem", lambda: pytest.fail("asked for a password")))
+    serve_layout("triton", open_bundle(bundle), tmp_path / "out", backend="python", runtimes=["ort"])
+    (inside,) = (tmp_path / "out/models").glob("*/1/bundle/manifest.sig")
+    assert inside.read_bytes() == (bundle / "manifest.sig").read_bytes()
+    open_bundle(inside.parent)

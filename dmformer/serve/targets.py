@@ -72,7 +72,8 @@ def find_models(
     artifacts = [
         artifact
         for artifact in manifest.artifacts
-        if (not formats or artifact.format in formats) and precision in (None, artifact.precision)
+        if (not formats or artifact.format in formats)
+        and (precision is None or artifact.precision == precision.lower())
     ]
     specs = [ServedSpec(manifest, artifact, images) for artifact in artifacts for images in (False, True)]
     by_name = {spec.name: spec for spec in specs}

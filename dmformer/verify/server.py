@@ -118,6 +118,8 @@ def _check_model(target: ServedTarget, golden: Golden, url: str, limit_s: float)
         answers = _ask_concurrently(target, answers, rows, outputs, golden, url, limit_s)
     checks += check_golden_answers(answers, golden)
     checks += _check_precision(target, answers, golden)
+    if all(check.passed for check in checks):
+        return checks
     return add_cause(checks, _diagnosis(target, answers.at_largest_batch, golden))
 
 
@@ -226,7 +228,7 @@ def _exchanged_classes(target: ServedTarget, outputs: Mapping[str, NDArray[Any]]
     order = []
     for channel in channels:
         apart = [largest_difference(found[:, channel], expected[:, other]) for other in channels]
-        order.append(int(np.nanargmin(apart)))
+        order.append(int(np.argmin(np.nan_to_num(apart, nan=np.inf))))
     moved = [channel for channel in channels if order[channel] != channel]
     if not moved or sorted(order) != list(channels):
         return None
