@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     Cli = Callable[..., Run]
 
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"
-COMMANDS = ("export", "verify", "bench", "eval", "predict", "inspect", "doctor", "sign", "check", "pack", "unpack")
+COMMANDS = (
+    "export", "verify", "bench", "eval", "predict", "inspect", "report", "doctor", "sign", "check", "pack", "unpack",
+)  # fmt: skip
 DIGIT = SAMPLE_IMAGES / "3.png"
 
 
@@ -91,6 +93,9 @@ def test_version(cli: Cli) -> None:
         (["predict", DIGIT], "no bundle named"),
         (["doctor", "nowhere"], "no bundle at"),
         (["verify", "--json"], "--json"),
+        (["report"], "nothing to write; expected --html FILE, --bom FILE or both"),
+        (["report", "--html", "x", "--bom", "x"], "expected two files"),
+        (["report", "--html", "nowhere/x.html"], "expected a file in a folder that exists"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",
 )

@@ -320,7 +320,7 @@ def test_a_matplotlibrc_in_the_working_folder_has_no_say(tmp_path: Path) -> None
 
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 77\n")
     code = (
-        "from dmformer.bench.page import _matplotlib, _svg; import os; m = _matplotlib(); "
+        "from dmformer.page.svg import _matplotlib, _svg; import os; m = _matplotlib(); "
         "print(m.rcParams['lines.linewidth'], os.getcwd())"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(text.__file__).parents[1])}

@@ -32,7 +32,8 @@ def report(bundle: str | Path | Bundle, *, add: Sequence[str | Path] = ()) -> Si
         materials.
 
     Raises:
-        CheckFailed: the policy asks for a signature that is not there, or a packed bundle is damaged.
+        CheckFailed: the policy asks for a signature that is not there, it is of another manifest, or a packed bundle is
+            damaged.
         UnavailableError: the bundle is signed, and the package that checks signatures is not installed.
         UsageError: there is no bundle, or what is added is neither a report nor a bundle, or a report on another one.
     """
@@ -78,7 +79,8 @@ class SignOff:
         held, count = sum(check.passed for _, check in self.checks), len(self.checks)
         if self.passed:
             return f"Every check held: {count} of {count}. Every file is what the manifest lists."
-        return f"NOT everything held: {len(self.failures)} failures; of the {count} checks listed here, {held} held."
+        failures = "1 failure" if len(self.failures) == 1 else f"{len(self.failures)} failures"
+        return f"NOT everything held: {failures}; of the {count} checks listed here, {held} held."
 
     def judge(self) -> None:
         """Refuse a bundle of which something did not hold.

@@ -152,7 +152,7 @@ def _sha256(digest: str) -> HashType:
 
 def _licences(manifest: Manifest) -> list[License]:
     """Return the licence of the weights: that of the demonstration, or what the checkpoint says; none is invented."""
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
 
     said = [value for name, value in manifest.model.training.items() if name.lower() in _LICENCE_KEYS]
     if manifest.model.weights == "demonstration":

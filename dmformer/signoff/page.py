@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 12  # of a verdict; the section that says what is open has all
 _MOST_TIMED = 20  # rows of a picture
+_MOST_DRAWN = 30
+_JUDGED_BY = ("top-1", "mIoU")  # the accuracy that is drawn
 _IMAGE_SIDE = 256  # pixels; larger images are made smaller
 _OPACITY = 0.5
 _NOT_PROVEN = (
@@ -90,9 +92,9 @@ def _sections(known: SignOff) -> list[Section]:
         _places(known),
         _sensitivity(known),
         _assumed(known),
-        _every_check(known),
         Section(title="What remains open", parts=_lines(known.open_points)),
         Section(title="What this page does not prove", parts=_lines([_NOT_PROVEN])),
+        _every_check(known),
     ]
 
 
@@ -423,14 +425,13 @@ def _accuracy(known: SignOff) -> Section:
     measured = measured_accuracies(known)
     if not measured:
         return Section(title="Accuracy")
-    rows = [
-        [name, *(_percent_with_interval(share) for share in _by_kind(accuracy)), images]
-        for name, images, accuracy in measured
+    found = [
+        (name, images, {share.kind: share for share in shares(accuracy, name)}) for name, images, accuracy in measured
     ]
-    drawn = [
-        share for name, _, accuracy in measured for share in shares(accuracy, name) if share.kind in ("top-1", "mIoU")
-    ]
-    drawn = drawn or [share for name, _, accuracy in measured for share in shares(accuracy, name)]
+    kinds = list(dict.fromkeys(kind for _, _, by_kind in found for kind in by_kind))
+    rows = [[name, *(_percent(by_kind.get(kind)) for kind in kinds), images] for name, images, by_kind in found]
+    first = next((kind for kind in _JUDGED_BY if kind in kinds), kinds[0] if kinds else "")
+    drawn = [by_kind[first] for _, _, by_kind in found if first in by_kind]
     lost = [
         [_named(known, source, f"{one.format} {one.precision}"), f"{one.points_lost:.2f}"]
         for source, manifest in _bundles(known)
@@ -443,22 +444,14 @@ def _accuracy(known: SignOff) -> Section:
         title="Accuracy",
         caption="With intervals of 95 % confidence: what the same network may reach on other images of the same kind.",
         parts=[
-            *([accuracy_picture(drawn[:40])] if drawn else []),
-            Table(columns=["", *_KINDS, "images"], rows=rows, texts=1),
+            *([accuracy_picture(drawn[:_MOST_DRAWN])] if drawn else []),
+            Table(columns=["", *kinds, "images"], rows=rows, texts=1),
             *([Table(columns=["artifact", f"percentage points lost{allowed}"], rows=lost)] if lost else []),
         ],
     )
 
 
-_KINDS = ("top-1", "top-5", "mIoU", "pixel accuracy", "agreement with PyTorch")
-
-
-def _by_kind(accuracy: Accuracy) -> list[Share | None]:
-    found = {share.kind: share for share in shares(accuracy, "")}
-    return [found.get(kind) for kind in _KINDS]
-
-
-def _percent_with_interval(share: Share | None) -> str:
+def _percent(share: Share | None) -> str:
     if share is None:
         return "-"
     if share.interval is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from dmformer.bench.report import BenchReport
 from dmformer.bundle.golden import Golden
 from dmformer.bundle.integrity import IntegrityReport, check_integrity
 from dmformer.bundle.manifest import BENCH_REPORT, PARITY_REPORT
-from dmformer.bundle.reader import Bundle, is_copied, open_bundle
+from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.files import decode_json, read_bounded
 from dmformer.verify.evaluate import EvalReport
@@ -61,7 +62,8 @@ def bundle_source(named: Path | Bundle, title: str) -> Source:
     A file that is not what the manifest says is left out; ``integrity`` names it.
 
     Raises:
-        CheckFailed: the policy asks for a signature that is not there, or a packed file is damaged.
+        CheckFailed: the policy asks for a signature that is not there, it is of another manifest, or a packed file is
+            damaged.
         UnavailableError: the bundle is signed, and the package that checks signatures is not installed.
         UsageError: there is no bundle, or a report in it cannot be read.
     """
@@ -98,14 +100,15 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
     """Return the sources of a page: the bundle, and what is added to it, each told by what is in it.
 
     Raises:
-        CheckFailed: the policy asks for a signature that is not there, or a packed file is damaged.
+        CheckFailed: the policy asks for a signature that is not there, it is of another manifest, or a packed file is
+            damaged.
         UnavailableError: a bundle is signed, and the package that checks signatures is not installed.
         UsageError: a file cannot be read, is neither report nor bundle, or is of artifacts that no bundle here has.
     """
     sources = [bundle_source(bundle, "this bundle")]
     reports = []
     for path in add:
-        if path.is_dir() or (is_copied(path) and not _is_json(path)):
+        if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
             sources.append(bundle_source(path, f"bundle {path.name or path}"))
         else:
             reports.append((path, _read_report(path)))
@@ -117,11 +120,6 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
                 "report on this bundle: name the bundle that it is of with `add` as well"
             )
     return sources + [source for _, source in reports]
-
-
-def _is_json(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"{")
 
 
 def _read_report(path: Path) -> Source:
