@@ -23,6 +23,7 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.files import hash_file
 from dmformer.runtimes.cuda import driver_missing
 from tests.bundles import rewrite
+from tests.paper_bundle import write_bundle
 from tests.test_rooms import imported
 
 if TYPE_CHECKING:
@@ -546,3 +547,18 @@ def test_notes_name_flags_too(inline: Cli, tmp_path: Path) -> None:
 
 def test_debug_shows_the_traceback_of_wrong_usage(cli: Cli) -> None:
     assert "Traceback" in cli("export", "--nonsense", "--debug").err
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("checkpoint", "checkpoint, SHA-256 cccc"),
+        ("demonstration", "the demonstration checkpoint"),
+        ("random", "RANDOM, seed None: never trained"),
+        ("module", "those that the network of one's own came with"),
+    ],
+)
+def test_inspect_says_where_weights_come_from(inline: Cli, tmp_path: Path, weights: str, expected: str) -> None:
+    run = inline("inspect", write_bundle(tmp_path / "b", weights=weights))
+    assert run.code == 0, run.err
+    assert expected in run.out

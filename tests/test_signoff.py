@@ -12,11 +12,11 @@ import msgspec
 import pytest
 
 import dmformer
-from dmformer.bundle.archive import pack
 from dmformer.bundle.integrity import sign_bundle
 from dmformer.bundle.manifest import GOLDEN, PARITY_REPORT
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.trust import TRUSTED_KEYS, generate_keys, load_private_key
+from dmformer.bundle.writer import pack
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.verify.report import Replay
 from tests.bundles import rewrite
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dmformer.bundle.manifest import Artifact
+    from dmformer.export.cached import ExportResult
     from tests.conftest import Run
 
 FAILED = check("runtime", "int8", 3.0, passed=False, reason="difference 0.006; limit 0.002", batch=5)
@@ -307,7 +308,7 @@ def test_a_replay_is_told_with_its_processor(paper: Path, tmp_path: Path) -> Non
 def test_another_bundle_is_shown_beside(paper: Path, tmp_path: Path, packed: bool) -> None:
     other = write_bundle(tmp_path / "other", arch="second_net")
     if packed:
-        other = pack(open_bundle(other), tmp_path / "other")
+        other = pack(open_bundle(other), tmp_path / "other.dmf")
     page = dmformer.report(paper, add=[other]).html()
     assert "second_net" in section(page, "What was shipped")
     assert "onnx int8, bundle other" in section(page, "Layers by precision")
@@ -357,6 +358,17 @@ def test_what_is_no_report_is_refused_in_one_line(paper: Path, tmp_path: Path, c
 def test_what_is_not_there_is_refused(paper: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         dmformer.report(paper, add=[tmp_path / "nothing.json"])
+
+
+def test_a_report_names_the_artifacts_that_it_asked(exported: ExportResult, tmp_path: Path) -> None:
+    report = dmformer.verify(exported.output, runtimes=["onnxruntime"])
+    path = tmp_path / "verify.json"
+    path.write_bytes(msgspec.json.encode(report))
+    known = dmformer.report(exported.output, add=[path])
+    assert report.artifacts == tuple(one.sha256 for one in known.manifest.artifacts if one.format == "onnx")
+    assert known.passed, known.failures
+    with pytest.raises(UsageError, match="which the bundle does not have"):
+        dmformer.report(write_bundle(tmp_path / "b"), add=[path])
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

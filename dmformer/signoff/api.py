@@ -69,6 +69,15 @@ class SignOff:
         return opened.manifest
 
     @property
+    def bundles(self) -> list[tuple[Source, Manifest]]:
+        """Every source that is a bundle, with its manifest."""
+        return [(source, source.bundle.manifest) for source in self.sources if source.bundle is not None]
+
+    def named(self, source: Source, label: str) -> str:
+        """Return the label of something in a bundle, with the bundle where there are several."""
+        return f"{label}, {source.title}" if len(self.bundles) > 1 else label
+
+    @property
     def checks(self) -> list[tuple[Source, Check]]:
         """Every check, with its source."""
         return [(source, check) for source in self.sources if source.parity for check in source.parity.checks]

@@ -15,7 +15,7 @@ from dmformer import __version__
 from dmformer._optional import require
 from dmformer.bench.sentences import digits
 from dmformer.files import indented_json
-from dmformer.signoff.page import measured_accuracies, shares
+from dmformer.signoff.accuracy import measured_accuracies, shares
 from dmformer.text import plain
 
 if TYPE_CHECKING:

@@ -111,7 +111,7 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
         if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
             sources.append(bundle_source(path, f"bundle {path.name or path}"))
         else:
-            reports.append((path, _read_report(path)))
+            reports.append((path, read_report(path)))
     known = {artifact.sha256 for source in sources if source.bundle for artifact in source.bundle.manifest.artifacts}
     for path, source in reports:
         if foreign := sorted(set(_artifacts_of(source)) - known):
@@ -122,7 +122,12 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
     return sources + [source for _, source in reports]
 
 
-def _read_report(path: Path) -> Source:
+def read_report(path: Path) -> Source:
+    """Read the JSON of ``verify``, ``bench`` or ``eval``, told by its keys.
+
+    Raises:
+        UsageError: it cannot be read, or is none of them.
+    """
     try:
         data = read_bounded(path, _MOST_BYTES, links=True)
     except OSError as error:
