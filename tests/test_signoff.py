@@ -315,6 +315,18 @@ def test_another_bundle_is_shown_beside(paper: Path, tmp_path: Path, packed: boo
     assert "Sign-off of paper_net" in page
 
 
+def test_what_another_bundle_answers_is_not_held_for_this_one(tmp_path: Path) -> None:
+    quiet = parity()
+    report = msgspec.structs.replace(quiet, checks=tuple(one for one in quiet.checks if one.precision == "fp32"))
+    this = write_bundle(tmp_path / "this", report)
+    rewrite(this, lambda content: content["evidence"].update(processors=[]))
+    other = write_bundle(tmp_path / "other")
+    known = dmformer.report(this, add=[other])
+    assert "onnx int8: no check of its answers" in known.open_points
+    assert any("no other machine" in point for point in known.open_points)
+    assert '<figure class="bad">' not in known.html()
+
+
 @pytest.mark.parametrize("place", range(3), ids=["verify", "bench", "eval"])
 def test_a_report_on_another_bundle_is_refused(paper: Path, tmp_path: Path, place: int) -> None:
     foreign = tuple(

@@ -83,6 +83,12 @@ class SignOff:
         return [(source, check) for source in self.sources if source.parity for check in source.parity.checks]
 
     @property
+    def own_checks(self) -> list[tuple[Source, Check]]:
+        """The checks that are of the bundle itself, and not of another one beside it."""
+        own = _own(self.sources)
+        return [(source, check) for source, check in self.checks if any(source is one for one in own)]
+
+    @property
     def verdict(self) -> str:
         """Whether everything held, in a sentence."""
         held, count = sum(check.passed for _, check in self.checks), len(self.checks)
@@ -119,6 +125,12 @@ class SignOff:
         from dmformer.signoff.bom import bill_of_materials
 
         return bill_of_materials(self)
+
+
+def _own(sources: Sequence[Source]) -> list[Source]:
+    """Return the bundle itself, and the reports that are about its artifacts."""
+    first, *others = sources
+    return [first, *(source for source in others if source.bundle is None and source.artifacts <= first.artifacts)]
 
 
 def _failures(sources: Sequence[Source]) -> Iterator[str]:
@@ -163,16 +175,17 @@ def _open_points(sources: Sequence[Source]) -> Iterator[str]:
     first = sources[0]
     assert first.bundle is not None
     manifest = first.bundle.manifest
-    asked = {(check.runtime, check.precision) for source in sources if source.parity for check in source.parity.checks}
+    own = _own(sources)
+    asked = {(check.runtime, check.precision) for source in own if source.parity for check in source.parity.checks}
     for artifact in manifest.artifacts:
         row = registry.reader_of(artifact.format)
         if row is None or (row.name, artifact.precision) not in asked:
             yield f"{artifact.format} {artifact.precision}: no check of its answers"
-    if not any(source.parity for source in sources[1:]) and not manifest.evidence.processors:
+    if not any(source.parity for source in own[1:]) and not manifest.evidence.processors:
         yield "its answers were checked on no other machine than the one that made it: run dmformer verify there"
-    if not any(source.bench for source in sources):
+    if not any(source.bench for source in own):
         yield "latency: not measured"
-    if manifest.evidence.accuracy is None and not any(source.accuracy for source in sources):
+    if manifest.evidence.accuracy is None and not any(source.accuracy for source in own):
         yield "accuracy: not measured"
 
 

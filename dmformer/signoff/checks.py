@@ -122,7 +122,7 @@ def _golden_images(known: SignOff, golden: Golden) -> list[Image]:
     """Return the golden images, each with PyTorch's choice and with who chose another class."""
     flipped: dict[int, list[str]] = {}
     seen = set()
-    for source, check in known.checks:
+    for source, check in known.own_checks:
         # The first decisions of an artifact are those on the golden images; others are on images of one's own.
         key = (id(source), check.runtime, check.precision, check.processor, check.engine)
         if check.decisions is None or key in seen:

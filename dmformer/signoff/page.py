@@ -92,8 +92,9 @@ def _size(manifest: Manifest) -> str:
 
 
 def _shipped(known: SignOff) -> Section:
-    facts, files = [], []
-    for source, manifest in known.bundles:
+    facts: dict[str, list[str]] = {}
+    files = []
+    for place, (source, manifest) in enumerate(known.bundles):
         model, pre = manifest.model, manifest.preprocessing
         assert source.bundle is not None
         module = [] if model.module is None else [("network", f"{model.module.reference}, one's own")]
@@ -110,7 +111,8 @@ def _shipped(known: SignOff) -> Section:
             ("manifest", f"SHA-256 {source.bundle.manifest_sha256}"),
             ("signature", _signature(source)),
         ]
-        facts += [(known.named(source, name), value) for name, value in rows]
+        for name, value in rows:
+            facts.setdefault(name, [""] * len(known.bundles))[place] = value
         files += [
             [known.named(source, entry.path), f"{entry.bytes / 1e6:.2f} MB", entry.sha256] for entry in manifest.entries
         ]
@@ -123,10 +125,11 @@ def _shipped(known: SignOff) -> Section:
         for source, manifest in known.bundles
         for one in manifest.artifacts
     ]
+    titles = ["", *(source.title for source, _ in known.bundles)]
     return Section(
         title="What was shipped",
         parts=[
-            Table(rows=facts, texts=1),
+            Table(rows=[[name, *values] for name, values in facts.items()], columns=titles, texts=len(known.bundles)),
             Table(rows=built, columns=["artifact", "size", "built with"], texts=1),
             Table(rows=files, columns=["file", "size", "SHA-256"], texts=1),
         ],

@@ -55,6 +55,16 @@ class Source:
     accuracy: EvalReport | None = None
     golden: Golden | None = None
 
+    @property
+    def artifacts(self) -> frozenset[str]:
+        """The SHA-256 of each artifact that it has or is about; those of older parity reports are not known."""
+        if self.bundle is not None:
+            return frozenset(artifact.sha256 for artifact in self.bundle.manifest.artifacts)
+        parity = () if self.parity is None else self.parity.artifacts
+        bench = () if self.bench is None else (row.artifact_sha256 for row in self.bench.results)
+        accuracy = () if self.accuracy is None else (row.artifact_sha256 for row in self.accuracy.results)
+        return frozenset((*parity, *bench, *accuracy))
+
 
 def bundle_source(named: Path | Bundle, title: str) -> Source:
     """Open a bundle under the policy in force, check its files, and read the reports in it.
@@ -112,9 +122,9 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
             sources.append(bundle_source(path, f"bundle {path.name or path}"))
         else:
             reports.append((path, read_report(path)))
-    known = {artifact.sha256 for source in sources if source.bundle for artifact in source.bundle.manifest.artifacts}
+    known = frozenset().union(*(source.artifacts for source in sources))
     for path, source in reports:
-        if foreign := sorted(set(_artifacts_of(source)) - known):
+        if foreign := sorted(source.artifacts - known):
             raise UsageError(
                 f"`add` {str(path)!r} is of an artifact {foreign[0][:12]}…, which the bundle does not have; expected a "
                 "report on this bundle: name the bundle that it is of with `add` as well"
@@ -146,11 +156,3 @@ def read_report(path: Path) -> Source:
     if isinstance(report, EvalReport):
         return Source(path.name, accuracy=report)
     raise UsageError(f"`add` {str(path)!r} is no report; {_EXPECTED}")
-
-
-def _artifacts_of(source: Source) -> list[str]:
-    """Return the hashes of the artifacts that a report is of; those of older parity reports are not known."""
-    parity = [] if source.parity is None else list(source.parity.artifacts)
-    bench = [] if source.bench is None else [row.artifact_sha256 for row in source.bench.results]
-    accuracy = [] if source.accuracy is None else [row.artifact_sha256 for row in source.accuracy.results]
-    return [*parity, *bench, *accuracy]
