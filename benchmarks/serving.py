@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dmformer.bench.load import LoadTarget, ask_alone, put_load
 from dmformer.bundle.reader import Bundle, open_bundle
+from dmformer.layouts.api import serve_layout
 from dmformer.serve.client import ServerClient
-from dmformer.serve.layouts import serve_layout
 from dmformer.serve.targets import find_models, request_rows
 from tests.triton import Triton, triton
 

@@ -25,7 +25,7 @@ GROUPS = {
         "dmformer.export.build:build",
         "dmformer.verify.evaluate:evaluate",
         "dmformer.train.api:train",
-        "dmformer.serve.layouts:serve_layout",
+        "dmformer.layouts.api:serve_layout",
         "dmformer.bench.server:bench_server",
     ),
 }

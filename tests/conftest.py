@@ -351,7 +351,7 @@ def web_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """onnxruntime-web's file, as npm writes it."""
     from dmformer.cache import Cache
     from dmformer.errors import UnavailableError
-    from dmformer.serve.web import ENGINE
+    from dmformer.layouts.web import ENGINE
 
     try:
         return made_once(tmp_path_factory, "onnxruntime-web", lambda folder: ENGINE.download(folder, Cache()))
@@ -363,7 +363,7 @@ def web_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def web_page(exported: ExportResult, web_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the demonstration bundle; shared, so not to be written into."""
     from dmformer.bundle.reader import open_bundle
-    from dmformer.serve.layouts import serve_layout
+    from dmformer.layouts.api import serve_layout
 
     folder = tmp_path_factory.mktemp("web") / "digits"
     serve_layout("web", open_bundle(exported.output), folder, onnxruntime_web=web_engine)

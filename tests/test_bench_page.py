@@ -190,7 +190,8 @@ def test_no_text_of_a_picture_is_cut_off(opened: Any) -> None:
         outside = opened("light", width).evaluate(
             """[...document.querySelectorAll('svg text')].filter(e => {
               const text = e.getBoundingClientRect(), box = e.closest('svg').getBoundingClientRect();
-              return text.width && (text.left < box.left - 1 || text.right > box.right + 1);
+              return text.width && (text.left < box.left - 1 || text.right > box.right + 1
+                                    || text.top < box.top - 1 || text.bottom > box.bottom + 1);
             }).map(e => e.textContent)"""
         )
         assert outside == []

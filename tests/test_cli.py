@@ -23,6 +23,7 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.files import hash_file
 from dmformer.runtimes.cuda import driver_missing
 from tests.bundles import rewrite
+from tests.paper_bundle import write_bundle
 from tests.test_rooms import imported
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     Cli = Callable[..., Run]
 
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"
-COMMANDS = ("export", "verify", "bench", "eval", "predict", "inspect", "doctor", "sign", "check", "pack", "unpack")
+COMMANDS = (
+    "export", "verify", "bench", "eval", "predict", "inspect", "report", "doctor", "sign", "check", "pack", "unpack",
+)  # fmt: skip
 DIGIT = SAMPLE_IMAGES / "3.png"
 
 
@@ -91,6 +94,9 @@ def test_version(cli: Cli) -> None:
         (["predict", DIGIT], "no bundle named"),
         (["doctor", "nowhere"], "no bundle at"),
         (["verify", "--json"], "--json"),
+        (["report"], "nothing to write; expected --html FILE, --bom FILE or both"),
+        (["report", "--html", "x", "--bom", "x"], "expected two files"),
+        (["report", "--html", "nowhere/x.html"], "expected a file in a folder that exists"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",
 )
@@ -541,3 +547,18 @@ def test_notes_name_flags_too(inline: Cli, tmp_path: Path) -> None:
 
 def test_debug_shows_the_traceback_of_wrong_usage(cli: Cli) -> None:
     assert "Traceback" in cli("export", "--nonsense", "--debug").err
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("checkpoint", "checkpoint, SHA-256 cccc"),
+        ("demonstration", "the demonstration checkpoint"),
+        ("random", "RANDOM, seed None: never trained"),
+        ("module", "those that the network of one's own came with"),
+    ],
+)
+def test_inspect_says_where_weights_come_from(inline: Cli, tmp_path: Path, weights: str, expected: str) -> None:
+    run = inline("inspect", write_bundle(tmp_path / "b", weights=weights))
+    assert run.code == 0, run.err
+    assert expected in run.out

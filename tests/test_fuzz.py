@@ -29,6 +29,7 @@ from dmformer.cache import Cache, CacheEntry
 from dmformer.errors import DMFormerError
 from dmformer.files import OpenFile
 from dmformer.runtimes.registry import inspect_artifact
+from dmformer.signoff.sources import read_report
 from dmformer.verify.localize.case import Case, read_case
 
 if TYPE_CHECKING:
@@ -278,3 +279,18 @@ SIGNATURE = trust.Signature(
 @example(SIGNATURE)
 def test_signature(data: bytes) -> None:
     refuses(lambda: trust.read_signature(data, b"", "manifest.sig"))
+
+
+REPORT = b'{"passed": true, "checks": [], "skipped": ["x"], "environment": {"cpu": "x"}, "results": [], "data": "x"}'
+
+
+@repeated
+@FUZZ
+@given(mutated(REPORT) | JSON.map(lambda content: json.dumps(content).encode()) | st.binary(max_size=64))
+@example(b"")
+@example(b"[" * 5000)
+@example(b'{"results": [], "environment": {"cpu": 7}}')
+def test_added_report(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "report.json"
+    path.write_bytes(data)
+    refuses(lambda: read_report(path))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dmformer.bundle.reader import open_bundle
-from dmformer.serve.layouts import serve_layout
+from dmformer.layouts.api import serve_layout
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:

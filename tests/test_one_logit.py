@@ -15,8 +15,8 @@ from dmformer.assets import DEMONSTRATIONS
 from dmformer.bundle.manifest import Manifest, decode_manifest
 from dmformer.bundle.reader import open_bundle
 from dmformer.errors import UsageError
+from dmformer.layouts.api import serve_layout
 from dmformer.models.checkpoint import checked_classes, load_checkpoint, save_checkpoint
-from dmformer.serve.layouts import serve_layout
 from dmformer.task import class_logits
 from dmformer.verify.evaluate import evaluate
 from dmformer.verify.tasks.classification import decide, paired, score

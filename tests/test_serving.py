@@ -14,7 +14,7 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.trust import generate_keys, load_private_key
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.files import hash_file
-from dmformer.serve.layouts import serve_layout
+from dmformer.layouts.api import serve_layout
 from tests.bundles import copied, lengthen, one_line, rewrite
 
 if TYPE_CHECKING:

@@ -176,7 +176,7 @@ def test_a_signature_cannot_be_made_without_the_private_key(signed: Path, strict
 
 COMMANDS = (
     ("predict", DIGIT), ("verify",), ("bench",), ("doctor",), ("build", "--format", "ov"), ("eval", "--data", "."),
-    ("inspect",), ("pack",), ("check",),
+    ("inspect",), ("pack",), ("check",), ("report", "--bom", "bom.json"),
 )  # fmt: skip
 
 

@@ -19,10 +19,10 @@ from dmformer.bundle.select import choose
 from dmformer.bundle.trust import _DER_PREFIX, _ORDER_8, _PRIME, Policy, policy_in_force, weakness
 from dmformer.errors import CheckFailed, DMFormerError, UsageError
 from dmformer.files import OpenFile, open_regular
+from dmformer.layouts.api import serve_layout
 from dmformer.names import check_name
 from dmformer.runtimes.registry import inspect_artifact
 from dmformer.runtimes.target import Target
-from dmformer.serve.layouts import serve_layout
 from dmformer.verify.localize.case import Case, read_case, run_case, save_case
 from tests.bundles import adopt, rewrite
 
@@ -320,7 +320,7 @@ def test_a_matplotlibrc_in_the_working_folder_has_no_say(tmp_path: Path) -> None
 
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 77\n")
     code = (
-        "from dmformer.bench.page import _matplotlib, _svg; import os; m = _matplotlib(); "
+        "from dmformer.page.svg import _matplotlib, _svg; import os; m = _matplotlib(); "
         "print(m.rcParams['lines.linewidth'], os.getcwd())"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(text.__file__).parents[1])}

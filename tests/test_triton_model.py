@@ -14,7 +14,7 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import choose
 from dmformer.data.images import encode_png
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError
-from dmformer.serve.layouts import serve_layout
+from dmformer.layouts.api import serve_layout
 from dmformer.serve.predictor import Predictor, softmax
 from dmformer.serve.triton_model import BatchAnswers, TritonPythonModel, check_numpy
 

@@ -24,8 +24,8 @@ from dmformer.assets import SAMPLE_IMAGES
 from dmformer.bench.load import LoadTarget, ask_alone, put_load
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.errors import StageFailed, UnavailableError
+from dmformer.layouts.api import serve_layout
 from dmformer.serve.client import ServerClient
-from dmformer.serve.layouts import serve_layout
 from dmformer.serve.predictor import load as load_predictor
 from dmformer.verify.server import verify_server
 from tests.bundles import adopt

@@ -20,8 +20,8 @@ from dmformer.bundle.reader import open_bundle
 from dmformer.cache import Cache
 from dmformer.device.installation import NpmPackage
 from dmformer.errors import CheckFailed, UnavailableError, UsageError
-from dmformer.serve.layouts import serve_layout
-from dmformer.serve.web import ENGINE
+from dmformer.layouts.api import serve_layout
+from dmformer.layouts.web import ENGINE
 from tests.bundles import one_line, rewrite
 from tests.png import png
 from tests.web import Opened, served

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dmformer.data.images import open_image
 from dmformer.data.preprocessing import Preprocessing
-from dmformer.serve.web import scripts_preprocessing
+from dmformer.layouts.web import scripts_preprocessing
 from tests.png import SAMPLES, chunk, png
 from tests.web import Opened, served
 

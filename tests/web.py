@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmformer.serve.web import scripts_preprocessing
+from dmformer.layouts.web import scripts_preprocessing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,8 @@ from dmformer.page.svg import (
     Picture,
     add_legend,
     draw_picture,
+    label_text,
     name_rows,
-    plain_label,
     plain_numbers,
     tidy,
 )
@@ -191,7 +191,7 @@ def _draw_latencies(figure: Any, narrow: bool, rows: Sequence[Result], places: S
     labels = [_label(row, narrow) for row in rows]
     if places:
         joint = " · " if narrow else "\n"
-        labels = [f"{label}{joint}{plain_label(place, 28)}" for label, place in zip(labels, places, strict=True)]
+        labels = [f"{label}{joint}{label_text(place, 28)}" for label, place in zip(labels, places, strict=True)]
     name_rows(axes, labels, narrow)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
@@ -271,12 +271,12 @@ def _draw_stages(figure: Any, narrow: bool, profile: Profile) -> None:
     for kind in kinds:
         colour = dict(zip(_KINDS, SERIES, strict=True)).get(kind, MUTED)
         widths = np.array([profile.modules[name].parts.get(kind, 0.0) for name in names])
-        axes.barh(range(len(names)), widths, left=left, color=colour, label=plain_label(kind), height=0.6)
+        axes.barh(range(len(names)), widths, left=left, color=colour, label=label_text(kind), height=0.6)
         left += widths
     for place, total in enumerate(left):
         share = total / (profile.total_ms or 1)
         axes.annotate(f"{share:.0%}", (total, place), (4, 0), textcoords="offset points", va="center", color=INK)
-    axes.set_yticks(range(len(names)), [plain_label(name) for name in names])
+    axes.set_yticks(range(len(names)), [label_text(name) for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("milliseconds of one inference")

@@ -58,7 +58,7 @@ def serve_layout(
     debug: options.DebugOption = False,
 ) -> None:
     """Write what a server serves: its configuration, the model files, and what clients have to know; or a page."""
-    from dmformer.serve.layouts import serve_layout as write
+    from dmformer.layouts.api import serve_layout as write
 
     with present.stages() as shown:
         written = write(

@@ -105,7 +105,7 @@ def _svg(draw: Draw, height_in: float, *, narrow: bool) -> str:
 # --- what drawings share ----------------------------------------------------------------------------------------------
 
 
-def plain_label(text: str, most: int = 60) -> str:
+def label_text(text: str, most: int = 60) -> str:
     """Return a text for a drawing: on one line, not too long, and no formula, which two dollars would make of it."""
     text = plain(text)
     return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")

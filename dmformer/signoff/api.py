@@ -32,7 +32,8 @@ def report(bundle: str | Path | Bundle, *, add: Sequence[str | Path] = ()) -> Si
         materials.
 
     Raises:
-        CheckFailed: the policy asks for a signature that is not there, or a packed bundle is damaged.
+        CheckFailed: the policy asks for a signature that is not there, it is of another manifest, or a packed bundle is
+            damaged.
         UnavailableError: the bundle is signed, and the package that checks signatures is not installed.
         UsageError: there is no bundle, or what is added is neither a report nor a bundle, or a report on another one.
     """
@@ -68,9 +69,24 @@ class SignOff:
         return opened.manifest
 
     @property
+    def bundles(self) -> list[tuple[Source, Manifest]]:
+        """Every source that is a bundle, with its manifest."""
+        return [(source, source.bundle.manifest) for source in self.sources if source.bundle is not None]
+
+    def named(self, source: Source, label: str) -> str:
+        """Return the label of something in a bundle, with the bundle where there are several."""
+        return f"{label}, {source.title}" if len(self.bundles) > 1 else label
+
+    @property
     def checks(self) -> list[tuple[Source, Check]]:
         """Every check, with its source."""
         return [(source, check) for source in self.sources if source.parity for check in source.parity.checks]
+
+    @property
+    def own_checks(self) -> list[tuple[Source, Check]]:
+        """The checks that are of the bundle itself, and not of another one beside it."""
+        own = _own(self.sources)
+        return [(source, check) for source, check in self.checks if any(source is one for one in own)]
 
     @property
     def verdict(self) -> str:
@@ -78,7 +94,8 @@ class SignOff:
         held, count = sum(check.passed for _, check in self.checks), len(self.checks)
         if self.passed:
             return f"Every check held: {count} of {count}. Every file is what the manifest lists."
-        return f"NOT everything held: {len(self.failures)} failures; of the {count} checks listed here, {held} held."
+        failures = "1 failure" if len(self.failures) == 1 else f"{len(self.failures)} failures"
+        return f"NOT everything held: {failures}; of the {count} checks listed here, {held} held."
 
     def judge(self) -> None:
         """Refuse a bundle of which something did not hold.
@@ -108,6 +125,12 @@ class SignOff:
         from dmformer.signoff.bom import bill_of_materials
 
         return bill_of_materials(self)
+
+
+def _own(sources: Sequence[Source]) -> list[Source]:
+    """Return the bundle itself, and the reports that are about its artifacts."""
+    first, *others = sources
+    return [first, *(source for source in others if source.bundle is None and source.artifacts <= first.artifacts)]
 
 
 def _failures(sources: Sequence[Source]) -> Iterator[str]:
@@ -152,16 +175,17 @@ def _open_points(sources: Sequence[Source]) -> Iterator[str]:
     first = sources[0]
     assert first.bundle is not None
     manifest = first.bundle.manifest
-    asked = {(check.runtime, check.precision) for source in sources if source.parity for check in source.parity.checks}
+    own = _own(sources)
+    asked = {(check.runtime, check.precision) for source in own if source.parity for check in source.parity.checks}
     for artifact in manifest.artifacts:
         row = registry.reader_of(artifact.format)
         if row is None or (row.name, artifact.precision) not in asked:
             yield f"{artifact.format} {artifact.precision}: no check of its answers"
-    if not any(source.parity for source in sources[1:]) and not manifest.evidence.processors:
+    if not any(source.parity for source in own[1:]) and not manifest.evidence.processors:
         yield "its answers were checked on no other machine than the one that made it: run dmformer verify there"
-    if not any(source.bench for source in sources):
+    if not any(source.bench for source in own):
         yield "latency: not measured"
-    if manifest.evidence.accuracy is None and not any(source.accuracy for source in sources):
+    if manifest.evidence.accuracy is None and not any(source.accuracy for source in own):
         yield "accuracy: not measured"
 
 

@@ -15,7 +15,7 @@ from dmformer import __version__
 from dmformer._optional import require
 from dmformer.bench.sentences import digits
 from dmformer.files import indented_json
-from dmformer.signoff.page import measured_accuracies, shares
+from dmformer.signoff.accuracy import measured_accuracies, shares
 from dmformer.text import plain
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _sha256(digest: str) -> HashType:
 
 def _licences(manifest: Manifest) -> list[License]:
     """Return the licence of the weights: that of the demonstration, or what the checkpoint says; none is invented."""
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
 
     said = [value for name, value in manifest.model.training.items() if name.lower() in _LICENCE_KEYS]
     if manifest.model.weights == "demonstration":

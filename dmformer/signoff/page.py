@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from dmformer.bench.page import FIGURES, LATENCY_CAPTION, latency_picture, row_figures
 from dmformer.bench.sentences import limits
-from dmformer.data.overlay import class_colours
 from dmformer.machine import processor_title
-from dmformer.page.document import Gallery, Image, Section, Table, Verdict, render_page
-from dmformer.runtimes.inspector import describe_layers
-from dmformer.signoff.pictures import (
-    CheckRow,
-    Share,
-    accuracy_picture,
-    check_pictures,
-    layers_picture,
-    sensitivity_pictures,
-    share_of_limit,
-)
-from dmformer.task import OUTPUT_NAME, class_logits
+from dmformer.page.document import Section, Table, Verdict, render_page
+from dmformer.signoff.accuracy import accuracy_section
+from dmformer.signoff.checks import checks_section, decisions_section, every_check_section, layers_section
+from dmformer.signoff.pictures import sensitivity_pictures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
     from dmformer.bench.report import Result
-    from dmformer.bundle.golden import Golden
-    from dmformer.bundle.manifest import Accuracy, Manifest, Model
+    from dmformer.bundle.manifest import Manifest, Model
     from dmformer.machine import Processor
     from dmformer.signoff.api import SignOff
     from dmformer.signoff.sources import Source
-    from dmformer.verify.report import Check
 
 _MOST_POINTS = 12  # of a verdict; the section that says what is open has all
 _MOST_TIMED = 20  # rows of a picture
-_IMAGE_SIDE = 256  # pixels; larger images are made smaller
-_OPACITY = 0.5
 _NOT_PROVEN = (
     "It gathers what was reported and runs nothing. Hashes prove that files are what the manifest lists, not who wrote "
     "it: a trusted signature does. Checks compare with PyTorch on a few images, on the processors named here; accuracy "
@@ -82,34 +65,22 @@ def _first(points: Sequence[str]) -> list[str]:
 def _sections(known: SignOff) -> list[Section]:
     return [
         _shipped(known),
-        _checks(known),
-        _decisions(known),
-        _layers(known),
-        _accuracy(known),
+        checks_section(known),
+        decisions_section(known),
+        layers_section(known),
+        accuracy_section(known),
         *_latency(known),
         _places(known),
         _sensitivity(known),
         _assumed(known),
-        _every_check(known),
         Section(title="What remains open", parts=_lines(known.open_points)),
         Section(title="What this page does not prove", parts=_lines([_NOT_PROVEN])),
+        every_check_section(known),
     ]
 
 
 def _lines(lines: Sequence[str]) -> list[Table]:
     return [Table(rows=[[line] for line in lines], texts=1)] if lines else []
-
-
-def _bundles(known: SignOff) -> Iterator[tuple[Source, Manifest]]:
-    for source in known.sources:
-        if source.bundle is not None:
-            yield source, source.bundle.manifest
-
-
-def _named(known: SignOff, source: Source, label: str) -> str:
-    """Return a label of something in a bundle, with the bundle where there are several."""
-    several = sum(one.bundle is not None for one in known.sources) > 1
-    return f"{label}, {source.title}" if several else label
 
 
 # --- what was shipped -------------------------------------------------------------------------------------------------
@@ -121,8 +92,9 @@ def _size(manifest: Manifest) -> str:
 
 
 def _shipped(known: SignOff) -> Section:
-    facts, files = [], []
-    for source, manifest in _bundles(known):
+    facts: dict[str, list[str]] = {}
+    files = []
+    for place, (source, manifest) in enumerate(known.bundles):
         model, pre = manifest.model, manifest.preprocessing
         assert source.bundle is not None
         module = [] if model.module is None else [("network", f"{model.module.reference}, one's own")]
@@ -139,24 +111,25 @@ def _shipped(known: SignOff) -> Section:
             ("manifest", f"SHA-256 {source.bundle.manifest_sha256}"),
             ("signature", _signature(source)),
         ]
-        facts += [(_named(known, source, name), value) for name, value in rows]
+        for name, value in rows:
+            facts.setdefault(name, [""] * len(known.bundles))[place] = value
         files += [
-            [_named(known, source, entry.path), f"{entry.bytes / 1e6:.2f} MB", entry.sha256]
-            for entry in manifest.entries
+            [known.named(source, entry.path), f"{entry.bytes / 1e6:.2f} MB", entry.sha256] for entry in manifest.entries
         ]
     built = [
         [
-            _named(known, source, f"{one.format} {one.precision}"),
+            known.named(source, f"{one.format} {one.precision}"),
             f"{one.bytes / 1e6:.1f} MB",
             _built_with(one.built_with),
         ]
-        for source, manifest in _bundles(known)
+        for source, manifest in known.bundles
         for one in manifest.artifacts
     ]
+    titles = ["", *(source.title for source, _ in known.bundles)]
     return Section(
         title="What was shipped",
         parts=[
-            Table(rows=facts, texts=1),
+            Table(rows=[[name, *values] for name, values in facts.items()], columns=titles, texts=len(known.bundles)),
             Table(rows=built, columns=["artifact", "size", "built with"], texts=1),
             Table(rows=files, columns=["file", "size", "SHA-256"], texts=1),
         ],
@@ -180,290 +153,6 @@ def _signature(source: Source) -> str:
     held = {"trusted": "holds", "unknown key": "holds, by an unknown key", "bad": "does NOT hold"}[found.status]
     trusted = f", trusted as {found.trusted_as}" if found.trusted_as else ""
     return f"{held}; key {found.fingerprint}{trusted}{f' ({found.reason})' if found.reason else ''}"
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _checks(known: SignOff) -> Section:
-    grouped: dict[str, list[tuple[int, Check]]] = {}
-    places = {id(source): place for place, source in enumerate(known.sources)}
-    for source, check in known.checks:
-        grouped.setdefault(check.asked, []).append((places[id(source)], check))
-    rows = [CheckRow(label=label, checks=checks) for label, checks in grouped.items()]
-    return Section(
-        title="Checks",
-        caption=(
-            "Each check's largest difference over the largest one allowed; beyond the line it fails. A hollow dot "
-            "stands for (almost) equal answers. The table at the end has the figures."
-        ),
-        parts=check_pictures(rows, [source.title for source in known.sources]),
-    )
-
-
-def _every_check(known: SignOff) -> Section:
-    """Return a table with a row for the checks of several batches that say the same; those that failed come first."""
-    grouped: dict[tuple[object, ...], list[tuple[Source, Check]]] = {}
-    for source, check in sorted(known.checks, key=lambda pair: pair[1].passed):
-        grouped.setdefault((source.title, check.asked, check.against, check.passed, check.reason), []).append(
-            (source, check)
-        )
-    rows = [_check_cells(group) for group in grouped.values()]
-    table = Table(
-        columns=["check", "batch", "difference", "limit", "of limit", "against", "source", "verdict"],
-        rows=rows,
-        texts=3,
-        bad=[place for place, group in enumerate(grouped.values()) if not group[0][1].passed],
-    )
-    sources = dict.fromkeys(check.limit_source for _, check in known.checks if check.limit_source)
-    return Section(
-        title="Every check",
-        caption="The largest difference over the batch sizes; the reports have each.",
-        parts=[table, Table(columns=["where the limits come from"], rows=[[one] for one in sources], texts=1)],
-    )
-
-
-def _check_cells(group: Sequence[tuple[Source, Check]]) -> list[str]:
-    source, check = max(group, key=lambda pair: (share_of_limit(pair[1]) or 0.0, pair[1].max_abs or 0.0))
-    share = share_of_limit(check)
-    return [
-        check.asked,
-        ", ".join(map(str, dict.fromkeys(one.batch for _, one in group))),
-        "-" if check.max_abs is None else f"{check.max_abs:.3g}",
-        "-" if check.limit is None else f"{check.limit:.3g}",
-        "-" if share is None else f"{share:.2%}",
-        check.against,
-        source.title,
-        ("held" if check.passed else "FAILED") + (f": {check.reason}" if check.reason else ""),
-    ]
-
-
-# --- decisions --------------------------------------------------------------------------------------------------------
-
-
-def _decisions(known: SignOff) -> Section:
-    decided = [(source, check) for source, check in known.checks if check.decisions or check.pixels]
-    rows = [[check.asked, *_decision_cells(check), source.title] for source, check in decided]
-    golden = known.sources[0].golden
-    columns = ["asked", "images", "as PyTorch", "95 % interval", "flips", "source"]
-    parts: list[Table | Gallery] = [Table(columns=columns, rows=rows, texts=2)] if rows else []
-    if golden is not None and decided:
-        parts.append(Gallery(images=_golden_images(known, golden)))
-    return Section(
-        title="Decisions",
-        caption="How often a runtime chooses PyTorch's class. Below: the golden images, with what PyTorch chooses.",
-        parts=parts,
-    )
-
-
-def _decision_cells(check: Check) -> list[str]:
-    if check.decisions is not None:
-        found = check.decisions
-        low, high = found.top1_interval
-        flips = "; ".join(
-            f"image {flip.image}: class {flip.answered} for {flip.expected}, margin {flip.margin:.3g}"
-            f"{', within the noise' if flip.below_noise else ''}"
-            for flip in found.flips
-        )
-        return [str(found.images), f"{found.top1:.2%}", f"{low:.1%} to {high:.1%}", flips or "none"]
-    pixels = check.pixels
-    assert pixels is not None
-    flips = (
-        f"{pixels.flips} of {pixels.pixels} pixels, {pixels.below_noise} within the noise" if pixels.flips else "none"
-    )
-    return [str(pixels.images), f"{pixels.agreement:.4%} of the pixels", "-", flips]
-
-
-def _golden_images(known: SignOff, golden: Golden) -> list[Image]:
-    """Return the golden images, each with PyTorch's choice and with who chose another class."""
-    flipped: dict[int, list[str]] = {}
-    seen = set()
-    for source, check in known.checks:
-        # The first decisions of an artifact are those on the golden images; others are on images of one's own.
-        key = (id(source), check.runtime, check.precision, check.processor, check.engine)
-        if check.decisions is None or key in seen:
-            continue
-        seen.add(key)
-        for flip in check.decisions.flips:
-            said = f"{check.engine or check.runtime} {check.precision}: {_class_name(known, flip.answered)}"
-            flipped.setdefault(flip.image, []).append(said)
-    outputs = golden.outputs.get(OUTPUT_NAME)
-    images = []
-    for place, pixels in enumerate(golden.images):
-        flips = flipped.get(place, [])
-        chosen, shown = "", pixels
-        if outputs is not None and outputs.ndim == 2:
-            chosen = f": {_class_name(known, int(class_logits(outputs)[place].argmax()))}"
-        elif outputs is not None:
-            shown = _coloured(pixels, outputs[place].argmax(0))
-        images.append(Image(png=_png(shown), caption="\n".join([f"image {place}{chosen}", *flips]), bad=bool(flips)))
-    return images
-
-
-def _class_name(known: SignOff, number: int) -> str:
-    names = known.manifest.model.classes
-    return names[number] if 0 <= number < len(names) else f"class {number}"
-
-
-def _coloured(pixels: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Return an image (H, W, C) with the classes of its pixels, thinned or not, in colour."""
-    height, width = pixels.shape[:2]
-    rows = np.arange(height) * labels.shape[0] // height
-    columns = np.arange(width) * labels.shape[1] // width
-    colours = class_colours(int(labels.max()) + 1)[labels[rows][:, columns]]
-    mixed: NDArray[np.uint8] = (_OPACITY * colours + (1 - _OPACITY) * pixels[..., :3]).astype(np.uint8)
-    return mixed
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    from PIL import Image as PillowImage
-
-    image = PillowImage.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
-    target = io.BytesIO()
-    image.save(target, "png", optimize=True)
-    return target.getvalue()
-
-
-# --- precision --------------------------------------------------------------------------------------------------------
-
-
-def _layers(known: SignOff) -> Section:
-    artifacts = [
-        (_named(known, source, f"{one.format} {one.precision}"), one)
-        for source, manifest in _bundles(known)
-        for one in manifest.artifacts
-        if one.layers
-    ]
-    proven = [(source, check) for source, check in known.checks if check.stage == "precision"]
-    rows = [
-        [
-            f"{check.engine or check.runtime} {check.precision}",
-            source.title,
-            "held" if check.passed else "FAILED",
-            check.reason or "",
-        ]
-        for source, check in proven
-    ]
-    kept = [
-        [block, artifact.precision, reason]
-        for artifact in {one.precision: one for _, one in artifacts}.values()
-        for block, reason in artifact.kept_in_fp32.items()
-    ]
-    parts = [layers_picture(artifacts)] if artifacts else []
-    tables = [
-        *(
-            [
-                Table(
-                    rows=[[label, describe_layers(one.layers)] for label, one in artifacts],
-                    columns=["artifact", "compute layers"],
-                    texts=1,
-                )
-            ]
-            if artifacts
-            else []
-        ),
-        *(
-            [Table(rows=rows, columns=["precision proven", "source", "verdict", "to be known"], texts=3)]
-            if rows
-            else []
-        ),
-        *([Table(rows=kept, columns=["stays in fp32", "precision", "why"], texts=2)] if kept else []),
-    ]
-    return Section(
-        title="Layers by precision",
-        caption=(
-            "In which precision each compute layer ran where the bundle was made, read back from the engine. Dotted: "
-            "the share that the precision promises."
-        ),
-        parts=[*parts, *tables],
-    )
-
-
-# --- accuracy ---------------------------------------------------------------------------------------------------------
-
-
-def shares(accuracy: Accuracy, label: str) -> list[Share]:
-    """Return what was measured of an accuracy."""
-    kinds = (
-        ("top-1", accuracy.top1, accuracy.top1_interval),
-        ("top-5", accuracy.top5, accuracy.top5_interval),
-        ("mIoU", accuracy.miou, None),
-        ("pixel accuracy", accuracy.pixel_accuracy, None),
-        ("agreement with PyTorch", accuracy.agreement_with_torch, None),
-    )
-    return [
-        Share(label=label, kind=kind, value=value, interval=interval)
-        for kind, value, interval in kinds
-        if value is not None
-    ]
-
-
-def measured_accuracies(known: SignOff) -> list[tuple[str, str, Accuracy]]:
-    """Return every accuracy that was measured: what it is of, on which images, and the figures."""
-    found: list[tuple[str, str, Accuracy]] = []
-    for source, manifest in _bundles(known):
-        evidence = manifest.evidence.accuracy
-        if evidence is not None:
-            images = _named(known, source, f"{evidence.images} calibration images")
-            found.append(("PyTorch", images, evidence.torch))
-            found += [
-                (f"{one.format} {one.precision}", images, one.accuracy) for one in manifest.artifacts if one.accuracy
-            ]
-    for source in known.sources:
-        if source.accuracy is not None:
-            images = f"{source.accuracy.images} images of {source.accuracy.data}, {source.title}"
-            if source.accuracy.torch is not None:
-                found.append(("PyTorch", images, source.accuracy.torch))
-            found += [(f"{one.runtime} {one.precision}", images, one) for one in source.accuracy.results]
-    return found
-
-
-def _accuracy(known: SignOff) -> Section:
-    measured = measured_accuracies(known)
-    if not measured:
-        return Section(title="Accuracy")
-    rows = [
-        [name, *(_percent_with_interval(share) for share in _by_kind(accuracy)), images]
-        for name, images, accuracy in measured
-    ]
-    drawn = [
-        share for name, _, accuracy in measured for share in shares(accuracy, name) if share.kind in ("top-1", "mIoU")
-    ]
-    drawn = drawn or [share for name, _, accuracy in measured for share in shares(accuracy, name)]
-    lost = [
-        [_named(known, source, f"{one.format} {one.precision}"), f"{one.points_lost:.2f}"]
-        for source, manifest in _bundles(known)
-        for one in manifest.artifacts
-        if one.points_lost is not None
-    ]
-    budget = known.manifest.evidence.accuracy
-    allowed = "" if budget is None else f"; the accuracy budget is {budget.max_points_lost:g}"
-    return Section(
-        title="Accuracy",
-        caption="With intervals of 95 % confidence: what the same network may reach on other images of the same kind.",
-        parts=[
-            *([accuracy_picture(drawn[:40])] if drawn else []),
-            Table(columns=["", *_KINDS, "images"], rows=rows, texts=1),
-            *([Table(columns=["artifact", f"percentage points lost{allowed}"], rows=lost)] if lost else []),
-        ],
-    )
-
-
-_KINDS = ("top-1", "top-5", "mIoU", "pixel accuracy", "agreement with PyTorch")
-
-
-def _by_kind(accuracy: Accuracy) -> list[Share | None]:
-    found = {share.kind: share for share in shares(accuracy, "")}
-    return [found.get(kind) for kind in _KINDS]
-
-
-def _percent_with_interval(share: Share | None) -> str:
-    if share is None:
-        return "-"
-    if share.interval is None:
-        return f"{share.value:.2%}"
-    return f"{share.value:.2%} ({share.interval[0]:.1%} to {share.interval[1]:.1%})"
 
 
 # --- latency and machines ---------------------------------------------------------------------------------------------
@@ -545,8 +234,8 @@ def _cpu(processor: Processor) -> str:
 
 def _sensitivity(known: SignOff) -> Section:
     found = {
-        _named(known, source, one.precision): one.sensitivity
-        for source, manifest in _bundles(known)
+        known.named(source, one.precision): one.sensitivity
+        for source, manifest in known.bundles
         for one in manifest.artifacts
         if one.sensitivity
     }
@@ -559,7 +248,7 @@ def _sensitivity(known: SignOff) -> Section:
 
 def _assumed(known: SignOff) -> Section:
     rows = []
-    for source, manifest in _bundles(known):
+    for source, manifest in known.bundles:
         model = manifest.model
         kept = "kept" if manifest.simplification.kept else "NOT kept"
         lines = [
@@ -573,5 +262,5 @@ def _assumed(known: SignOff) -> Section:
             f"the simplified graph was {kept}: {manifest.simplification.reason}",
             *(f"measured earlier, {cached.made}: {cached.what}" for cached in manifest.evidence.cached),
         ]
-        rows += [_named(known, source, line) for line in lines]
+        rows += [known.named(source, line) for line in lines]
     return Section(title="What was assumed", parts=_lines(rows))

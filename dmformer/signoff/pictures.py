@@ -17,8 +17,8 @@ from dmformer.page.svg import (
     Picture,
     add_legend,
     draw_picture,
+    label_text,
     name_rows,
-    plain_label,
     tidy,
 )
 from dmformer.verify.report import Check
@@ -83,7 +83,7 @@ def _draw_checks(figure: Any, narrow: bool, rows: Sequence[CheckRow], sources: S
         for source, check in row.checks:
             place = number + (0.3 * (source / (len(sources) - 1) - 0.5) if len(sources) > 1 else 0)  # beside each other
             share = share_of_limit(check)
-            label = plain_label(sources[source], 50) if sources else None
+            label = label_text(sources[source], 50) if sources else None
             if not check.passed:
                 at = min(max(share or _HIGH, _LOW), _HIGH)
                 axes.plot([at], [place], "X", color=BAD, markersize=11, label="FAILED", zorder=4)
@@ -93,7 +93,7 @@ def _draw_checks(figure: Any, narrow: bool, rows: Sequence[CheckRow], sources: S
                 at = min(max(share, _LOW), _HIGH)
                 filled = {} if share >= _LOW else {"markerfacecolor": "none"}
                 axes.plot([at], [place], "o", color=SERIES[source % len(SERIES)], markersize=6, label=label, **filled)
-    name_rows(axes, [plain_label(row.label) for row in rows], narrow)
+    name_rows(axes, [label_text(row.label) for row in rows], narrow)
     if not narrow:
         for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
             if row.failed:
@@ -125,11 +125,11 @@ def _draw_layers(figure: Any, narrow: bool, artifacts: Sequence[tuple[str, Artif
         total, left = sum(artifact.layers.values()) or 1, 0.0
         for kind, count in artifact.layers.items():
             colour = SERIES[kinds.index(kind) % len(SERIES)]
-            axes.barh(place, 100 * count / total, left=left, height=0.5, color=colour, label=plain_label(kind, 20))
+            axes.barh(place, 100 * count / total, left=left, height=0.5, color=colour, label=label_text(kind, 20))
             left += 100 * count / total
         promised = 100 * artifact.promised_share
         axes.plot([promised] * 2, [place - 0.33, place + 0.33], color=INK, linestyle=":", label="promised")
-    name_rows(axes, [plain_label(label) for label, _ in artifacts], narrow)
+    name_rows(axes, [label_text(label) for label, _ in artifacts], narrow)
     axes.set_xlim(0, 102)
     axes.set_xlabel("% of the compute layers")
     add_legend(axes, 3 if narrow else 6)
@@ -158,8 +158,8 @@ def _draw_accuracy(figure: Any, narrow: bool, shares: Sequence[Share]) -> None:
         colour = SERIES[kinds.index(share.kind) % len(SERIES)]
         if share.interval is not None:
             axes.plot([100 * bound for bound in share.interval], [place] * 2, "-", color=colour, linewidth=2)
-        axes.plot([100 * share.value], [place], "o", color=colour, markersize=7, label=plain_label(share.kind, 40))
-    name_rows(axes, [plain_label(share.label) for share in shares], narrow)
+        axes.plot([100 * share.value], [place], "o", color=colour, markersize=7, label=label_text(share.kind, 40))
+    name_rows(axes, [label_text(share.label) for share in shares], narrow)
     axes.margins(x=0.05)
     axes.set_xlabel("%")
     add_legend(axes, 1 if narrow else 3)
@@ -185,8 +185,8 @@ def _draw_sensitivity(figure: Any, narrow: bool, blocks: Sequence[tuple[str, flo
     axes = figure.subplots()
     for place, (_, error) in enumerate(blocks):
         axes.barh(place + (0.1 if narrow else 0), 100 * error, height=0.3 if narrow else 0.6, color=SERIES[0])
-    name_rows(axes, [plain_label(name) for name, _ in blocks], narrow)
-    axes.set_xlabel(f"error of the outputs at {plain_label(precision, 20)}, % of their spread")
+    name_rows(axes, [label_text(name) for name, _ in blocks], narrow)
+    axes.set_xlabel(f"error of the outputs at {label_text(precision, 20)}, % of their spread")
     if all(error == 0 for _, error in blocks):
         axes.set_xlim(0, 1)
     tidy(axes, "x")

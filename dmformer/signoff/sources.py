@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from dmformer.bench.report import BenchReport
 from dmformer.bundle.golden import Golden
 from dmformer.bundle.integrity import IntegrityReport, check_integrity
 from dmformer.bundle.manifest import BENCH_REPORT, PARITY_REPORT
-from dmformer.bundle.reader import Bundle, is_copied, open_bundle
+from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.errors import CheckFailed, UsageError
 from dmformer.files import decode_json, read_bounded
 from dmformer.verify.evaluate import EvalReport
@@ -54,6 +55,16 @@ class Source:
     accuracy: EvalReport | None = None
     golden: Golden | None = None
 
+    @property
+    def artifacts(self) -> frozenset[str]:
+        """The SHA-256 of each artifact that it has or is about; those of older parity reports are not known."""
+        if self.bundle is not None:
+            return frozenset(artifact.sha256 for artifact in self.bundle.manifest.artifacts)
+        parity = () if self.parity is None else self.parity.artifacts
+        bench = () if self.bench is None else (row.artifact_sha256 for row in self.bench.results)
+        accuracy = () if self.accuracy is None else (row.artifact_sha256 for row in self.accuracy.results)
+        return frozenset((*parity, *bench, *accuracy))
+
 
 def bundle_source(named: Path | Bundle, title: str) -> Source:
     """Open a bundle under the policy in force, check its files, and read the reports in it.
@@ -61,7 +72,8 @@ def bundle_source(named: Path | Bundle, title: str) -> Source:
     A file that is not what the manifest says is left out; ``integrity`` names it.
 
     Raises:
-        CheckFailed: the policy asks for a signature that is not there, or a packed file is damaged.
+        CheckFailed: the policy asks for a signature that is not there, it is of another manifest, or a packed file is
+            damaged.
         UnavailableError: the bundle is signed, and the package that checks signatures is not installed.
         UsageError: there is no bundle, or a report in it cannot be read.
     """
@@ -98,20 +110,21 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
     """Return the sources of a page: the bundle, and what is added to it, each told by what is in it.
 
     Raises:
-        CheckFailed: the policy asks for a signature that is not there, or a packed file is damaged.
+        CheckFailed: the policy asks for a signature that is not there, it is of another manifest, or a packed file is
+            damaged.
         UnavailableError: a bundle is signed, and the package that checks signatures is not installed.
         UsageError: a file cannot be read, is neither report nor bundle, or is of artifacts that no bundle here has.
     """
     sources = [bundle_source(bundle, "this bundle")]
     reports = []
     for path in add:
-        if path.is_dir() or (is_copied(path) and not _is_json(path)):
+        if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
             sources.append(bundle_source(path, f"bundle {path.name or path}"))
         else:
-            reports.append((path, _read_report(path)))
-    known = {artifact.sha256 for source in sources if source.bundle for artifact in source.bundle.manifest.artifacts}
+            reports.append((path, read_report(path)))
+    known = frozenset().union(*(source.artifacts for source in sources))
     for path, source in reports:
-        if foreign := sorted(set(_artifacts_of(source)) - known):
+        if foreign := sorted(source.artifacts - known):
             raise UsageError(
                 f"`add` {str(path)!r} is of an artifact {foreign[0][:12]}…, which the bundle does not have; expected a "
                 "report on this bundle: name the bundle that it is of with `add` as well"
@@ -119,12 +132,12 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
     return sources + [source for _, source in reports]
 
 
-def _is_json(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"{")
+def read_report(path: Path) -> Source:
+    """Read the JSON of ``verify``, ``bench`` or ``eval``, told by its keys.
 
-
-def _read_report(path: Path) -> Source:
+    Raises:
+        UsageError: it cannot be read, or is none of them.
+    """
     try:
         data = read_bounded(path, _MOST_BYTES, links=True)
     except OSError as error:
@@ -143,11 +156,3 @@ def _read_report(path: Path) -> Source:
     if isinstance(report, EvalReport):
         return Source(path.name, accuracy=report)
     raise UsageError(f"`add` {str(path)!r} is no report; {_EXPECTED}")
-
-
-def _artifacts_of(source: Source) -> list[str]:
-    """Return the hashes of the artifacts that a report is of; those of older parity reports are not known."""
-    parity = [] if source.parity is None else list(source.parity.artifacts)
-    bench = [] if source.bench is None else [row.artifact_sha256 for row in source.bench.results]
-    accuracy = [] if source.accuracy is None else [row.artifact_sha256 for row in source.accuracy.results]
-    return [*parity, *bench, *accuracy]

@@ -3,7 +3,7 @@
 DIR/models is the repository, and DIR/README.md says how it is served and what a client has to do. NVIDIA Triton: a
 folder a model with ``config.pbtxt``, ``labels.txt`` and ``1/``, which has the files under the names that its backend
 looks for; for the Python backend ``model.py`` and the bundle. OpenVINO Model Server: ``config.json``, and a folder a
-model. For browsers DIR is a page that does it all (:mod:`dmformer.serve.web`), which any static server serves.
+model. For browsers DIR is a page that does it all (:mod:`dmformer.layouts.web`), which any static server serves.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dmformer.bundle.reader import read_manifest, read_signature_file
 from dmformer.bundle.writer import staged
 from dmformer.data.images import encode_png
 from dmformer.errors import CheckFailed, UsageError
+from dmformer.layouts.readme import readme, tied
+from dmformer.layouts.triton_config import FLOATS, Batching, TritonBackend, encoded_string, write_config
+from dmformer.layouts.web import cannot_show, write_page
 from dmformer.names import check_distinct
 from dmformer.progress import silent
 from dmformer.runtimes import registry
-from dmformer.serve.layout_readme import readme, tied
 from dmformer.serve.served import ServedSpec
-from dmformer.serve.triton_config import FLOATS, Batching, TritonBackend, encoded_string, write_config
 from dmformer.serve.triton_model import BUNDLE
-from dmformer.serve.web import cannot_show, write_page
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

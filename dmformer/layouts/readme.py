@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dmformer import __version__
+from dmformer.layouts.web import ENGINE
 from dmformer.runtimes import registry
 from dmformer.serve.served import CLASS_INDEX, CLASS_MAP, ENCODED_IMAGE, PROBABILITIES
-from dmformer.serve.web import ENGINE
 from dmformer.task import STRIDES, THRESHOLD
 from dmformer.text import markdown, markdown_code, plain
 

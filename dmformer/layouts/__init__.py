@@ -1,0 +1,1 @@
+"""What a server serves: model repositories, and a page for browsers."""
