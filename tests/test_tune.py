@@ -279,6 +279,24 @@ def test_other_machines_keep_theirs(bundle: Path, monkeypatch: pytest.MonkeyPatc
     assert choose_configured(opened, None, None).threads == 1
 
 
+def test_a_server_answers_first_by_what_was_tuned(bundle: Path, tmp_path: Path, inline: Cli) -> None:
+    write_settings(open_bundle(bundle), SETTINGS)
+    command = ("serve-layout", "triton", bundle, "--backend", "python", "--output")
+    run = inline(*command, tmp_path / "tuned")
+    assert run.code == 0, run.err
+    assert "bundle.settings.json says, tuned for latency" in " ".join(run.err.split())
+    (first, *others) = (line.split("/")[-1] for line in run.out.split())
+    assert first == "dmformer_nano_openvino_fp32"
+    configured = {path.parent.name: path.read_text() for path in (tmp_path / "tuned").rglob("config.pbtxt")}
+    assert 'key: "dmformer_threads"\n  value { string_value: "1" }' in configured[first]
+    assert others
+    assert not any("dmformer_threads" in configured[other] for other in others)
+    assert f"--load-model={first}" in (tmp_path / "tuned" / "README.md").read_text()
+    asked = inline(*command, tmp_path / "asked", "--runtime", "ort")
+    assert "settings.json" not in asked.err
+    assert "dmformer_threads" not in next((tmp_path / "asked").rglob("config.pbtxt")).read_text()
+
+
 @pytest.fixture
 def kept(bundle: Path) -> Iterator[Path]:
     path = write_settings(open_bundle(bundle), SETTINGS)

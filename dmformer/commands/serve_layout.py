@@ -77,6 +77,8 @@ def serve_layout(
         )
     for name in written.models:
         present.show(str(output / "models" / name))
+    if written.note is not None:
+        present.say(written.note)
     for reason in written.left_out:
         present.say(f"left out: {reason}")
     present.say(f"how to start the server, and what a client has to do: {output / 'README.md'}")

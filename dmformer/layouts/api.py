@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
 from dmformer.bundle.reader import read_manifest, read_signature_file
+from dmformer.bundle.settings import choose_configured
 from dmformer.bundle.writer import staged
 from dmformer.data.images import encode_png
 from dmformer.errors import CheckFailed, UsageError
@@ -72,11 +73,19 @@ _PRECISION_HINTS = {"fp32": "f32", "fp16": "f16", "int8": "f32"}
 
 @dataclass(frozen=True)
 class Layout:
-    """What was written: the folder, a name for each model, and a sentence for each artifact that was left out."""
+    """What was written.
+
+    Attributes:
+        output: the folder.
+        models: a name for each.
+        left_out: a sentence for each artifact that was left out.
+        note: how this machine's settings were taken, or why not; ``None`` without any.
+    """
 
     output: Path
     models: tuple[str, ...]
     left_out: tuple[str, ...]
+    note: str | None = None
 
 
 def serve_layout(
@@ -102,6 +111,8 @@ def serve_layout(
         output: a new or empty folder.
         force: replace whatever is in the folder.
         backend: ``engines`` for the server's own backends, or ``python`` for this tool in Triton's Python backend.
+            Where neither a runtime nor a precision is asked for there, what ``dmformer tune --write`` has kept for this
+            machine decides which model comes first, and with how many threads it answers.
         images: with ``python``, serve each artifact a second time, with files of images in and classes out.
         max_batch: largest batch that Triton makes of what waits; an engine's own bound goes before it.
         instances: with ``python``, processes of each model, which share the cores.
@@ -122,7 +133,14 @@ def serve_layout(
     _check(server, backend, batching, images)
     if onnxruntime_web is not None and server != "web":
         raise UsageError(f"`onnxruntime_web` for {server}; expected it with web alone")
-    models, left_out = _models(server, bundle.manifest, _wanted(bundle, runtimes, precisions), python, images)
+    artifacts, note, threads = _wanted(bundle, runtimes, precisions), None, None
+    if python and not runtimes and not precisions and instances == 1:
+        configured = choose_configured(bundle, None, None)
+        note = configured.note
+        if configured.settings is not None:
+            threads = configured.threads
+            artifacts.sort(key=lambda one: one.sha256 != configured.choice.artifact.sha256)
+    models, left_out = _models(server, bundle.manifest, artifacts, python, images)
 
     def replaceable(folder: Path) -> None:
         if not force:
@@ -133,7 +151,8 @@ def serve_layout(
         for model in models:
             target = folder / _MODELS / model.name
             if python:
-                _write_python(bundle, model, target, batching)
+                first = model.artifact is artifacts[0]
+                _write_python(bundle, model, target, replace(batching, threads=threads) if first else batching)
             else:
                 _write_engine(bundle, model, target, server, batching)
         if server == "ovms":
@@ -143,7 +162,7 @@ def serve_layout(
             write_page(folder, bundle.manifest, bundle.golden(), shown, engine=onnxruntime_web, stage=stage)
         text = readme(server, models, left_out, python=python)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    return Layout(output, tuple(model.name for model in models), tuple(left_out))
+    return Layout(output, tuple(model.name for model in models), tuple(left_out), note)
 
 
 def _check(server: str, backend: str, batching: Batching, images: bool) -> None:

@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dmformer.serve.served import THREADS
 from dmformer.text import pbtxt_string, plain
 
 if TYPE_CHECKING:
@@ -38,10 +39,12 @@ class Batching:
     Attributes:
         max_batch: largest batch that Triton makes of what waits.
         instances: copies of the model that answer side by side.
+        threads: for one inference of this tool's predictor; ``None`` shares the cores between the instances.
     """
 
     max_batch: int
     instances: int = 1
+    threads: int | None = None
 
 
 def write_config(
@@ -82,9 +85,10 @@ def _config(served: ServedSpec, backend: TritonBackend, batching: Batching, comm
     """Return the text; dimensions are without the batch."""
     outputs = ",\n".join(_tensor(output, served.labelled) for output in served.outputs)
     main = f'default_model_filename: "{backend.main}"\n'
+    threads = {} if batching.threads is None else {THREADS: str(batching.threads)}
     parameters = "".join(
         f'parameters {{\n  key: "{key}"\n  value {{ string_value: "{value}" }}\n}}\n'
-        for key, value in served.parameters.items()
+        for key, value in {**served.parameters, **threads}.items()
     )
     return (
         f"{f'# {comment}' + chr(10) if comment else ''}name: {pbtxt_string(served.name)}\n"

@@ -31,6 +31,7 @@ from dmformer.serve.served import (
     PRECISION,
     PROBABILITIES,
     SHA256,
+    THREADS,
     reads_images,
 )
 from dmformer.task import OUTPUT_NAME, class_logits
@@ -71,7 +72,8 @@ class TritonPythonModel:
                 "lay the bundle out again"
             )
         # Each instance is a process: together they use the cores once.
-        self._predictor = Predictor(choice, threads=max(1, usable_cores() // instances))
+        threads = int(parameters.get(THREADS, max(1, usable_cores() // instances)))
+        self._predictor = Predictor(choice, threads=threads)
         self._answers = BatchAnswers(self._predictor, images=reads_images(parameters))
         self._predictor.__enter__()
 
