@@ -63,7 +63,7 @@ def multiply(given: list[Tensor], _attributes: dict[str, Any]) -> Tensor | None:
     left, right = (tensor.half() for tensor in given)
     if left.ndim < 2 or right.ndim < 2:
         return None
-    stacked = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    stacked = np.broadcast_shapes(tuple(left.shape[:-2]), tuple(right.shape[:-2]))
     total = torch.zeros(*stacked, left.shape[-2], right.shape[-1], dtype=torch.float16)
     for at in range(left.shape[-1]):
         total.addcmul_(left[..., at : at + 1], right[..., at : at + 1, :])
