@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -12,7 +13,6 @@ from PIL import Image
 
 from dmformer.data.images import open_image
 from dmformer.data.preprocessing import Preprocessing
-from dmformer.layouts.web import scripts_preprocessing
 from tests.png import SAMPLES, chunk, png
 from tests.web import Opened, served
 
@@ -152,6 +152,6 @@ def test_tensors_to_the_bit(scripts: Opened, channels: str) -> None:
           const { normalise } = await import(new URL('images.js', location.href).href);
           return [...normalise(Uint8Array.from(pixels), shape, preprocessing)];
         }""",
-        [pixels.reshape(-1).tolist(), list(pixels.shape), scripts_preprocessing(preprocessing)],
+        [pixels.reshape(-1).tolist(), list(pixels.shape), msgspec.to_builtins(preprocessing)],
     )
     np.testing.assert_array_equal(np.float32(found).reshape(2, count, 32, 32), preprocessing.normalize(pixels))

@@ -9,9 +9,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
-
-from dmformer.layouts.web import scripts_preprocessing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +115,7 @@ class Opened:
               for (const byte of image.data) text += String.fromCharCode(byte);
               return [image.height, image.width, image.channels, btoa(text)];
             }""",
-            [encoded(data), scripts_preprocessing(preprocessing), multiple],
+            [encoded(data), msgspec.to_builtins(preprocessing), multiple],
         )
         return np.frombuffer(base64.b64decode(made), np.uint8).reshape(height, width, channels)
 

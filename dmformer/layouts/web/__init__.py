@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import PIL
 from msgspec import Struct
 
 from dmformer.bundle.manifest import FileEntry, file_entry
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
     from dmformer.bundle.golden import Golden
     from dmformer.bundle.manifest import Artifact, Manifest
-    from dmformer.data.preprocessing import Preprocessing
     from dmformer.progress import Progress
 
 ENGINE = NpmPackage(
@@ -128,16 +126,6 @@ class _Page(Struct, frozen=True, kw_only=True):
     skipped: tuple[str, ...]
 
 
-def scripts_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Describe a preprocessing for the page's scripts, and in which order the Pillow that is here resizes tall images.
-
-    From Pillow 13 on, an image that loses more than twice as many rows as columns is resized downwards first, so that
-    some values differ by a little from those of older ones.
-    """
-    down_first = int(PIL.__version__.partition(".")[0]) >= 13
-    return {**msgspec.to_builtins(preprocessing), "down_first": down_first}
-
-
 def cannot_show(manifest: Manifest, artifact: Artifact) -> str | None:
     """Say why a page cannot run an artifact or show its answers; ``None`` where it can."""
     if manifest.model.task == "features":
@@ -192,7 +180,7 @@ def write_page(
         colours=class_colours(manifest.class_count).tolist(),
         opacity=OPACITY,
         dimmed=DIMMED,
-        preprocessing=scripts_preprocessing(manifest.preprocessing),
+        preprocessing=msgspec.to_builtins(manifest.preprocessing),
         models=described,
         golden=_Golden(file=file_entry(folder, arrays.path), **parts),
         skipped=(_NOT_CHECKED,),

@@ -99,11 +99,10 @@ function roundEven(value) {
 
 /** Resize as Pillow's Resample.c: across and down, each with whole coefficients and rounded to a byte. */
 function resize(image, width, height, preprocessing) {
-  const filter = FILTERS[preprocessing.interpolation], narrower = image.width - width, lower = image.height - height;
+  const filter = FILTERS[preprocessing.interpolation];
   const across = (from) => (width === from.width ? from : resizeAcross(from, width, filter));
   const down = (from) => (height === from.height ? from : transpose(resizeAcross(transpose(from), height, filter)));
-  const downFirst = preprocessing.down_first && lower > 0 && lower > 2 * narrower; // from Pillow 13 on
-  return downFirst ? across(down(image)) : down(across(image));
+  return down(across(image));
 }
 
 function resizeAcross({ width, height, channels, data }, wanted, filter) {
