@@ -168,8 +168,8 @@ class Preprocessing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def _resize(self, image: Image, size: tuple[int, int], resampling: Resampling) -> Image:
         """Resize across, then down.
 
-        Each step rounds to bytes. Pillow itself takes both in this order up to release 12, but from 13 on in the other one
-        where an image loses more than twice as many rows as columns: a device with another release would see other
+        Each step rounds to bytes. Pillow itself takes both in this order up to release 12, but from 13 on in the other
+        one where an image loses more than twice as many rows as columns: a device with another release would see other
         pixels than the network was checked with.
         """
         if max(size) > 64 * self.image_size:
