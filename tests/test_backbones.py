@@ -153,10 +153,10 @@ def weight_of(model: ModelProto) -> onnx.TensorProto:
 @pytest.mark.parametrize(
     ("spoil", "module"),
     [
-        (scale, STAGE),
         (swap, STAGE),
-        (dilate, STAGE),
-        (lose_activation, f"{STAGE.removesuffix('.1.convolution')}.0.activation"),
+        pytest.param(scale, STAGE, marks=pytest.mark.slow),
+        pytest.param(dilate, STAGE, marks=pytest.mark.slow),
+        pytest.param(lose_activation, f"{STAGE.removesuffix('.1.convolution')}.0.activation", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_is_bisected_to_the_module(

@@ -368,6 +368,7 @@ def test_the_process_checks_the_artifact_it_times(bundle: Path) -> None:
         measure_configuration(order)
 
 
+@pytest.mark.slow
 def test_a_promise_that_is_not_kept_is_a_failed_row(bundle: Path) -> None:
     """The float32 graph under the name of int8."""
 

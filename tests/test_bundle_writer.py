@@ -127,7 +127,7 @@ def test_what_lies_there_meanwhile_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-@pytest.mark.parametrize("how", ["exchange", "rename"])
+@pytest.mark.parametrize("how", ["exchange", pytest.param("rename", marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, how: str) -> None:
     """Before every event that Python audits, from the first of a write to its last; see tests/killed.py."""
     done = subprocess.run(
@@ -275,6 +275,7 @@ def test_others_may_read_a_bundle(tmp_path: Path) -> None:
     assert (tmp_path / "b").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.slow
 def test_a_reader_sees_one_bundle_or_the_other(tmp_path: Path) -> None:
     """The reader opens the folder once, as a reader that wants a consistent view does, and reads beneath it."""
     target = tmp_path / "b"

@@ -460,6 +460,7 @@ def test_a_failed_check_is_never_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert dmformer.export(output=tmp_path / "b", **TINY).parity.passed
 
 
+@pytest.mark.slow
 def test_a_damaged_bundle_is_made_anew(filled: Path, tmp_path: Path) -> None:
     onnx = hash_file(tmp_path / "first/onnx/fp32/model.onnx")[0]
     (filled / "objects" / onnx).write_bytes(b"something else")

@@ -186,6 +186,7 @@ def test_export_dry_run_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_export_dry_run_lists_every_precision(cli: Cli, inline: Cli, tmp_path: Path) -> None:
     precisions = ("--precision", "int8", "--precision", "fp16")
     run = cli("export", "--dry-run", "--format", "onnx", "--format", "ov", *precisions, "--output", "out")
@@ -473,6 +474,7 @@ def test_predict_where_output_has_another_encoding(cli: Cli, made: Made, encodin
     assert "3.png" in run.out
 
 
+@pytest.mark.slow
 def test_bench(inline: Cli, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("dmformer.bench.api"), "ROUNDS", 1)
     run = inline("bench", made.bundle, "--runtime", "ort", "--duration", "0.05", "--threads", "1", "--json", "-")

@@ -250,7 +250,7 @@ def test_a_form_with_whole_kernels_is_right_at_a_larger_size() -> None:
 # --- No tensor is forgotten, and these tests would see it -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [0, 5, *(pytest.param(case, marks=pytest.mark.slow) for case in (1, 2, 3, 4, 6, 7))])
+@pytest.mark.parametrize("case", [5, *(pytest.param(case, marks=pytest.mark.slow) for case in (0, 1, 2, 3, 4, 6, 7))])
 def test_one_percent_of_any_tensor_changes_both_forms_alike(case: int) -> None:
     """Each tensor of a block in one stage, over all cases in every stage; those outside the blocks in one case."""
     merge, gate_input, residual = list(product(("sum", "concat"), ("x", "x_prime"), (True, False)))[case]

@@ -196,6 +196,7 @@ def test_an_interrupt_leaves_nothing(
     assert not (cache.folder / "entries").exists()
 
 
+@pytest.mark.slow
 def test_pip_itself_understands_what_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real pip, on a folder of wheels that hold nothing but their names."""
     from importlib import metadata

@@ -75,6 +75,7 @@ def only(found: EvalReport) -> EvalResult:
     return result
 
 
+@pytest.mark.slow
 def test_int8_and_fp16_lose_at_most_half_a_point_in_every_runtime(reduced: ExportResult, held_out: Path) -> None:
     found = evaluate(reduced.output, held_out)
     assert [(row.runtime, row.precision) for row in found.results] == [

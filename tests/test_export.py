@@ -321,6 +321,7 @@ def test_large_images_are_asked_in_smaller_batches() -> None:
     assert sizes == {32: (1, 2, 5), 224: (1, 2, 5), 384: (1, 2, 5), 416: (1, 2, 3), 1024: (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_a_simplified_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = (
         "tensor = model.graph.initializer[0]; array = onnx.numpy_helper.to_array(tensor) * 1.01; "
@@ -370,6 +371,7 @@ def test_a_missing_engine_is_found_before_any_work(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_verify_finds_a_bundle_made_from_other_weights(exported: ExportResult, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(DEMONSTRATION_CHECKPOINT)
     checkpoint.state["head.bias"][4] += 0.01

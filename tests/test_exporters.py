@@ -28,6 +28,7 @@ def test_the_exporter_of_torch_export_passes_every_check(tmp_path: Path, monkeyp
     assert "layers" in {check.stage for check in result.parity.checks}
 
 
+@pytest.mark.slow
 def test_the_next_exporter_is_asked_where_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise TypeError("no such operator")

@@ -74,7 +74,7 @@ def test_the_share_is_that_of_the_layers_typed_so(half: onnx.ModelProto) -> None
     assert typed_share(changed, "fp16") == len(left) / len(layers)
 
 
-@pytest.mark.parametrize("exponent", [14, 20, -14])
+@pytest.mark.parametrize("exponent", [14, *(pytest.param(other, marks=pytest.mark.slow) for other in (20, -14))])
 def test_fp16_keeps_in_float32_what_float16_cannot_hold(
     checkpoint: Checkpoint, golden: Golden, tmp_path: Path, exponent: int
 ) -> None:
@@ -105,6 +105,7 @@ def test_fp16_that_overflows_is_refused(
         reduced_limit("fp16", answers, golden.outputs_float64)
 
 
+@pytest.mark.slow
 def test_an_overflow_that_nobody_foresaw_becomes_an_island(
     checkpoint: Checkpoint, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

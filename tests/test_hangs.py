@@ -64,6 +64,7 @@ def test_an_engine_that_hangs_ends_the_command_in_one_line(made: Made, command: 
     assert line.startswith(f"error: {doing}: no end within 3 s; the engine hangs, or")
 
 
+@pytest.mark.slow
 def test_an_engine_that_answers_is_not_ended(made: Made) -> None:
     code = f"import time; {RUN.removesuffix('main()')}import dmformer.commands.predict as p; main()"
     process = supervised(code, "predict", made.bundle, SAMPLE_IMAGES / "7.png", DMFORMER_ENGINE_LIMIT_S="30")

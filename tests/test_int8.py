@@ -210,6 +210,7 @@ def test_ranges_that_fall_short_are_caught(
         dmformer.export(precisions=["int8"], calibration=few_images, max_accuracy_drop=100, output=tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_budget_that_never_holds_writes_nothing(few_images: Path, tmp_path: Path) -> None:
     with simulated([40]), pytest.raises(CheckFailed, match="precision int8 loses 40") as error:
         dmformer.export(precisions=["int8"], calibration=few_images, output=tmp_path / "b")

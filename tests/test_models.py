@@ -375,7 +375,7 @@ def test_one_percent_of_any_tensor_shows_in_the_output() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, {}) for name in list_models("classification")]
+    [pytest.param(name, {}, marks=[pytest.mark.slow] * (name[-1] in "sl")) for name in list_models("classification")]
     + [
         ("dmformer_nano", options)
         for options in ({"branch_merge": "concat"}, {"layer_scale": None}, {"inner_residual": False})

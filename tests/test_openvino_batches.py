@@ -49,6 +49,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     return found
 
 
+@pytest.mark.slow
 def test_the_first_sizes_have_models_of_their_own(
     path: Path, rows: NDArray[np.float32], compiled: list[int | None]
 ) -> None:

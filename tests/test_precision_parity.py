@@ -55,6 +55,7 @@ def test_a_runtime_that_keeps_less_than_promised_fails(reduced_bundle: Path) -> 
     assert reason == "int8 in 54% of 57 compute layers (31 int8, 26 fp32); promised 99%"
 
 
+@pytest.mark.slow
 def test_float32_in_the_place_of_int8_fails(reduced_bundle: Path) -> None:
     for name in ("model.xml", "model.bin"):
         shutil.copy(reduced_bundle / "openvino/fp32" / name, reduced_bundle / "openvino/int8" / name)
@@ -161,7 +162,11 @@ def test_one_percent_in_an_fp16_file_is_caught(reduced_bundle: Path, name: str) 
 
 @pytest.mark.parametrize(
     ("name", "spoil"),
-    [("head.weight", lambda array: 1.05 * array), (f"{CONV}.weight", np.flip), (f"{CONV}.bias", np.zeros_like)],
+    [
+        ("head.weight", lambda array: 1.05 * array),
+        pytest.param(f"{CONV}.weight", np.flip, marks=pytest.mark.slow),
+        pytest.param(f"{CONV}.bias", np.zeros_like, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fault_in_an_fp16_file_is_caught_where_sums_are_float16(
     reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, spoil: Callable[[np.ndarray], np.ndarray]
@@ -199,6 +204,7 @@ def test_float16_sums_that_drown_the_signal_are_refused(reduced_bundle: Path, mo
             dmformer.verify(reduced_bundle, runtimes=["ort"])
 
 
+@pytest.mark.slow
 def test_another_models_int8_file_is_caught(
     reduced_bundle: Path, checkpoint: Checkpoint, golden: Golden, calibration: Calibration, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_seven_bits_are_right_on_an_older_processor(reduced: ExportResult, cli: 
     assert "saturate" not in run.err
 
 
+@pytest.mark.slow
 @X86
 def test_eight_bits_fail_there_and_the_cause_is_named(full_range: ExportResult, cli: Callable[..., Run]) -> None:
     run = cli("verify", full_range.output, "--runtime", "ov", ONEDNN_MAX_CPU_ISA="AVX2")

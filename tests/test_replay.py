@@ -105,6 +105,7 @@ def test_a_signed_or_packed_bundle_stays_as_it_is(tools: StandIns, bundle: Path,
         assert (path / "manifest.json" if path.is_dir() else path).read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_while_another_writes_the_bundle_keeps_its_report(tools: StandIns, bundle: Path) -> None:
     notes: list[str] = []
     with writer._locked(bundle.resolve()):
@@ -163,6 +164,7 @@ def test_no_wheel_is_a_failed_check(tools: StandIns, bundle: Path) -> None:
     assert check.reason.startswith("no release of onnxruntime==9.9 for aarch64, Python 3.")
 
 
+@pytest.mark.slow
 def test_preprocessing_is_checked_once(tools: StandIns, reduced_bundle: Path) -> None:
     report = dmformer.verify(reduced_bundle, runtimes=["ort"], cpus=["cortex-a72"])
     assert [check.stage for check in report.checks if check.runtime == "numpy"] == ["pixels", "preprocessing"]
@@ -176,6 +178,7 @@ def test_what_needs_a_gpu_is_refused(tools: StandIns, bundle: Path) -> None:
         dmformer.verify(bundle, cpus=["cortex-a72"])
 
 
+@pytest.mark.slow
 def test_pytorch_is_left_out_and_said(tools: StandIns, bundle: Path) -> None:
     report = dmformer.verify(bundle, cpus=["cortex-a72"], engines=["openvino==1.26.0"])
     assert any(

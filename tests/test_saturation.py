@@ -170,6 +170,7 @@ def test_a_case_names_the_cause(full_range: ExportResult, tmp_path: Path) -> Non
         assert (SATURATES in (check.reason or "")) == full
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without")
 def test_only_answers_that_differ_are_explained(full_range: ExportResult, tmp_path: Path) -> None:
     less = Path(shutil.copytree(full_range.output, tmp_path / "less"))

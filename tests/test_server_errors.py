@@ -166,7 +166,7 @@ def test_another_precision_is_named(opened: Bundle, double: Double, golden: Gold
     assert any(f"these are the answers of {served}" in str(check.reason) for check in wrong)
 
 
-@pytest.mark.parametrize("expected", ["fp16", "int8"])
+@pytest.mark.parametrize("expected", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
 def test_float32_in_the_place_of_a_reduced_precision_is_caught(
     opened: Bundle, double: Double, golden: Golden, expected: str
 ) -> None:
@@ -183,6 +183,7 @@ def test_answers_that_are_not_finite_fail(opened: Bundle, double: Double, golden
     assert {check.stage for check in wrong} >= {"runtime", "decisions", "rows", "concurrent"}
 
 
+@pytest.mark.slow
 def test_an_artifact_that_the_server_itself_names_is_compared(opened: Bundle, double: Double) -> None:
     artifacts = {(one.format, one.precision): one for one in opened.manifest.artifacts}
     double.extensions = ["model_configuration"]
@@ -227,6 +228,7 @@ def test_answers_that_are_mixed_up_are_counted(opened: Bundle, double: Double, g
     assert sum(samples.errors.values()) == 10
 
 
+@pytest.mark.slow
 def test_a_load_counts_what_failed(opened: Bundle, double: Double) -> None:
     report = bench_server(opened, double.url, concurrency=[1, 3], duration_s=0.3)
     assert [row.concurrency for row in report.rows] == [1, 3]

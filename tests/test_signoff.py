@@ -33,7 +33,7 @@ from tests.paper_bundle import (
     timings,
     write_bundle,
 )
-from tests.test_bench_page import LUMINANCE, browser  # noqa: F401 - a fixture
+from tests.test_bench_page import LUMINANCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -421,7 +421,7 @@ OUTSIDE = """[...document.querySelectorAll('svg text')].filter(e => {
 
 
 @pytest.fixture
-def opened(browser: Any, page: str, tmp_path: Path) -> Callable[[str, int], Any]:  # noqa: F811
+def opened(browser: Any, page: str, tmp_path: Path) -> Callable[[str, int], Any]:
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
 

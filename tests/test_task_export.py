@@ -335,8 +335,9 @@ def refuses(_: Any) -> Any:
     [
         (lambda x: x if len(x) == 1 else 1.5 * x, lambda x: x, "row by row, and not in batches of 2"),
         (refuses, lambda x: x, "at 64x96 no room for such maps: look at what was traced for one size"),
-        (lambda x: x[..., :8, :8], lambda x: x, None),
-        (lambda x: 1.5 * x, lambda x: x if len(x) < 5 else 1.5 * x, None),  # the batching is wrong as well
+        pytest.param(lambda x: x[..., :8, :8], lambda x: x, None, marks=pytest.mark.slow),
+        # The batching is wrong as well.
+        pytest.param(lambda x: 1.5 * x, lambda x: x if len(x) < 5 else 1.5 * x, None, marks=pytest.mark.slow),
     ],
     ids=["in batches alone", "refused", "another shape", "both"],
 )
@@ -360,7 +361,7 @@ def test_what_an_engine_does_at_another_size_alone(
 @pytest.mark.parametrize(
     ("kind", "weights", "module"),
     [
-        ("segmentation_open", SEGMENTATION_CHECKPOINT, "decoder.smooth.1"),
+        pytest.param("segmentation_open", SEGMENTATION_CHECKPOINT, "decoder.smooth.1", marks=pytest.mark.slow),
         ("features_open", DEMONSTRATION_CHECKPOINT, "stages.0.blocks.0.ffn.fc1"),
     ],
 )

@@ -374,6 +374,7 @@ def test_from_python(tmp_path: Path) -> None:
     assert result.parity.passed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_an_engine_that_cannot_be_built_takes_nothing_down_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -99,6 +99,7 @@ def test_pixels_of_the_demonstration(
     assert not opened.errors
 
 
+@pytest.mark.slow
 def test_every_precision_answers_in_the_browser(
     browser: Any, serve: Callable[..., str], reduced: ExportResult, web_engine: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_every_precision_answers_in_the_browser(
         same_rows(rows, reduced.output, title.removeprefix("onnx "))
 
 
+@pytest.mark.slow
 def test_threads_where_the_server_admits_them(browser: Any, serve: Callable[..., str], web_page: Path) -> None:
     headers = (("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Embedder-Policy", "require-corp"))
     opened = Opened(browser, serve(web_page, *headers)).ready()
@@ -139,7 +141,7 @@ def mend_hash(folder: Path, path: Path) -> None:
     listing.write_text(json.dumps(page))
 
 
-@pytest.mark.parametrize("mended", [False, True])
+@pytest.mark.parametrize("mended", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_damaged_golden_answers_fail(browser: Any, serve: Callable[..., str], spoilt: Path, mended: bool) -> None:
     page = json.loads((spoilt / "layout.json").read_bytes())
     path, place = spoilt / "golden.bin", page["models"][0]["references"][0]["outputs"]["logits"]["offset"]
@@ -234,6 +236,7 @@ def test_a_file_that_is_no_network_is_told(browser: Any, serve: Callable[..., st
     opened.page.wait_for_selector("#said.bad")
 
 
+@pytest.mark.slow
 def test_what_is_no_image_is_told(browser: Any, serve: Callable[..., str], web_page: Path, tmp_path: Path) -> None:
     opened = Opened(browser, serve(web_page)).ready()
     whole = (SAMPLE_IMAGES / "3.png").read_bytes()
@@ -271,6 +274,7 @@ def test_one_line_where_it_cannot_start(browser: Any, serve: Callable[..., str],
     assert not without.is_visible("#main")
 
 
+@pytest.mark.slow
 def test_where_browsers_compare_no_hashes_it_says_so(browser: Any, serve: Callable[..., str], web_page: Path) -> None:
     """As on a page that comes by http from another machine."""
     script = "Object.defineProperty(Crypto.prototype, 'subtle', {value: undefined})"
@@ -318,6 +322,7 @@ def test_names_of_classes_stay_text(
     assert opened.page.locator("img, b").count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_fits_a_narrow_screen(browser: Any, serve: Callable[..., str], labelling: Path, width: int) -> None:
     opened = Opened(browser, serve(labelling), width).ready()
