@@ -115,15 +115,11 @@ def test_an_unchanged_network_takes_what_follows_from_its_answers(export: Export
     assert taken(export(use_cache=False)) == set()
 
 
+SLOW_CHANGES = (change_source, change_what_the_code_reads, change_weights)
+
+
 @pytest.mark.parametrize(
-    "change",
-    [
-        change_helper,
-        *(
-            pytest.param(one, marks=pytest.mark.slow)
-            for one in (change_source, change_what_the_code_reads, change_weights)
-        ),
-    ],
+    "change", [change_helper, *(pytest.param(change, marks=pytest.mark.slow) for change in SLOW_CHANGES)]
 )
 def test_a_changed_network_takes_nothing(export: Export, tmp_path: Path, change: Callable[[Path], None]) -> None:
     first = export()

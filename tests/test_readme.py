@@ -100,7 +100,7 @@ def test_the_commands_run(block: str, clone: Path, inline: Callable[..., Run], m
 def test_the_commands_are_all_there() -> None:
     typed = [line[1] for line in commands() if line[0] == "dmformer"]
     shown = {"export", "build", "verify", "bench", "predict", "inspect", "report", "doctor", "eval"}
-    assert set(typed) == shown | {"pack", "check", "serve-layout", "cache"}
+    assert set(typed) == shown | {"pack", "check", "serve-layout", "cache", "tune"}
     assert [commands_of(block)[0][1] for block in DMFORMER] == ["export"] * 5
     assert sum("parity.json" in block for block in DMFORMER) == 1
 
