@@ -25,6 +25,7 @@ from dmformer.runtimes.cuda import driver_missing
 from tests.bundles import rewrite
 from tests.paper_bundle import write_bundle
 from tests.test_rooms import imported
+from tests.tiers import first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 SCHEMAS = Path(dmformer.__file__).parent / "schemas"
 COMMANDS = (
     "export", "verify", "bench", "eval", "predict", "inspect", "report", "doctor", "sign", "check", "pack", "unpack",
+    "tune",
 )  # fmt: skip
 DIGIT = SAMPLE_IMAGES / "3.png"
 
@@ -467,7 +469,7 @@ def test_predict_wants_an_image_and_names_that_are_known(inline: Cli, made: Made
         assert expected in run.error_line
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", first(1, ["ascii", "latin-1", "utf-8"]))
 def test_predict_where_output_has_another_encoding(cli: Cli, made: Made, encoding: str) -> None:
     run = cli("predict", made.bundle, DIGIT, "--runtime", "ort", PYTHONIOENCODING=encoding)
     assert run.code == 0, run.err
@@ -491,7 +493,9 @@ def test_bench_of_what_cannot_be_used_is_2(inline: Cli, made: Made, arguments: l
     assert run.error_line
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "BUNDLE"], ["inspect", "BUNDLE", "--json"], ["doctor"]])
+@pytest.mark.parametrize(
+    "arguments", first(2, [["--help"], ["inspect", "BUNDLE", "--json"], ["inspect", "BUNDLE"], ["doctor"]])
+)
 def test_output_that_is_closed_early_gives_no_traceback(made: Made, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "dmformer", *(str(made.bundle) if a == "BUNDLE" else a for a in arguments)]
     reading, writing = os.pipe()

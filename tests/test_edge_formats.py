@@ -19,6 +19,7 @@ from dmformer.runtimes.ncnn import NcnnLayer, NcnnRuntime, locate_weights, read_
 from dmformer.runtimes.onnxruntime import OnnxRuntime
 from tests.bundles import adopt, one_line
 from tests.conftest import LITERT
+from tests.tiers import first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,7 @@ NCNN_FAULTS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", NCNN_FAULTS)
+@pytest.mark.parametrize("fault", first(2, NCNN_FAULTS))
 def test_faults_in_ncnn_are_caught(in_ncnn: Path, fault: str) -> None:
     NCNN_FAULTS[fault](in_ncnn)
     assert caught(in_ncnn, "ncnn")

@@ -31,6 +31,7 @@ from dmformer.train.datasets import DIGIT_CLASSES, DIGIT_PREPROCESSING, load_dig
 from dmformer.verify.evaluate import EvalReport, EvalResult, evaluate
 from dmformer.verify.tasks.classification import Classification, Paired, wilson_interval
 from tests.bundles import copied, lengthen, one_line, rewrite
+from tests.tiers import first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -139,7 +140,9 @@ def test_shuffled_labels_bring_it_down_to_chance(exported: ExportResult, held_ou
     assert found.agreement_with_torch == 1
 
 
-@pytest.mark.parametrize("wrong", [{"mean": [0.0] * 3, "std": [1.0] * 3}, {"mean": [0.9] * 3}, {"std": [0.05] * 3}])
+@pytest.mark.parametrize(
+    "wrong", first(1, [{"mean": [0.0] * 3, "std": [1.0] * 3}, {"mean": [0.9] * 3}, {"std": [0.05] * 3}])
+)
 def test_wrong_preprocessing_shows(bundle: Path, wrong: dict[str, Any], report: EvalReport) -> None:
     rewrite(bundle, lambda content: content["preprocessing"].update(wrong))
     found = evaluate(bundle, CALIBRATION_IMAGES, runtimes=["ort"])

@@ -25,9 +25,10 @@ from dmformer.bundle import trust
 from dmformer.bundle.archive import extract
 from dmformer.bundle.golden import parse_golden
 from dmformer.bundle.manifest import decode_manifest
+from dmformer.bundle.settings import Settings, SettingsFile, read_settings
 from dmformer.cache import Cache, CacheEntry
 from dmformer.errors import DMFormerError
-from dmformer.files import OpenFile
+from dmformer.files import OpenFile, indented_json
 from dmformer.runtimes.registry import inspect_artifact
 from dmformer.signoff.sources import read_report
 from dmformer.verify.localize.case import Case, read_case
@@ -279,6 +280,25 @@ SIGNATURE = trust.Signature(
 @example(SIGNATURE)
 def test_signature(data: bytes) -> None:
     refuses(lambda: trust.read_signature(data, b"", "manifest.sig"))
+
+
+SETTINGS = indented_json(
+    SettingsFile(
+        manifest_sha256="0" * 64,
+        machines={"x": Settings(runtime="ort", precision="fp32", threads=1, p50_ms=1.0, measured_at="")},
+    )
+)
+
+
+@repeated
+@FUZZ
+@given(mutated(SETTINGS) | JSON.map(lambda content: json.dumps(content).encode()) | st.binary(max_size=64))
+@example(SETTINGS)
+@example(b"[" * 5000)
+def test_settings(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "b.settings.json"
+    path.write_bytes(data)
+    refuses(lambda: read_settings(path))
 
 
 REPORT = b'{"passed": true, "checks": [], "skipped": ["x"], "environment": {"cpu": "x"}, "results": [], "data": "x"}'

@@ -222,6 +222,7 @@ def test_a_closed_standard_output_is_no_defect(bundle: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs signals of POSIX")
 def test_a_hang_up_ends_as_a_termination_does() -> None:
     script = (

@@ -117,6 +117,7 @@ def test_auto_leaves_out_what_breaks_the_budget_in_its_runtime(
     assert any("int8" in reason and "9.00 points" in reason for reason in result.parity.skipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_force_never_writes_a_bundle_without_artifacts(
     tmp_path: Path, few_images: Path, quick: None, monkeypatch: pytest.MonkeyPatch, auto: bool

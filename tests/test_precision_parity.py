@@ -23,6 +23,7 @@ from dmformer.verify.answers import Answers
 from dmformer.verify.parity import check_layers, references
 from tests.bundles import adopt, one_line, rewrite
 from tests.precisions import arrays, failed, simulated, source_of
+from tests.tiers import first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +147,7 @@ FAULTS: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", first(2, FAULTS))
 def test_a_fault_in_an_int8_file_is_caught(reduced_bundle: Path, fault: str) -> None:
     changed(reduced_bundle, "onnx/int8/model.onnx", FAULTS[fault])
     found = failed(dmformer.verify(reduced_bundle, runtimes=["ort"]))

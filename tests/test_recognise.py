@@ -29,6 +29,7 @@ from tests.bundles import one_line
 from tests.conftest import made_once
 from tests.foreign_dmformers import CLASSES, DEPTHS, KINDS, WIDTHS, Functional, Stacked, trained
 from tests.networks import TINY, one_thread
+from tests.tiers import first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ def test_a_network_for_one_size_alone_is_recognised_at_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("twist", ["silu", "tanh", "residual", "max pool", "clamp"])
+@pytest.mark.parametrize("twist", first(2, ["residual", "clamp", "silu", "tanh", "max pool"]))
 def test_the_same_tensors_with_another_function_are_not_recognised(kind: type[nn.Module], twist: str) -> None:
     if kind is Stacked and twist == "residual":
         pytest.skip("it has no inner residual, and one of X before the norm is none that we have")
@@ -144,7 +145,7 @@ def test_a_muted_difference_is_heard_with_random_weights_alone(monkeypatch: pyte
     assert found(model).key_map is not None
 
 
-@pytest.mark.parametrize("name", ["w.hb", "w.0_0_k3", "w.2_0_gb", "w.d2g"])
+@pytest.mark.parametrize("name", first(1, ["w.0_0_k3", "w.hb", "w.2_0_gb", "w.d2g"]))
 def test_a_tensor_in_another_place_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is what accepts: it refuses a map that leads to the tensor of another place."""
     as_it_is = recognition.translate

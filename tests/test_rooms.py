@@ -109,6 +109,8 @@ def device_modules() -> list[str]:
         "bench",
         "verify",
         "signoff",
+        "tuning",
+        "layouts",
         "commands",
     )
     found = [

@@ -176,7 +176,7 @@ def test_a_signature_cannot_be_made_without_the_private_key(signed: Path, strict
 
 COMMANDS = (
     ("predict", DIGIT), ("verify",), ("bench",), ("doctor",), ("build", "--format", "ov"), ("eval", "--data", "."),
-    ("inspect",), ("pack",), ("check",), ("report", "--bom", "bom.json"),
+    ("inspect",), ("pack",), ("check",), ("report", "--bom", "bom.json"), ("tune",),
 )  # fmt: skip
 
 
@@ -202,6 +202,7 @@ def test_unpack_asks(inline: Callable[..., Run], bundle: Path, keys: Path, tmp_p
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_commands_work_on_a_bundle_that_is_signed(
     inline: Callable[..., Run], signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from dmformer.files import indented_json
 from dmformer.procfs import is_mount_point
 from dmformer.runtimes.support import Availability, Support
 from dmformer.verify.api import verify
+from tests.tiers import first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,9 @@ def test_a_report_with_names_that_are_no_utf8() -> None:
     assert report == {"names": ["caf\\xe9.png", "caf\u00e9"], "by_name": {"caf\\xe9.png": 0.5}}
 
 
-@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "closed", [(1,), (0, 1, 2), *(pytest.param(one, marks=pytest.mark.slow) for one in ((0,), (2,)))], ids=str
+)
 def test_closed_streams_lead_nowhere(closed: tuple[int, ...], tmp_path: Path) -> None:
     """The exit code is that of the work, and files that are opened do not take the streams' numbers."""
 
@@ -58,6 +61,7 @@ def test_what_others_print_goes_to_standard_error(tmp_path: Path) -> None:
     code = """
 import ctypes, os, subprocess
 from dmformer.process import printing_to_stderr
+from tests.tiers import first
 
 library = ctypes.CDLL(None)
 print("before")
@@ -122,7 +126,9 @@ class Odd(Support):
         raise self.failure
 
 
-@pytest.mark.parametrize(("failure", "broken"), [(RuntimeError("no home"), True), (UnavailableError("none"), False)])
+@pytest.mark.parametrize(
+    ("failure", "broken"), first(1, [(RuntimeError("no home"), True), (UnavailableError("none"), False)])
+)
 def test_verify_never_passes_where_an_engine_could_not_be_asked(
     failure: Exception, broken: bool, exported: ExportResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ import dmformer.tuning.api
 from dmformer.assets import CALIBRATION_IMAGES, SAMPLE_IMAGES
 from dmformer.bench import api as bench_api
 from dmformer.bench.limits import Limits
+from dmformer.bench.plan import WARM_UP
 from dmformer.bundle import settings as settings_module
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.settings import Settings, choose_configured, settings_path, write_settings
-from dmformer.errors import CheckFailed, StageFailed, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.procfs import EnergyMeter
 from tests.test_bench_figures import measurement
 
@@ -208,17 +210,77 @@ def test_a_configuration_that_fails_is_told_and_not_chosen(machine: Machine, red
     failed = [one for one in report.candidates if one.precision == "int8" and one.runtime == "openvino"]
     assert [(one.p50_ms, one.reason) for one in failed] == [(None, "the engine failed")] * 3
     machine.failing = {""}
-    with pytest.raises(CheckFailed, match=r"^none of 18 configurations is within the budget$"):
+    with pytest.raises(StageFailed, match=r"^all 18 configurations failed; first: .*: the engine failed$"):
         dmformer.tune(reduced.output).check()
+
+
+def test_where_the_last_four_do_not_last_the_next_come(
+    machine: Machine, reduced: ExportResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that only long runs take; those that were given up before are within the budget."""
+    machine.ms = {"onnxruntime": 20.0}
+
+    def call(function: str, order: Any, kind: type, *others: object) -> Any:
+        measured = machine(function, order, kind, *others)
+        long = kind is not Limits and order.warm_up is WARM_UP and "openvino" in order.configuration.title
+        return msgspec.structs.replace(measured, peak_rss_mb=500.0) if long else measured
+
+    monkeypatch.setattr(bench_api, "call", call)
+    report = dmformer.tune(reduced.output, max_memory=200)
+    assert best(report).runtime == "onnxruntime"
+    assert best(report).final
+    assert len([one for one in report.candidates if one.final and one.over_budget]) == 9  # every one of openvino
+
+
+def test_a_stopped_search_chooses_nothing_and_keeps_what_it_has(
+    machine: Machine, reduced: ExportResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(function: str, order: Any, kind: type, *others: object) -> Any:
+        if kind is not Limits and order.warm_up is WARM_UP and len(machine.orders) > 40:
+            raise KeyboardInterrupt
+        return machine(function, order, kind, *others)
+
+    monkeypatch.setattr(bench_api, "call", call)
+    report = dmformer.tune(reduced.output)
+    assert report.partial
+    assert (report.chosen, report.nearest) == (None, None)
+    assert all(one.p50_ms for one in report.candidates)
+    assert not any(one.final for one in report.candidates)
+    with pytest.raises(CheckFailed, match="stopped before its end"):
+        report.check()
+
+
+def test_batches_are_as_fast_by_the_image_for_throughput_alone(machine: Machine, reduced: ExportResult) -> None:
+    machine.ms = {"batch 1": 10.0, "batch 2": 20.0}
+    asked: dict[str, Any] = {"runtimes": ["ort"], "precisions": ["fp32"], "threads": [1], "batches": [1, 2]}
+    assert not dmformer.tune(reduced.output, **asked).ties
+    assert len(dmformer.tune(reduced.output, objective="throughput", streams=[1], **asked).ties) == 1
+
+
+def test_figures_tell_themselves_from_what_they_exceed(machine: Machine, reduced: ExportResult) -> None:
+    machine.mib = {"": 1234.004}
+    report = dmformer.tune(reduced.output, runtimes=["ort"], threads=[1], max_memory=1234)
+    assert report.candidates[0].over_budget == ("memory 1234.004 MiB; allowed are 1234 MiB",)
+
+
+def test_an_emulated_processor_is_refused(
+    machine: Machine, reduced: ExportResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["dmformer.tuning.api"], "is_emulated", lambda: True)
+    with pytest.raises(UnavailableError, match="emulation"):
+        dmformer.tune(reduced.output)
+    assert not machine.orders
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"objective": "speed"}, "objective 'speed'; expected one of latency, throughput"),
-        ({"max_latency": -1.0}, "`max_latency` -1; expected 0 or more"),
+        ({"max_latency": -1.0}, "`max_latency` -1; expected a number from 0"),
         ({"max_memory": float("nan")}, "`max_memory` nan"),
         ({"streams": [2]}, "`streams` for one call at a time"),
+        ({"streams": [0], "objective": "throughput"}, "`streams` 0; expected 1 to 4"),
+        ({"streams": [5], "objective": "throughput"}, "`streams` 5; expected 1 to 4"),
         ({"threads": [0]}, "threads is 0"),
         ({"batches": [0]}, "batch sizes"),
         ({"runtimes": ["x"]}, "'x'"),
@@ -327,6 +389,42 @@ def test_settings_that_cannot_be_used_are_said_and_left(kept: Path, bundle: Path
     assert found.note is not None
     assert found.note.startswith("bundle.settings.json is not used: ")
     assert said in found.note
+
+
+def test_one_caller_has_the_cores_of_all_streams(bundle: Path) -> None:
+    write_settings(open_bundle(bundle), msgspec.structs.replace(SETTINGS, threads=1, streams=2, objective="throughput"))
+    assert choose_configured(open_bundle(bundle), None, None).threads == 2
+
+
+def test_settings_are_written_so_that_they_are_taken(kept: Path, bundle: Path) -> None:
+    before = os.umask(0)
+    try:
+        write_settings(open_bundle(bundle), SETTINGS)
+    finally:
+        os.umask(before)
+    assert choose_configured(open_bundle(bundle), None, None).settings == SETTINGS
+    kept.unlink()
+    kept.symlink_to(kept.parent / "elsewhere")
+    with pytest.raises(UsageError, match="is a link"):
+        write_settings(open_bundle(bundle), SETTINGS)
+
+
+def test_what_others_could_have_written_is_not_kept_on(
+    kept: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.chmod(0o666)
+    monkeypatch.setattr(settings_module, "machine_key", lambda: "a board")
+    write_settings(open_bundle(bundle), SETTINGS)
+    assert list(json.loads(kept.read_text())["machines"]) == ["a board"]
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(
+    machine: Machine, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, _mode: Path(path) != bundle.parent)  # root may write everywhere
+    with pytest.raises(StageFailed, match="is read-only"):
+        dmformer.tune(bundle, write=True)
+    assert not machine.orders
 
 
 def test_settings_of_another_bundle_are_not_taken(kept: Path, bundle: Path) -> None:

@@ -7,6 +7,7 @@ counts for the bundle whose manifest it names alone. A caller who names a runtim
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from msgspec import Meta, Struct
 
 from dmformer.bundle.manifest import Word
 from dmformer.bundle.select import AUTO, Choice, choose
-from dmformer.errors import DMFormerError, UsageError, first_line
+from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
 from dmformer.files import Sha256, decode_json, indented_json, read_bounded, whole_file
 from dmformer.machine import cpu_model, usable_cores
 from dmformer.ownership import exposure, resolve
@@ -39,7 +40,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         precision: of the artifact.
         threads: for one inference.
         batch: rows in each call.
-        streams: calls under way at once.
+        streams: calls under way at once, each with so many threads.
         objective: what it was chosen for: ``latency`` or ``throughput``.
         p50_ms: median of one call when it was chosen, in milliseconds.
         measured_at: when, in UTC, as in RFC 3339.
@@ -98,15 +99,37 @@ def write_settings(bundle: Bundle, settings: Settings) -> Path:
         StageFailed: the file cannot be written.
         UsageError: another user's link leads there.
     """
-    path = settings_path(bundle)
+    path = check_writable(bundle)
     try:
-        kept = _read(path)
-        machines = kept.machines if kept.manifest_sha256 == bundle.manifest_sha256 else {}
+        kept = read_settings(path)
+        trusted = kept.manifest_sha256 == bundle.manifest_sha256 and exposure(path) is None
+        machines = kept.machines if trusted else {}
     except (OSError, DMFormerError):  # there is none, or it is damaged: it is written anew
         machines = {}
     content = SettingsFile(manifest_sha256=bundle.manifest_sha256, machines={**machines, machine_key(): settings})
     with whole_file(resolve(path)) as staging:
         staging.write_bytes(indented_json(content))
+        staging.chmod(0o644)  # settings that others could have changed are not taken
+    if reason := exposure(path):
+        raise StageFailed(f"{str(path)!r} is written, but not to be used: {reason}; expected a folder of your own")
+    return path
+
+
+def check_writable(bundle: Bundle) -> Path:
+    """Return the file for a bundle's settings, after checking that it can be written: before the work that it keeps.
+
+    Raises:
+        StageFailed: it cannot be written.
+        UsageError: it is a link.
+    """
+    path = settings_path(bundle)
+    if path.is_symlink():
+        raise UsageError(f"{str(path)!r} is a link; expected a file, or none: remove the link")
+    if not os.access(path.parent, os.W_OK):
+        raise StageFailed(
+            f"{str(path)!r} could not be written: {str(path.parent)!r} is read-only; expected a bundle in a folder "
+            "that can be written"
+        )
     return path
 
 
@@ -135,7 +158,8 @@ def choose_configured(
         choice = choose(bundle, settings.runtime, settings.precision)
     except DMFormerError as error:
         return ConfiguredChoice(choose(bundle, None, None), threads, note=f"{path.name} is not used: {error}")
-    used = settings.threads if threads is None else threads
+    # One caller has the cores that several streams would share.
+    used = settings.threads * settings.streams if threads is None else threads
     note = f"as {path.name} says, tuned for {settings.objective} at {settings.measured_at}: {choice.title}, {used} "
     return ConfiguredChoice(choice, used, settings, note + ("thread" if used == 1 else "threads"))
 
@@ -147,7 +171,7 @@ def _find(bundle: Bundle, path: Path) -> Settings | None:
         UsageError: the file is damaged, is about another bundle, or others may have written it.
     """
     try:
-        content = _read(path)
+        content = read_settings(path)
         reason = exposure(path)
     except FileNotFoundError:
         return None
@@ -160,7 +184,13 @@ def _find(bundle: Bundle, path: Path) -> Settings | None:
     return content.machines.get(machine_key())
 
 
-def _read(path: Path) -> SettingsFile:
+def read_settings(path: Path) -> SettingsFile:
+    """Read a file of settings.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is too large.
+        UsageError: it is damaged.
+    """
     try:
         return decode_json(read_bounded(path, _MOST_BYTES), SettingsFile)
     except msgspec.DecodeError as error:

@@ -63,7 +63,7 @@ def tune(
     debug: options.DebugOption = False,
 ) -> None:
     """Find what this machine runs a bundle with best: runtime, precision, threads and batch, within a budget."""
-    from dmformer.bundle.settings import write_settings
+    from dmformer.bundle.settings import settings_path
     from dmformer.tuning.api import tune as run_tune
 
     opened = options.find_bundle(bundle)
@@ -80,6 +80,7 @@ def tune(
             batches=batches or [],
             streams=streams or [],
             data=data,
+            write=write,
             stage=shown.stage,
         )
     present.write_json(report, json_file)
@@ -88,7 +89,7 @@ def tune(
         raise KeyboardInterrupt
     report.check()
     if write:
-        present.say(f"kept for this machine: {write_settings(opened, report.settings())}")
+        present.say(f"kept for this machine: {settings_path(opened)}")
 
 
 def _show(report: TuneReport, json_file: str | None) -> None:
@@ -108,9 +109,9 @@ def _table(report: TuneReport) -> Table:
     from dmformer.bench.sentences import digits
 
     energy = any(one.energy_mj is not None for one in report.candidates)
-    figures = ["p50 ms", "p90 ms", "img/s", "MiB", "MB", "points lost", *(["mJ"] if energy else [])]
+    figures = ["p50 ms", "p90 ms", "img/s", "memory MiB", "files MB", "points lost", *(["mJ a call"] if energy else [])]
     title = f"Configurations of {report.arch} on this machine, {report.objective}; * no other is better in everything"
-    listing = present.table(title, ["configuration", *figures, "timed", "budget"], numeric=figures)
+    listing = present.table(title, ["configuration", *figures, "timed", "verdict"], numeric=figures)
     for place, one in enumerate(report.candidates):
         cells = [
             one.label + (" *" if one.on_front else ""),
@@ -130,9 +131,17 @@ def _table(report: TuneReport) -> Table:
 
 def _standing(report: TuneReport, place: int, one: Candidate) -> str:
     if place == report.chosen:
-        return "best"
+        return "best" if one.status == "ok" else f"best; {one.status}: {one.reason}"
     if one.p50_ms is None:
-        return f"failed: {one.reason}"
+        return f"{one.status}: {one.reason}" if one.reason else one.status
     if one.over_budget:
         return "; ".join(one.over_budget)
-    return "as fast" if place in report.ties else "within" if one.final else "slower"
+    return (
+        "as fast"
+        if place in report.ties
+        else "slower"
+        if one.final
+        else "not compared"
+        if report.partial
+        else "left early"
+    )

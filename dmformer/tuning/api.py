@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmformer.bench import DEFAULT_LIMIT_S
-from dmformer.bench.plan import BenchRequest, plan_bench
+from dmformer.bench.plan import NO_SPEED, BenchRequest, plan_bench
 from dmformer.bundle.reader import Bundle, open_bundle
-from dmformer.bundle.settings import machine_key, write_settings
-from dmformer.errors import UsageError
-from dmformer.machine import check_threads, describe_machine, usable_cores
+from dmformer.bundle.settings import check_writable, machine_key, write_settings
+from dmformer.errors import UnavailableError, UsageError
+from dmformer.machine import check_threads, describe_machine, is_emulated, usable_cores
 from dmformer.progress import silent
 from dmformer.tuning.report import OBJECTIVES, Budget, TuneReport
 from dmformer.tuning.search import Search
@@ -85,7 +85,9 @@ def tune(
     )
     begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
     environment = describe_machine()
-    measured = _measure_points(opened, plan, data, stage) if data is not None else {}
+    if write:
+        check_writable(opened)
+    measured, notes = _measure_points(opened, plan, data, stage) if data is not None else ({}, ())
     search = Search(plan, wanted, budget, measured, stage)
     search.run()
     report = TuneReport(
@@ -97,7 +99,7 @@ def tune(
         budget=budget,
         measured_at=begun,
         skipped=plan.skipped,
-        notes=plan.notes,
+        notes=(*plan.notes, *(search.last.notes if search.last is not None else ()), *notes),
         **search.outcome(),
     )
     if write and report.chosen is not None:
@@ -117,7 +119,7 @@ def _checked(objective: str, budget: Budget) -> Objective:
         ("max_accuracy_drop", budget.accuracy_drop),
     ):
         if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f"`{name}` {value:g}; expected 0 or more")
+            raise UsageError(f"`{name}` {value:g}; expected a number from 0")
     for known in OBJECTIVES:
         if objective == known:
             return known
@@ -137,12 +139,17 @@ def plan_candidates(
     """Return a plan whose rows are all candidates; the arguments are those of :func:`tune`.
 
     Raises:
-        UnavailableError: a runtime that was named, or every one, cannot run on this machine.
+        UnavailableError: a runtime that was named, or every one, cannot run on this machine; or it is emulated.
         UsageError: an argument cannot be used.
     """
+    if is_emulated():
+        raise UnavailableError(f"{NO_SPEED}; expected the device")
     if streams and objective != "throughput":
         raise UsageError("`streams` for one call at a time; expected `objective` throughput with it")
     cores = usable_cores()
+    for count in streams:
+        if not 1 <= count <= cores:
+            raise UsageError(f"`streams` {count}; expected 1 to {cores}, a core for each at least")
     for count in threads:
         check_threads(count)
     doubling = sorted({*(1 << power for power in range(cores.bit_length()) if 1 << power <= cores), cores})
@@ -164,8 +171,12 @@ def plan_candidates(
     return replace(plan, configurations=tuple(rows))
 
 
-def _measure_points(bundle: Bundle, plan: BenchPlan, data: str | Path, stage: Progress) -> dict[tuple[str, str], float]:
+def _measure_points(
+    bundle: Bundle, plan: BenchPlan, data: str | Path, stage: Progress
+) -> tuple[dict[tuple[str, str], float], tuple[str, ...]]:
     """Return the points that each runtime and precision loses on labelled images, against PyTorch or else float32.
+
+    And what is to be known of these images.
 
     Raises:
         UsageError: the images have no labels, and there is nothing to agree with.
@@ -186,8 +197,12 @@ def _measure_points(bundle: Bundle, plan: BenchPlan, data: str | Path, stage: Pr
         )
     if report.torch is not None:
         measure = measure_of(bundle.manifest.model.task, bundle.manifest.class_count)
-        return {(row.runtime, row.precision): measure.points_lost(row, report.torch) for row in report.results}
-    return {(row.runtime, row.precision): 100 * (_share(reference) - _share(row)) for row in report.results}
+        lost = {(row.runtime, row.precision): measure.points_lost(row, report.torch) for row in report.results}
+    else:  # rounded, for shares of so many images are no binary fractions
+        lost = {
+            (row.runtime, row.precision): round(100 * (_share(reference) - _share(row)), 9) for row in report.results
+        }
+    return lost, (*report.notes, *report.skipped)
 
 
 def _share(accuracy: Accuracy) -> float:

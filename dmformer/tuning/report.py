@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from dmformer.bench.plan import Configuration
 from dmformer.bundle.settings import Settings
-from dmformer.errors import CheckFailed
+from dmformer.errors import CheckFailed, StageFailed
 
 Objective = Literal["latency", "throughput"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -45,7 +45,9 @@ class Candidate(Configuration, frozen=True, kw_only=True):
         over_budget: a sentence for each budget that it exceeds, or of which it is not known.
         on_front: whether no other is better in one of latency, memory, points lost, size and energy, and as good in the
             others; with the objective throughput, the time for one image counts as latency.
-        reason: why it failed.
+        status: ``ok``; ``unstable`` where the warm-up did not settle or the time limit ended it early; ``failed``; or
+            ``not run`` where the search was stopped before.
+        reason: why it failed, or what is to be known of it.
     """
 
     heats: int = 0
@@ -60,6 +62,7 @@ class Candidate(Configuration, frozen=True, kw_only=True):
     points_from: str | None = None
     over_budget: tuple[str, ...] = ()
     on_front: bool = False
+    status: Literal["ok", "unstable", "failed", "not run"] = "not run"
     reason: str | None = None
 
     @property
@@ -109,21 +112,28 @@ class TuneReport(Struct, frozen=True, kw_only=True):
         """Refuse a report without a choice.
 
         Raises:
-            CheckFailed: no configuration is within the budget.
+            CheckFailed: no configuration is within the budget, or the search was stopped.
+            StageFailed: every configuration failed.
         """
-        if self.chosen is None:
-            nearest = "" if self.nearest is None else self._nearest(self.candidates[self.nearest])
-            raise CheckFailed(f"none of {len(self.candidates)} configurations is within the budget{nearest}")
-
-    @staticmethod
-    def _nearest(candidate: Candidate) -> str:
-        return f"; the nearest is {candidate.label}: {'; '.join(candidate.over_budget)}"
+        if self.chosen is not None:
+            return
+        if self.partial:
+            raise CheckFailed("tuning was stopped before its end; nothing is chosen")
+        if all(one.status == "failed" for one in self.candidates):
+            first = self.candidates[0]
+            raise StageFailed(f"all {len(self.candidates)} configurations failed; first: {first.label}: {first.reason}")
+        nearest = self.candidates[cast("int", self.nearest)]
+        raise CheckFailed(
+            f"none of {len(self.candidates)} configurations is within the budget; the nearest is {nearest.label}: "
+            f"{'; '.join(nearest.over_budget)}"
+        )
 
     def settings(self) -> Settings:
         """Return the choice as it is kept.
 
         Raises:
             CheckFailed: there is none.
+            StageFailed: every configuration failed.
         """
         self.check()
         best = self.candidates[cast("int", self.chosen)]

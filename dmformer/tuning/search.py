@@ -15,6 +15,7 @@ import msgspec
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_ROUNDS
 from dmformer.bench.api import run_plan
+from dmformer.bench.sentences import digits
 from dmformer.bench.statistics import paired_ratio
 from dmformer.tuning.report import Candidate
 
@@ -81,7 +82,8 @@ class Search:
             self._time(plan, final=False)
             left = self._better_half(left)
             heat += 1
-        if left and not self.partial:
+        # What was within the budget briefly may not be for long: then those come that were given up before.
+        while left and not self.partial:
             plan = replace(
                 self.plan,
                 configurations=tuple(left),
@@ -90,20 +92,26 @@ class Search:
                 brief=False,
             )
             self.last = self._time(plan, final=True)
+            waiting = [row for row, one in self.candidates.items() if not one.final and _is_within(one)]
+            left = (
+                [] if any(_is_within(self.candidates[row]) for row in left) else self._better_half(waiting)[:_FINALISTS]
+            )
 
     def _time(self, plan: BenchPlan, *, final: bool) -> BenchReport:
         report = run_plan(plan, self.stage)
         for row, result in zip(plan.configurations, report.results, strict=True):
-            self.candidates[row] = self._judged(_with_figures(self.candidates[row], result, final))
+            if result.status != "not run":
+                figures = _with_figures(self.candidates[row], result, final and not report.partial)
+                self.candidates[row] = self._judged(figures)
         self.partial = report.partial
         return report
 
     def _judged(self, candidate: Candidate) -> Candidate:
         """Note what a candidate exceeds."""
         if candidate.p50_ms is None:
-            return candidate
+            return msgspec.structs.replace(candidate, over_budget=())
         over = [
-            f"{what} {value:.3g} {unit}; allowed are {allowed:g} {unit}"
+            f"{what} {_more_than(value, allowed)} {unit}; allowed are {allowed:g} {unit}"
             for what, value, allowed, unit in self._compared(candidate)
             if value > allowed
         ]
@@ -144,7 +152,7 @@ class Search:
 
     def _rank(self, candidate: Candidate) -> tuple[float, float]:
         """Return what sorts candidates: those within the budget by their cost, then the others by what they exceed."""
-        return (self._excess(candidate) if candidate.over_budget else 0.0, self._cost(candidate))
+        return (0.0 if _is_within(candidate) else self._excess(candidate), self._cost(candidate))
 
     def _better_half(self, rows: Sequence[Configuration]) -> list[Configuration]:
         timed = [row for row in rows if self.candidates[row].p50_ms is not None]
@@ -157,14 +165,18 @@ class Search:
         front = {id(one) for one in everyone if self._is_on_front(one, everyone)}
         ranked = sorted(everyone, key=lambda one: (not one.final, *self._rank(one)))
         rows = tuple(msgspec.structs.replace(one, on_front=id(one) in front) for one in ranked)
-        within = [place for place, one in enumerate(rows) if one.final and one.p50_ms and not one.over_budget]
-        measured = [place for place, one in enumerate(rows) if one.p50_ms is not None]
+        within = [place for place, one in enumerate(rows) if one.final and _is_within(one)]
+        measured = [place for place, one in enumerate(rows) if one.over_budget]
         chosen = within[0] if within and not self.partial else None
         return {
             "candidates": rows,
             "chosen": chosen,
             "ties": () if chosen is None else self._ties(rows, chosen, within),
-            "nearest": min(measured, key=lambda place: self._excess(rows[place]), default=None) if not within else None,
+            "nearest": (
+                None
+                if within or self.partial
+                else min(measured, key=lambda place: self._excess(rows[place]), default=None)
+            ),
             "noise_floor": None if self.last is None else self.last.noise_floor,
             "partial": self.partial,
         }
@@ -172,7 +184,9 @@ class Search:
     def _ties(self, rows: Sequence[Candidate], chosen: int, within: Sequence[int]) -> tuple[int, ...]:
         assert self.last is not None
         taken = {
-            (row.runtime, row.precision, row.batch, row.threads, row.streams): _per_row(row)
+            (row.runtime, row.precision, row.batch, row.threads, row.streams): (
+                _per_row(row) if self.objective == "throughput" else row.call_ns
+            )
             for row in self.last.results
             if row.timed
         }
@@ -198,7 +212,10 @@ class Search:
         )
 
     def _figures(self, candidate: Candidate) -> tuple[float, ...]:
-        others = (candidate.memory_mb, candidate.points_lost, candidate.energy_mj)
+        energy = candidate.energy_mj
+        if energy is not None and self.objective == "throughput":
+            energy /= candidate.batch
+        others = (candidate.memory_mb, candidate.points_lost, energy)
         return (
             self._cost(candidate),
             candidate.size_bytes,
@@ -216,8 +233,20 @@ def _with_figures(candidate: Candidate, result: Result, final: bool) -> Candidat
         images_per_s=result.throughput_ips,
         memory_mb=result.peak_rss_mb,
         energy_mj=result.energy_mj,
+        status=result.status,
         reason=result.reason,
     )
+
+
+def _is_within(candidate: Candidate) -> bool:
+    """Whether a candidate was timed and exceeds no budget."""
+    return candidate.p50_ms is not None and not candidate.over_budget
+
+
+def _more_than(value: float, allowed: float) -> str:
+    """Return a figure with as many digits as tell it from what it exceeds."""
+    texts = (digits(value), *(f"{value:.{places}f}" for places in range(1, 7)))
+    return next((text for text in texts if float(text) > allowed), repr(value))
 
 
 def _median_ms(result: Result) -> float | None:
