@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +116,35 @@ def test_a_server_that_is_not_there(opened: Bundle) -> None:
     one_line(caught.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http:// a", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://x",
+        "http://",
+        "http:// a",
+        "",
+        "http://127.0.0.1:abc",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://[::1",
+        "http://:8000",
+        "http://a..b",
+        "http://a?b=c",
+        "grpc://a\x1b:1",
+        "http://me:secret@127.0.0.1:8000",
+    ],
+)
 def test_what_is_no_address(opened: Bundle, url: str) -> None:
-    with pytest.raises(UsageError, match="expected http://HOST:PORT"):
+    with pytest.raises(UsageError, match="expected http://HOST:PORT") as caught:
         verify_server(opened, url)
+    assert "secret" not in one_line(caught.value)
+
+
+def test_a_path_behind_the_address_is_asked(double: Double) -> None:
+    with pytest.raises(UnavailableError, match="expected a server of the Open"), ServerClient(f"{double.url}/base/"):
+        pass
+    assert double.asked == ["/base/v2"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +153,8 @@ def test_what_is_no_address(opened: Bundle, url: str) -> None:
         ("infer html", "the answer is not of the protocol"),
         ("infer refuses", "the server refuses: the model is out of memory really"),
         ("infer drip", "no answer within 1 s"),
+        ("infer 302", "(status 302)"),
+        ("infer upstream", "the server refuses: the upstream request timed out (status 503)"),
         ("infer cut", "model dmformer_nano_onnx_fp32"),
         ("infer empty", "output 'logits' is empty"),
         ("infer nothing", "no output 'logits' in the answer"),
@@ -293,3 +322,51 @@ def test_every_wait_is_bounded_on_a_connection(double: Double) -> None:
             NAME, TensorMetadata("image", "FP32", (-1, 3, 32, 32)), np.zeros((1, 3, 32, 32), np.float32), ["a"]
         )
     assert time.monotonic() - begun < 10
+
+
+def test_a_wait_that_begins_while_connecting_is_bounded_too(double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gevent
+    from geventhttpclient.connectionpool import ConnectionPool
+
+    resolve, connect = ConnectionPool._resolve, ConnectionPool._connect_socket
+    tried: list[Any] = []
+
+    def connect_late(pool: Any, sock: Any, address: Any) -> Any:
+        tried.append(address)
+        if len(tried) == 1:
+            gevent.sleep(20)
+        return connect(pool, sock, address)
+
+    monkeypatch.setattr(ConnectionPool, "_resolve", lambda pool: 2 * resolve(pool))
+    monkeypatch.setattr(ConnectionPool, "_connect_socket", connect_late)
+    double.broken = "drip"
+    begun = time.monotonic()
+    with pytest.raises(UnavailableError, match="no answer within 0.5 s"), ServerClient(double.url, limit_s=0.5):
+        pass
+    assert time.monotonic() - begun < 5
+    assert len(tried) == 1
+
+
+def test_what_the_library_refuses_is_not_said_of_the_server(double: Double) -> None:
+    with ServerClient(double.url) as client, pytest.raises(DMFormerError, match="NVIDIA's client refuses: got unex"):
+        client.infer(NAME, TensorMetadata("image", "FP32", (-1, 3, 32, 32)), np.zeros((1, 3, 32, 32)), ["logits"])
+    assert "/infer" not in "".join(double.asked)
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+def test_ctrl_c_ends_a_wait_without_lines_of_the_library(double: Double, capfd: pytest.CaptureFixture[str]) -> None:
+    double.broken = "infer drip"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT))
+    try:
+        with ServerClient(double.url) as client, pytest.raises(KeyboardInterrupt):
+            timer.start()
+            client.infer(NAME, TensorMetadata("image", "FP32", (-1, 3, 32, 32)), golden_row(), ["logits"])
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == ""
+
+
+def golden_row() -> NDArray[Any]:
+    return np.zeros((1, 3, 32, 32), np.float32)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
 from dmformer._optional import require
 from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError, first_line
-from dmformer.text import plain
+from dmformer.text import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 LIMIT_S = 60.0  # that one answer may take
 _SCHEMES = {"http": False, "https": True, "grpc": False, "grpcs": True}  # whether they are encrypted
-_MOST_SHOWN = 300  # characters of what a server says
 _BINARY, _INDEX, _CONFIG = "binary_tensor_data", "model_repository", "model_configuration"
 T = TypeVar("T")
 
@@ -78,6 +78,10 @@ class IndexEntry(Struct, frozen=True):
     reason: str = ""
 
 
+class UnknownModel(StageFailed):
+    """The server has no model, or no version of it, of that name."""
+
+
 class ServerClient:
     """A connection to a server; a context manager, used by one thread.
 
@@ -95,15 +99,12 @@ class ServerClient:
     """
 
     def __init__(self, url: str, limit_s: float = LIMIT_S) -> None:
-        scheme, _, address = url.partition("://")
-        if scheme.lower() not in _SCHEMES or not address.strip("/") or any(one.isspace() for one in address):
-            raise UsageError(
-                f"`server` {url!r}; expected http://HOST:PORT, https://HOST:PORT, grpc://HOST:PORT or grpcs://HOST:PORT"
-            )
+        scheme, self._address = _parse_address(url)
+        if not 0 < limit_s < float("inf"):
+            raise UsageError(f"`limit_s` {limit_s:g}; expected seconds above 0")
         self.url, self.limit_s = url, limit_s
-        self._encrypted = _SCHEMES[scheme.lower()]
-        self._grpc = scheme.lower().startswith("grpc")
-        self._address = address.rstrip("/")
+        self._encrypted = _SCHEMES[scheme]
+        self._grpc = scheme.startswith("grpc")
         self._binary = True
         self.metadata = ServerMetadata("")
         # First what tritonclient needs, for it hides which part is missing.
@@ -116,6 +117,7 @@ class ServerClient:
         arguments: dict[str, Any] = {"url": self._address, "ssl": self._encrypted}
         if not self._grpc:
             arguments |= {"connection_timeout": self.limit_s, "network_timeout": self.limit_s}
+            _end_quietly()
         self._client = self._ask("connecting", lambda: self._library.InferenceServerClient(**arguments))
         try:
             self.metadata = self._metadata("its metadata", "get_server_metadata", ServerMetadata)
@@ -134,16 +136,23 @@ class ServerClient:
             self._client.close()
 
     def models(self) -> tuple[IndexEntry, ...] | None:
-        """Return the models of the server's repository; ``None`` where it does not list them."""
+        """Return the models of the server's repository; ``None`` where it does not list them.
+
+        Raises:
+            UnavailableError: it says that it lists them, and does not.
+        """
         if not self._has(_INDEX):
             return None
-        return self._metadata("its models", "get_model_repository_index", tuple[IndexEntry, ...], "models")
+        try:
+            return self._metadata("its models", "get_model_repository_index", tuple[IndexEntry, ...], "models")
+        except StageFailed as error:
+            raise UnavailableError(str(error)) from error
 
     def model(self, name: str, version: str = "") -> ModelMetadata:
         """Return what the server says of a model.
 
         Raises:
-            StageFailed: it has none of that name, or it is not ready.
+            StageFailed: it has none of that name (:class:`UnknownModel`), or it is not ready.
         """
         return self._metadata(f"model {name}", "get_model_metadata", ModelMetadata, None, name, version)
 
@@ -204,37 +213,57 @@ class ServerClient:
 
     def _ask(self, what: str, ask: Callable[[], T]) -> T:
         """Call the library; whatever it raises becomes one line."""
+        deadline = self._deadline()
         try:
-            with self._deadline():
+            with deadline:
                 return ask()
         except DMFormerError as error:
             raise type(error)(f"{self.url}, {what}: {error}") from error
         except Exception as error:
             raise self._failed(what, error) from error
+        except BaseException as error:
+            if error is not deadline:
+                raise
+            raise self._no_answer(what) from error
 
     def _deadline(self) -> AbstractContextManager[Any]:
-        """Bound a block as a whole: a server that sends a byte now and then would never end otherwise."""
+        """Bound a block as a whole: a server that sends a byte now and then would never end otherwise.
+
+        What ends the block is no ``Exception``, which the library would take for a failure of one of several addresses.
+        """
         if self._grpc:  # which has a deadline itself
             return nullcontext()
         import gevent
 
-        timeout: AbstractContextManager[Any] = gevent.Timeout(self.limit_s, TimeoutError)
+        timeout: AbstractContextManager[Any] = gevent.Timeout(self.limit_s)
         return timeout
 
     def _failed(self, what: str, error: Exception) -> DMFormerError:
         """Put what the library raised into one line."""
         where = f"{self.url}, {what}"
-        status = str(error.status()) if hasattr(error, "status") else ""
+        from_library = hasattr(error, "debug_details")
+        status = str(error.status() or "") if hasattr(error, "status") else ""
+        status = "" if status == "None" else status  # as gRPC's client writes that there is none
         said = error.message() if hasattr(error, "message") else first_line(error)
-        if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in status or "timed out" in str(said):
-            return StageFailed(f"{where}: no answer within {self.limit_s:g} s")
+        late = isinstance(error, TimeoutError) or (not status and "timed out" in str(said))
+        if late or "DEADLINE_EXCEEDED" in status:
+            return self._no_answer(what)
         if isinstance(error, OSError) or "UNAVAILABLE" in status:
-            return UnavailableError(f"{self.url} cannot be reached ({_short(said)}); expected a server that runs there")
-        foreign = getattr(error, "debug_details", lambda: None)()
-        if not status or (not self._grpc and foreign is not None):
+            return UnavailableError(
+                f"{self.url} cannot be reached ({shorten(said)}); expected a server that runs there"
+            )
+        if not status and from_library:
+            return StageFailed(f"{where}: NVIDIA's client refuses: {shorten(said)}")
+        unknown = status == "404" or "NOT_FOUND" in status or (status == "400" and "unknown model" in str(said))
+        kind = UnknownModel if unknown else StageFailed
+        foreign = error.debug_details() if from_library and not self._grpc else None  # type: ignore[attr-defined]
+        if not status or foreign is not None:
             shown = said if foreign is None else f"status {status}, {foreign}"
-            return StageFailed(f"{where}: the answer is not of the protocol ({_short(shown)})")
-        return StageFailed(f"{where}: the server refuses: {_short(said)}")
+            return kind(f"{where}: the answer is not of the protocol ({shorten(shown)})")
+        return kind(f"{where}: the server refuses: {shorten(said)} (status {shorten(status)})")
+
+    def _no_answer(self, what: str) -> StageFailed:
+        return StageFailed(f"{self.url}, {what}: no answer within {self.limit_s:g} s; `limit_s` allows more")
 
 
 def _array(result: Any, name: str) -> NDArray[Any]:
@@ -246,7 +275,7 @@ def _array(result: Any, name: str) -> NDArray[Any]:
     try:
         found: NDArray[Any] | None = result.as_numpy(name)
     except ValueError as error:
-        said = first_line(error)
+        said = shorten(first_line(error))
         if "size 0 into shape" in said:
             wanted = said.rpartition("shape ")[2]
             raise StageFailed(
@@ -259,7 +288,30 @@ def _array(result: Any, name: str) -> NDArray[Any]:
     return found
 
 
-def _short(text: object) -> str:
-    """Return the beginning of what a server or a library says, on one line."""
-    line = plain(" ".join(str(text).split()))
-    return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]}…"
+def _parse_address(url: str) -> tuple[str, str]:
+    """Return the scheme of an address and what follows it: host, port and path.
+
+    Raises:
+        UsageError: it is no address of a server; what may be a password is not repeated.
+    """
+    expected = "expected http://HOST:PORT, https://HOST:PORT, grpc://HOST:PORT or grpcs://HOST:PORT"
+    if "@" in url:
+        raise UsageError(f"`server` names a user, which no server of the protocol asks for; {expected}")
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        fits = bool(host) and parts.port != 0  # reading the port checks it
+    except ValueError:
+        fits = False
+    if not fits or parts.scheme not in _SCHEMES or {"?", "#"} & set(url) or not url.isprintable() or " " in url:
+        raise UsageError(f"`server` {shorten(repr(url))}; {expected}")
+    return parts.scheme, f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def _end_quietly() -> None:
+    """Let Ctrl-C end this thread's wait without a word of gevent's own, whose loop prints what it does not expect."""
+    import gevent
+
+    hub = gevent.get_hub()
+    if KeyboardInterrupt not in hub.NOT_ERROR:
+        hub.NOT_ERROR += (KeyboardInterrupt,)
