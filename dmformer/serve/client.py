@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LIMIT_S = 60.0  # that one answer may take
 _SCHEMES = {"http": False, "https": True, "grpc": False, "grpcs": True}  # whether they are encrypted
+# NumPy's names of the protocol's types.
+DTYPES = {"FP32": "float32", "FP16": "float16", "INT32": "int32", "INT64": "int64", "BYTES": "object"}
 _BINARY, _INDEX, _CONFIG = "binary_tensor_data", "model_repository", "model_configuration"
 T = TypeVar("T")
 
@@ -112,6 +114,7 @@ class ServerClient:
         require(needed, extra="serving", purpose="`server`")
         self._library: Any = require(f"tritonclient.{kind}", extra="serving", purpose="`server`")
         self._client: Any = None
+        self._models: dict[tuple[str, str], ModelMetadata] = {}  # by name and version: what answers have to be
 
     def __enter__(self) -> Self:
         arguments: dict[str, Any] = {"url": self._address, "ssl": self._encrypted}
@@ -154,19 +157,22 @@ class ServerClient:
         Raises:
             StageFailed: it has none of that name (:class:`UnknownModel`), or it is not ready.
         """
-        return self._metadata(f"model {name}", "get_model_metadata", ModelMetadata, None, name, version)
+        what = f"model {shorten(name)}"
+        found = self._metadata(what, "get_model_metadata", ModelMetadata, None, name, version)
+        self._models[name, version] = found
+        return found
 
     def configuration(self, name: str) -> ModelConfiguration | None:
         """Return Triton's configuration of a model; ``None`` where the server has no such thing."""
         if not self._has(_CONFIG):
             return None
-        what = f"the configuration of {name}"
+        what = f"the configuration of {shorten(name)}"
         return self._metadata(what, "get_model_config", ModelConfiguration, "config", name)
 
     def infer(
         self, model: str, given: TensorMetadata, rows: NDArray[Any], outputs: Sequence[str], version: str = ""
     ) -> dict[str, NDArray[Any]]:
-        """Ask a model.
+        """Ask a model; every answer is held to what the server says of the model, for which it is asked once.
 
         Args:
             model: its name.
@@ -176,7 +182,8 @@ class ServerClient:
             version: of the model; otherwise the server chooses.
 
         Returns:
-            An array for each of the outputs.
+            An array for each of the outputs, of the type and shape that the server declares, with as many rows as were
+            sent.
 
         Raises:
             StageFailed: the server refused, did not answer in time, or answered something else.
@@ -189,10 +196,16 @@ class ServerClient:
             tensor.set_data_from_numpy(rows, **binary)
             wanted = [self._library.InferRequestedOutput(name, **binary) for name in outputs]
             result = self._client.infer(model, [tensor], model_version=version, outputs=wanted, **limit)
-            return {name: _array(result, name) for name in outputs}
+            answer = {name: _array(result, name) for name in outputs}
+            for name, array in answer.items():
+                if name in declared:
+                    _check_declared(array, declared[name], len(rows))
+            return answer
 
         try:
-            return self._ask(f"model {model}", ask)
+            metadata = self._models.get((model, version)) or self.model(model, version)
+            declared = {one.name: one for one in metadata.outputs}
+            return self._ask(f"model {shorten(model)}", ask)
         except UnavailableError as error:  # it was there before
             raise StageFailed(str(error)) from error
 
@@ -213,7 +226,7 @@ class ServerClient:
 
     def _ask(self, what: str, ask: Callable[[], T]) -> T:
         """Call the library; whatever it raises becomes one line."""
-        deadline = self._deadline()
+        deadline: Any = self._deadline()
         try:
             with deadline:
                 return ask()
@@ -286,6 +299,23 @@ def _array(result: Any, name: str) -> NDArray[Any]:
     if found is None:
         raise StageFailed(f"no output {name!r} in the answer")
     return found
+
+
+def _check_declared(array: NDArray[Any], declared: TensorMetadata, rows: int) -> None:
+    """Refuse an output that is not what the server says of it.
+
+    Raises:
+        StageFailed: it has another type, rank or fixed side, or another number of rows than was sent.
+    """
+    expected = (rows, *declared.shape[1:]) if declared.shape else ()
+    fits = len(array.shape) == len(expected) and all(
+        side in (-1, got) for side, got in zip(expected, array.shape, strict=True)
+    )
+    if not fits or str(array.dtype) != DTYPES.get(declared.datatype, str(array.dtype)):
+        raise StageFailed(
+            f"output {shorten(repr(declared.name))} is {array.dtype} {shorten(array.shape)}; expected "
+            f"{shorten(declared.datatype)} {shorten(list(expected))}"
+        )
 
 
 def _parse_address(url: str) -> tuple[str, str]:
