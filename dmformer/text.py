@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_MOST_SHOWN = 300  # characters of what somebody else says
+_MOST_LISTED = 10  # of the names that somebody else gave
 
 # Control characters (C0, DEL, C1), separators of lines and paragraphs, what is invisible or turns the direction of
 # writing, tags, and halves of surrogate pairs. Joiners (U+200C, U+200D), which words of some languages need, stay.
@@ -25,6 +32,19 @@ def plain(text: str) -> str:
 def plain_lines(text: str) -> str:
     """Return a text of several lines, each as :func:`plain` has it."""
     return "\n".join(map(plain, text.split("\n")))
+
+
+def shorten(text: object) -> str:
+    """Return the beginning of what somebody else says, on one line and without control characters."""
+    line = plain(" ".join(str(text).split()))
+    return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]}…"
+
+
+def shorten_list(names: Iterable[object], separator: str = ", ", most: int = _MOST_LISTED) -> str:
+    """Return the first of what somebody else named, each as :func:`shorten` has it, and how many more there are."""
+    shown = [shorten(name) for name in names]
+    more = [f"… and {len(shown) - most} more"] if len(shown) > most else []
+    return separator.join([*shown[:most], *more])
 
 
 def plain_json(data: bytes) -> bytes:

@@ -30,6 +30,7 @@ class Double:
         shapes: of input and outputs, with their types.
         extensions: that it says it has.
         parameters: of the model's configuration, where it has that extension.
+        index: the models that it lists, where it has that extension.
         broken: what is wrong with its answers; empty for nothing.
         url: where it is.
         asked: paths of the requests.
@@ -41,6 +42,7 @@ class Double:
     gives: list[dict[str, Any]]
     extensions: list[str] = field(default_factory=lambda: ["binary_tensor_data"])
     parameters: dict[str, str] = field(default_factory=dict)
+    index: list[dict[str, str]] = field(default_factory=list)
     broken: str = ""
     url: str = ""
     asked: list[str] = field(default_factory=list)
@@ -87,6 +89,8 @@ def _handler(double: Double) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - on
                 self.send(b"[1, 2]")
             elif double.broken == "drip":
                 self.drip()
+            elif double.broken == "models" and self.path != "/v2":
+                self.send(b'{"error": "CUDA out of memory"}', 500)
             elif (content := double.metadata(self.path)) is None:
                 self.send(b'{"error": "Request for unknown model: \'x\' is not found"}', 400)
             else:
@@ -108,6 +112,9 @@ def _handler(double: Double) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - on
         def do_POST(self) -> None:
             double.asked.append(self.path)
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/v2/repository/index":
+                self.send(b'{"error": "broken"}' if double.broken == "index" else json.dumps(double.index).encode())
+                return
             length = self.headers.get("Inference-Header-Content-Length")
             request = json.loads(body if length is None else body[: int(length)])
             (tensor,) = request["inputs"]
@@ -121,6 +128,10 @@ def _handler(double: Double) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - on
                 self.send(b'{"error": "the model is out of memory\\nreally"}', 500)
             elif double.broken == "infer drip":
                 self.drip()
+            elif double.broken == "infer 302":
+                self.send(b"", 302, Location="/elsewhere")
+            elif double.broken == "infer upstream":
+                self.send(b'{"error": "the upstream request timed out"}', 503)
             elif double.broken == "infer cut":
                 self.send_response(200)
                 self.send_header("Content-Length", "1000")

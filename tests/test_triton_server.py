@@ -138,8 +138,9 @@ def test_the_demonstrations_hold(served: Served, scheme: str) -> None:
             stages = {check.stage for check in report.checks if check.runtime == "server"}
             expected = {"model", "runtime", "decisions", "rows", "shuffled", "repeated", "batches", "concurrent"}
             assert stages == expected | ({"preprocessing", "classes"} if name.endswith("_images") else set())
-    report = verify_server(served.digits, url, model="dmformer_nano_onnx_int8")
-    assert report.passed, failed(report)
+    for name in ("dmformer_nano_onnx_int8", "dmformer_nano_openvino_fp32"):
+        report = verify_server(served.digits, url, model=name)
+        assert report.passed, failed(report)
 
 
 def test_the_command_names_the_wrong_ones(served: Served, inline: Callable[..., Run]) -> None:

@@ -1,12 +1,14 @@
 """Requests to a server by several clients at once, each waiting for its answer before it asks again (a closed loop).
 
-The clients are threads of this process, each with a connection of its own, so that what the client itself costs is this
-process's CPU time. Nothing is left out: a request that failed is counted by what failed, and every answer is compared
-with what the same row was answered alone; one that is nearer to another row's answer was mixed up.
+The clients are threads of this process, each with a connection of its own, so that what a client itself costs is the
+CPU time of its thread while it asks. Nothing is left out: a request that failed is counted by what failed, and every
+answer is compared with what the same row was answered alone, in a sample of its values; one that is nearer to another
+row's answer was mixed up, and one that is not finite is a failure.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmformer.errors import DMFormerError, StageFailed
+from dmformer.errors import DMFormerError, StageFailed, UnavailableError
 from dmformer.serve.client import LIMIT_S, ServerClient, TensorMetadata
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     Outputs = dict[str, NDArray[Any]]
 
 _WARM_UP = 5  # requests of each client before the time is taken
+_MOST_COMPARED = 4096  # values of an output
 _PAUSE_S = 0.02  # after a failure, so that a server that is not there is not asked thousands of times
 
 
@@ -71,7 +74,7 @@ class LoadSamples:
         errors: how often each failure happened.
         mixed_up: answers that are nearer to another row's than to their own.
         wall_s: from the first request to the last answer.
-        cpu_s: CPU time of this process meanwhile.
+        cpu_s: CPU time of the clients' threads while they asked.
     """
 
     latencies_ns: list[int] = field(default_factory=list)
@@ -126,15 +129,20 @@ class _Load:
             if self.requests is not None and number >= self.requests:
                 return
             row = number % len(self.target.rows)
-            begun = time.perf_counter_ns()
+            begun, cpu = time.perf_counter_ns(), time.thread_time_ns()
+            answer, failure = None, ""
             try:
                 answer = self.target.ask(client, row)
             except DMFormerError as error:
-                with self._lock:
-                    self.samples.errors[str(error)] += 1
+                failure = str(error)
+            taken, used = time.perf_counter_ns() - begun, time.thread_time_ns() - cpu
+            failure = failure or _not_finite(answer or {}) or ""
+            with self._lock:
+                self.samples.cpu_s += used / 1e9
+                self.samples.errors.update([failure] if failure else [])
+            if answer is None or failure:
                 time.sleep(_PAUSE_S)
                 continue
-            taken = time.perf_counter_ns() - begun
             wrong = self.alone is not None and nearest(answer, self.alone) != row
             self.seen(row, answer)
             with self._lock:
@@ -165,25 +173,28 @@ def put_load(
         Latencies, failures and costs.
 
     Raises:
-        UnavailableError: the server cannot be reached at all.
+        UnavailableError: the server cannot be reached at all, or this machine starts no more threads.
     """
     load = _Load(target, concurrency, requests, alone, seen)
     threads = [threading.Thread(target=load.run_client, daemon=True) for _ in range(concurrency)]
-    for thread in threads:
-        thread.start()
-    with suppress(threading.BrokenBarrierError):
-        load.start.wait()
-    begun, cpu = time.monotonic(), time.process_time()
     try:
         for thread in threads:
+            thread.start()
+        with suppress(threading.BrokenBarrierError):
+            load.start.wait()
+        begun = time.monotonic()
+        for thread in threads:
             thread.join(None if duration_s is None else max(0.0, begun + duration_s - time.monotonic()))
-    finally:
+    except RuntimeError as error:
+        raise UnavailableError(f"`concurrency` {concurrency}: {error}; expected fewer clients") from error
+    finally:  # whoever waits for a client that never began goes on
         load.ends.set()
+        load.start.abort()
     for thread in threads:
         thread.join()
     if load.failures:
         raise load.failures[0]
-    load.samples.wall_s, load.samples.cpu_s = time.monotonic() - begun, time.process_time() - cpu
+    load.samples.wall_s = time.monotonic() - begun
     return load.samples
 
 
@@ -191,11 +202,15 @@ def ask_alone(target: LoadTarget) -> list[Outputs]:
     """Return the answer to each row, asked one after another.
 
     Raises:
-        StageFailed: a row was not answered.
+        StageFailed: a row was not answered, or by what is not finite.
         UnavailableError: the server cannot be reached.
     """
     with target.connect() as client:
-        return [target.ask(client, row) for row in range(len(target.rows))]
+        answers = [target.ask(client, row) for row in range(len(target.rows))]
+    for answer in answers:
+        if reason := _not_finite(answer):
+            raise StageFailed(f"{target.url}, model {target.model}: {reason}")
+    return answers
 
 
 def nearest(answer: Outputs, alone: Sequence[Outputs]) -> int:
@@ -209,9 +224,27 @@ def nearest(answer: Outputs, alone: Sequence[Outputs]) -> int:
     return int(np.argmin(distances)) if np.isfinite(distances).any() else -1
 
 
+def _not_finite(answer: Outputs) -> str | None:
+    """Say which output is not finite in its sample; ``None`` where each is."""
+    broken = (
+        name for name, array in answer.items() if array.dtype.kind == "f" and not np.isfinite(_sample(array)).all()
+    )
+    return next((f"output {name!r} is NaN or infinite; expected numbers" for name in broken), None)
+
+
 def _distance(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """Return the largest difference; infinite where shapes differ or a value is not finite."""
+    """Return the largest difference in a sample; infinite where shapes differ or a value is not finite."""
     if one.shape != other.shape:
         return np.inf
-    distance = float(np.abs(one.astype(np.float64) - other).max())
+    distance = float(np.abs(_sample(one).astype(np.float64) - _sample(other)).max())
     return distance if np.isfinite(distance) else np.inf
+
+
+def _sample(array: NDArray[Any]) -> NDArray[Any]:
+    """Return values of an array, the same ones of each of its size: maps of millions would keep the clients busy."""
+    return array.reshape(-1)[_places(array.size)] if array.size > _MOST_COMPARED else array.reshape(-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _places(size: int) -> NDArray[np.int64]:
+    return np.sort(np.random.default_rng(0).integers(0, size, _MOST_COMPARED))

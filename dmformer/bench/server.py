@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from dmformer.bench import DEFAULT_DURATION_S
 from dmformer.bench.load import LoadTarget, ask_alone, nearest, put_load
 from dmformer.bench.statistics import Latency, latency
 from dmformer.errors import CheckFailed, UsageError
@@ -14,6 +15,7 @@ from dmformer.machine import describe_machine
 from dmformer.progress import silent
 from dmformer.serve.client import LIMIT_S, ServerClient
 from dmformer.serve.targets import find_models, request_rows
+from dmformer.text import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from dmformer.serve.targets import ServedTarget
 
 CONCURRENCY = (1, 4, 16)
-DURATION_S = 5.0  # of each number of clients
+_MOST_CLIENTS = 256  # threads of one process
 _BUSY = 0.8  # of a core: from here on the clients of one Python process wait for one another
 _SAMPLES_KEPT = 10_000
 
@@ -43,7 +45,7 @@ class LoadRow(Struct, frozen=True, kw_only=True):
         latency_ms: of the requests that were answered, as the clients saw it; ``null`` without any.
         throughput_ips: images answered in a second.
         wall_s: how long it took.
-        client_cpu_ms: CPU time of the clients for each request: what of a latency is theirs at the least.
+        client_cpu_ms: CPU time of a client's thread for each request: what of a latency is its own at the least.
         client_cores: CPU time of the clients over ``wall_s``: near 1 they are the limit, not the server.
         samples_ns: raw latencies; the first ten thousand.
     """
@@ -117,7 +119,7 @@ def bench_server(
     *,
     model: str | None = None,
     concurrency: Sequence[int] = CONCURRENCY,
-    duration_s: float = DURATION_S,
+    duration_s: float = DEFAULT_DURATION_S,
     runtimes: Sequence[str] = (),
     precision: str | None = None,
     limit_s: float = LIMIT_S,
@@ -139,14 +141,15 @@ def bench_server(
         stage: told about the run; it advances with each row.
 
     Raises:
-        CheckFailed: a file of the bundle is not what the manifest says, or all images get one answer.
-        StageFailed: the model does not answer a single client.
+        CheckFailed: a file of the bundle is not what the manifest says, a model takes or gives something else than the
+            bundle, or all images get one answer.
+        StageFailed: the model does not answer a single client, or not with numbers.
         UnavailableError: the server cannot be reached, or the model is not ready.
         UsageError: an argument cannot be used, or the server has no such model.
     """
     counts = list(dict.fromkeys(concurrency))
-    if not counts or min(counts) < 1:
-        raise UsageError(f"`concurrency` {list(concurrency)}; expected numbers of at least 1")
+    if not counts or min(counts) < 1 or max(counts) > _MOST_CLIENTS:
+        raise UsageError(f"`concurrency` {list(concurrency)}; expected numbers from 1 to {_MOST_CLIENTS}")
     if not 0 < duration_s < float("inf"):
         raise UsageError(f"`duration_s` {duration_s:g}; expected more than 0")
     golden, begun = bundle.golden(), datetime.now(timezone.utc)
@@ -158,6 +161,8 @@ def bench_server(
     with stage(f"load on {url}", len(targets) * len(counts)) as advance:
         try:
             for target in targets:
+                if target.mismatches:
+                    raise CheckFailed(f"{target.title}: {'; '.join(target.mismatches)}")
                 load = LoadTarget(
                     url=url,
                     model=target.model,
@@ -179,7 +184,7 @@ def bench_server(
             partial = True
     return LoadReport(
         url=url,
-        server=f"{server.name} {server.version}".strip(),
+        server=shorten(f"{server.name} {server.version}"),
         arch=bundle.manifest.model.arch,
         environment=describe_machine(),
         rows=tuple(rows),

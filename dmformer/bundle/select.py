@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dmformer.bundle.manifest import Artifact
+from dmformer.bundle.manifest import Artifact, Manifest
 from dmformer.bundle.reader import Bundle
 from dmformer.errors import UnavailableError, UsageError
 from dmformer.runtimes import registry
@@ -132,6 +132,25 @@ def caveat(row: registry.RuntimeEntry, artifact: Artifact) -> str | None:
     return saturation_risk(row, artifact.full_range) or registry.support(row).cannot_compute(artifact.precision)
 
 
+def matching_artifacts(manifest: Manifest, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> list[Artifact]:
+    """Return the artifacts of runtimes and precisions, wherever they run; all of them where none is named.
+
+    Raises:
+        UsageError: a runtime is unknown, or there are none.
+    """
+    formats = {registry.entry(name).format for name in runtimes if name.lower() != "all"}
+    wanted = {precision.lower() for precision in precisions}
+    found = [
+        artifact
+        for artifact in manifest.artifacts
+        if (not formats or artifact.format in formats) and (not wanted or artifact.precision in wanted)
+    ]
+    if not found:
+        named = " ".join([*runtimes, *precisions])
+        raise UsageError(f"the bundle has nothing for {named}; it has {_contents(manifest)}")
+    return found
+
+
 def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = ()) -> tuple[list[Choice], list[str]]:
     """Return the artifacts to work on, and a sentence for each one that had to be left out.
 
@@ -146,7 +165,7 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
     held = {artifact.precision for artifact in bundle.manifest.artifacts}
     if missing := [precision for precision in precisions if precision not in held]:
         raise UsageError(
-            f"the bundle has nothing at {missing[0]}; it has {_contents(bundle)}; "
+            f"the bundle has nothing at {missing[0]}; it has {_contents(bundle.manifest)}; "
             f"run: dmformer export --precision {missing[0]}"
         )
     wanted = list(dict.fromkeys(registry.entry(name) for name in runtimes if name.lower() != "all"))
@@ -158,7 +177,7 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
         if not found:
             wanting = "".join(f" --precision {precision}" for precision in precisions)
             raise UsageError(
-                f"the bundle has nothing for runtime {row.name}{_at(precisions)}; it has {_contents(bundle)}: "
+                f"the bundle has nothing for runtime {row.name}{_at(precisions)}; it has {_contents(bundle.manifest)}: "
                 f"run: dmformer export --format {row.format}{wanting}"
             )
         fit, reasons = _divide(found)
@@ -177,7 +196,7 @@ def select(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str] = 
     if not chosen and skipped:
         raise UnavailableError(f"nothing in the bundle can run on this machine: {'; '.join(skipped)}")
     if not chosen:
-        raise UsageError(f"the bundle has nothing{_at(precisions)}; it has {_contents(bundle)}")
+        raise UsageError(f"the bundle has nothing{_at(precisions)}; it has {_contents(bundle.manifest)}")
     return chosen, skipped
 
 
@@ -204,5 +223,5 @@ def _at(precisions: Sequence[str]) -> str:
     return f" at {', '.join(precisions)}" if precisions else ""
 
 
-def _contents(bundle: Bundle) -> str:
-    return ", ".join(f"{artifact.format} {artifact.precision}" for artifact in bundle.manifest.artifacts)
+def _contents(manifest: Manifest) -> str:
+    return ", ".join(f"{artifact.format} {artifact.precision}" for artifact in manifest.artifacts)

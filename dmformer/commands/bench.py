@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _REPORTED = "Reports"
 _SERVED = "A running server"
+_MOST_ERRORS = 5  # of a row that are shown; the JSON has all
 
 
 def bench(
@@ -62,8 +63,14 @@ def bench(
         int | None, typer.Option("--rounds", min=1, help="Processes for each row, in turns; otherwise 3.")
     ] = None,
     limit_s: Annotated[
-        float, typer.Option("--time-limit", metavar="S", help="Seconds after which a process is ended.")
-    ] = DEFAULT_LIMIT_S,
+        float | None,
+        typer.Option(
+            "--time-limit",
+            metavar="S",
+            help="Seconds after which a process is ended, otherwise 120; with --server those that one answer may take, "
+            "otherwise 60.",
+        ),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Where the time goes, too: by operator and by stage of the network.")
     ] = False,
@@ -132,12 +139,13 @@ def bench(
     if cpus:
         raise UsageError(f"--cpu {cpus[0]}: {NO_SPEED}; expected it with dmformer verify, and bench on the device")
     if server is not None:
-        if batches or modes or streams or threads or images or rounds or profile or baseline or html:
+        local = (batches, modes, streams, threads, images, rounds, profile, baseline, html, max_regression is not None)
+        if any(local):
             raise UsageError(
                 "--server with options of runtimes on this machine; expected --model, --concurrency, --runtime, "
-                "--precision, --duration or --json with it"
+                "--precision, --duration, --time-limit or --json with it"
             )
-        _bench_server(bundle, server, model, concurrency, runtimes, precisions, duration_s, json_file)
+        _bench_server(bundle, server, model, concurrency, runtimes, precisions, duration_s, limit_s, json_file)
         return
     if model is not None or concurrency is not None:
         raise UsageError("--model or --concurrency without --server; expected the address of the server")
@@ -153,7 +161,7 @@ def bench(
         threads=threads,
         rounds=rounds or api.ROUNDS,
         duration_s=duration_s,
-        limit_s=limit_s,
+        limit_s=DEFAULT_LIMIT_S if limit_s is None else limit_s,
         images=images,
         profile=profile,
     )
@@ -183,15 +191,17 @@ def _bench_server(
     runtimes: list[str] | None,
     precisions: list[str] | None,
     duration_s: float,
+    limit_s: float | None,
     json_file: str | None,
 ) -> None:
     """Put load on a server, and show what it came to."""
     from dmformer.bench.server import CONCURRENCY, bench_server
+    from dmformer.serve.client import LIMIT_S
 
     if precisions is not None and len(precisions) > 1:
         raise UsageError(f"--precision {' '.join(precisions)} with --server; expected one")
     counts = options.parse_numbers(concurrency, "--concurrency")
-    if any(count != int(count) for count in counts or ()):
+    if any(count % 1 != 0 for count in counts or ()):  # infinity and NaN have a rest that is NaN
         raise UsageError(f"--concurrency {concurrency}; expected whole numbers, for instance 1,4,16")
     opened = options.find_bundle(bundle)
     with present.stages() as shown:
@@ -203,14 +213,17 @@ def _bench_server(
             duration_s=duration_s,
             runtimes=runtimes or [],
             precision=precisions[0] if precisions else None,
+            limit_s=LIMIT_S if limit_s is None else limit_s,
             command=shlex.join(["dmformer", *sys.argv[1:]]),
             stage=shown.stage,
         )
     present.write_json(report, json_file)
     present.show(_load_table(report), json_file)
     for row in report.rows:
-        for reason, count in row.errors.items():
+        for reason, count in list(row.errors.items())[:_MOST_ERRORS]:
             present.say(f"{row.title}: {count} requests failed: {reason}")
+        if len(row.errors) > _MOST_ERRORS:
+            present.say(f"{row.title}: … and {len(row.errors) - _MOST_ERRORS} more")
     for note in report.notes:
         present.say(note)
     if report.partial:

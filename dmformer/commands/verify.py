@@ -102,6 +102,15 @@ def verify(
             rich_help_panel=_SERVED,
         ),
     ] = None,
+    limit_s: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            metavar="S",
+            help="Seconds that one answer may take, otherwise 60.",
+            rich_help_panel=_SERVED,
+        ),
+    ] = None,
     json_file: options.JsonOption = None,
     require_signature: options.RequireSignatureOption = False,
     trusted_keys: options.TrustedKeysOption = None,
@@ -140,6 +149,7 @@ def verify(
                 server=server,
                 model=model,
                 precision=precision,
+                limit_s=limit_s,
                 stage=shown.stage,
                 note=lambda note: shown.say(f"note: {note}"),
             )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
 from dmformer.bundle.reader import read_manifest, read_signature_file
+from dmformer.bundle.select import matching_artifacts
 from dmformer.bundle.settings import choose_configured
 from dmformer.bundle.writer import staged
 from dmformer.data.images import encode_png
@@ -133,7 +134,7 @@ def serve_layout(
     _check(server, backend, batching, images)
     if onnxruntime_web is not None and server != "web":
         raise UsageError(f"`onnxruntime_web` for {server}; expected it with web alone")
-    artifacts, note, threads = _wanted(bundle, runtimes, precisions), None, None
+    artifacts, note, threads = matching_artifacts(bundle.manifest, runtimes, precisions), None, None
     if python and not runtimes and not precisions and instances == 1:
         configured = choose_configured(bundle, None, None)
         note = configured.note
@@ -197,26 +198,6 @@ def _models(
     if not models:
         raise UsageError(f"the bundle has nothing that {server} serves: {'; '.join(left_out)}")
     return models, left_out
-
-
-def _wanted(bundle: Bundle, runtimes: Sequence[str], precisions: Sequence[str]) -> list[Artifact]:
-    """Return the artifacts that are asked for.
-
-    Raises:
-        UsageError: there are none.
-    """
-    formats = {registry.entry(name).format for name in runtimes if name.lower() != "all"}
-    wanted = {precision.lower() for precision in precisions}
-    held = bundle.manifest.artifacts
-    found = [
-        artifact
-        for artifact in held
-        if (not formats or artifact.format in formats) and (not wanted or artifact.precision in wanted)
-    ]
-    if not found:
-        has = ", ".join(f"{artifact.format} {artifact.precision}" for artifact in held)
-        raise UsageError(f"the bundle has nothing for {' '.join([*runtimes, *precisions])}; it has {has}")
-    return found
 
 
 def _unanswerable(server: str, manifest: Manifest, artifact: Artifact) -> str | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
 from dmformer._optional import require
 from dmformer.errors import DMFormerError, StageFailed, UnavailableError, UsageError, first_line
-from dmformer.text import plain
+from dmformer.text import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 LIMIT_S = 60.0  # that one answer may take
 _SCHEMES = {"http": False, "https": True, "grpc": False, "grpcs": True}  # whether they are encrypted
-_MOST_SHOWN = 300  # characters of what a server says
+# NumPy's names of the protocol's types.
+DTYPES = {"FP32": "float32", "FP16": "float16", "INT32": "int32", "INT64": "int64", "BYTES": "object"}
 _BINARY, _INDEX, _CONFIG = "binary_tensor_data", "model_repository", "model_configuration"
 T = TypeVar("T")
 
@@ -78,6 +80,10 @@ class IndexEntry(Struct, frozen=True):
     reason: str = ""
 
 
+class UnknownModel(StageFailed):
+    """The server has no model, or no version of it, of that name."""
+
+
 class ServerClient:
     """A connection to a server; a context manager, used by one thread.
 
@@ -95,15 +101,12 @@ class ServerClient:
     """
 
     def __init__(self, url: str, limit_s: float = LIMIT_S) -> None:
-        scheme, _, address = url.partition("://")
-        if scheme.lower() not in _SCHEMES or not address.strip("/") or any(one.isspace() for one in address):
-            raise UsageError(
-                f"`server` {url!r}; expected http://HOST:PORT, https://HOST:PORT, grpc://HOST:PORT or grpcs://HOST:PORT"
-            )
+        scheme, self._address = _parse_address(url)
+        if not 0 < limit_s < float("inf"):
+            raise UsageError(f"`limit_s` {limit_s:g}; expected seconds above 0")
         self.url, self.limit_s = url, limit_s
-        self._encrypted = _SCHEMES[scheme.lower()]
-        self._grpc = scheme.lower().startswith("grpc")
-        self._address = address.rstrip("/")
+        self._encrypted = _SCHEMES[scheme]
+        self._grpc = scheme.startswith("grpc")
         self._binary = True
         self.metadata = ServerMetadata("")
         # First what tritonclient needs, for it hides which part is missing.
@@ -111,11 +114,13 @@ class ServerClient:
         require(needed, extra="serving", purpose="`server`")
         self._library: Any = require(f"tritonclient.{kind}", extra="serving", purpose="`server`")
         self._client: Any = None
+        self._models: dict[tuple[str, str], ModelMetadata] = {}  # by name and version: what answers have to be
 
     def __enter__(self) -> Self:
         arguments: dict[str, Any] = {"url": self._address, "ssl": self._encrypted}
         if not self._grpc:
             arguments |= {"connection_timeout": self.limit_s, "network_timeout": self.limit_s}
+            _end_quietly()
         self._client = self._ask("connecting", lambda: self._library.InferenceServerClient(**arguments))
         try:
             self.metadata = self._metadata("its metadata", "get_server_metadata", ServerMetadata)
@@ -134,30 +139,40 @@ class ServerClient:
             self._client.close()
 
     def models(self) -> tuple[IndexEntry, ...] | None:
-        """Return the models of the server's repository; ``None`` where it does not list them."""
+        """Return the models of the server's repository; ``None`` where it does not list them.
+
+        Raises:
+            UnavailableError: it says that it lists them, and does not.
+        """
         if not self._has(_INDEX):
             return None
-        return self._metadata("its models", "get_model_repository_index", tuple[IndexEntry, ...], "models")
+        try:
+            return self._metadata("its models", "get_model_repository_index", tuple[IndexEntry, ...], "models")
+        except StageFailed as error:
+            raise UnavailableError(str(error)) from error
 
     def model(self, name: str, version: str = "") -> ModelMetadata:
         """Return what the server says of a model.
 
         Raises:
-            StageFailed: it has none of that name, or it is not ready.
+            StageFailed: it has none of that name (:class:`UnknownModel`), or it is not ready.
         """
-        return self._metadata(f"model {name}", "get_model_metadata", ModelMetadata, None, name, version)
+        what = f"model {shorten(name)}"
+        found = self._metadata(what, "get_model_metadata", ModelMetadata, None, name, version)
+        self._models[name, version] = found
+        return found
 
     def configuration(self, name: str) -> ModelConfiguration | None:
         """Return Triton's configuration of a model; ``None`` where the server has no such thing."""
         if not self._has(_CONFIG):
             return None
-        what = f"the configuration of {name}"
+        what = f"the configuration of {shorten(name)}"
         return self._metadata(what, "get_model_config", ModelConfiguration, "config", name)
 
     def infer(
         self, model: str, given: TensorMetadata, rows: NDArray[Any], outputs: Sequence[str], version: str = ""
     ) -> dict[str, NDArray[Any]]:
-        """Ask a model.
+        """Ask a model; every answer is held to what the server says of the model, for which it is asked once.
 
         Args:
             model: its name.
@@ -167,7 +182,8 @@ class ServerClient:
             version: of the model; otherwise the server chooses.
 
         Returns:
-            An array for each of the outputs.
+            An array for each of the outputs, of the type and shape that the server declares, with as many rows as were
+            sent.
 
         Raises:
             StageFailed: the server refused, did not answer in time, or answered something else.
@@ -180,10 +196,16 @@ class ServerClient:
             tensor.set_data_from_numpy(rows, **binary)
             wanted = [self._library.InferRequestedOutput(name, **binary) for name in outputs]
             result = self._client.infer(model, [tensor], model_version=version, outputs=wanted, **limit)
-            return {name: _array(result, name) for name in outputs}
+            answer = {name: _array(result, name) for name in outputs}
+            for name, array in answer.items():
+                if name in declared:
+                    _check_declared(array, declared[name], len(rows))
+            return answer
 
         try:
-            return self._ask(f"model {model}", ask)
+            metadata = self._models.get((model, version)) or self.model(model, version)
+            declared = {one.name: one for one in metadata.outputs}
+            return self._ask(f"model {shorten(model)}", ask)
         except UnavailableError as error:  # it was there before
             raise StageFailed(str(error)) from error
 
@@ -204,37 +226,57 @@ class ServerClient:
 
     def _ask(self, what: str, ask: Callable[[], T]) -> T:
         """Call the library; whatever it raises becomes one line."""
+        deadline: Any = self._deadline()
         try:
-            with self._deadline():
+            with deadline:
                 return ask()
         except DMFormerError as error:
             raise type(error)(f"{self.url}, {what}: {error}") from error
         except Exception as error:
             raise self._failed(what, error) from error
+        except BaseException as error:
+            if error is not deadline:
+                raise
+            raise self._no_answer(what) from error
 
     def _deadline(self) -> AbstractContextManager[Any]:
-        """Bound a block as a whole: a server that sends a byte now and then would never end otherwise."""
+        """Bound a block as a whole: a server that sends a byte now and then would never end otherwise.
+
+        What ends the block is no ``Exception``, which the library would take for a failure of one of several addresses.
+        """
         if self._grpc:  # which has a deadline itself
             return nullcontext()
         import gevent
 
-        timeout: AbstractContextManager[Any] = gevent.Timeout(self.limit_s, TimeoutError)
+        timeout: AbstractContextManager[Any] = gevent.Timeout(self.limit_s)
         return timeout
 
     def _failed(self, what: str, error: Exception) -> DMFormerError:
         """Put what the library raised into one line."""
         where = f"{self.url}, {what}"
-        status = str(error.status()) if hasattr(error, "status") else ""
+        from_library = hasattr(error, "debug_details")
+        status = str(error.status() or "") if hasattr(error, "status") else ""
+        status = "" if status == "None" else status  # as gRPC's client writes that there is none
         said = error.message() if hasattr(error, "message") else first_line(error)
-        if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in status or "timed out" in str(said):
-            return StageFailed(f"{where}: no answer within {self.limit_s:g} s")
+        late = isinstance(error, TimeoutError) or (not status and "timed out" in str(said))
+        if late or "DEADLINE_EXCEEDED" in status:
+            return self._no_answer(what)
         if isinstance(error, OSError) or "UNAVAILABLE" in status:
-            return UnavailableError(f"{self.url} cannot be reached ({_short(said)}); expected a server that runs there")
-        foreign = getattr(error, "debug_details", lambda: None)()
-        if not status or (not self._grpc and foreign is not None):
+            return UnavailableError(
+                f"{self.url} cannot be reached ({shorten(said)}); expected a server that runs there"
+            )
+        if not status and from_library:
+            return StageFailed(f"{where}: NVIDIA's client refuses: {shorten(said)}")
+        unknown = status == "404" or "NOT_FOUND" in status or (status == "400" and "unknown model" in str(said))
+        kind = UnknownModel if unknown else StageFailed
+        foreign = error.debug_details() if from_library and not self._grpc else None  # type: ignore[attr-defined]
+        if not status or foreign is not None:
             shown = said if foreign is None else f"status {status}, {foreign}"
-            return StageFailed(f"{where}: the answer is not of the protocol ({_short(shown)})")
-        return StageFailed(f"{where}: the server refuses: {_short(said)}")
+            return kind(f"{where}: the answer is not of the protocol ({shorten(shown)})")
+        return kind(f"{where}: the server refuses: {shorten(said)} (status {shorten(status)})")
+
+    def _no_answer(self, what: str) -> StageFailed:
+        return StageFailed(f"{self.url}, {what}: no answer within {self.limit_s:g} s; `limit_s` allows more")
 
 
 def _array(result: Any, name: str) -> NDArray[Any]:
@@ -246,7 +288,7 @@ def _array(result: Any, name: str) -> NDArray[Any]:
     try:
         found: NDArray[Any] | None = result.as_numpy(name)
     except ValueError as error:
-        said = first_line(error)
+        said = shorten(first_line(error))
         if "size 0 into shape" in said:
             wanted = said.rpartition("shape ")[2]
             raise StageFailed(
@@ -259,7 +301,47 @@ def _array(result: Any, name: str) -> NDArray[Any]:
     return found
 
 
-def _short(text: object) -> str:
-    """Return the beginning of what a server or a library says, on one line."""
-    line = plain(" ".join(str(text).split()))
-    return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]}…"
+def _check_declared(array: NDArray[Any], declared: TensorMetadata, rows: int) -> None:
+    """Refuse an output that is not what the server says of it.
+
+    Raises:
+        StageFailed: it has another type, rank or fixed side, or another number of rows than was sent.
+    """
+    expected = (rows, *declared.shape[1:]) if declared.shape else ()
+    fits = len(array.shape) == len(expected) and all(
+        side in (-1, got) for side, got in zip(expected, array.shape, strict=True)
+    )
+    if not fits or str(array.dtype) != DTYPES.get(declared.datatype, str(array.dtype)):
+        raise StageFailed(
+            f"output {shorten(repr(declared.name))} is {array.dtype} {shorten(array.shape)}; expected "
+            f"{shorten(declared.datatype)} {shorten(list(expected))}"
+        )
+
+
+def _parse_address(url: str) -> tuple[str, str]:
+    """Return the scheme of an address and what follows it: host, port and path.
+
+    Raises:
+        UsageError: it is no address of a server; what may be a password is not repeated.
+    """
+    expected = "expected http://HOST:PORT, https://HOST:PORT, grpc://HOST:PORT or grpcs://HOST:PORT"
+    if "@" in url:
+        raise UsageError(f"`server` names a user, which no server of the protocol asks for; {expected}")
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        fits = bool(host) and parts.port != 0  # reading the port checks it
+    except ValueError:
+        fits = False
+    if not fits or parts.scheme not in _SCHEMES or {"?", "#"} & set(url) or not url.isprintable() or " " in url:
+        raise UsageError(f"`server` {shorten(repr(url))}; {expected}")
+    return parts.scheme, f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def _end_quietly() -> None:
+    """Let Ctrl-C end this thread's wait without a word of gevent's own, whose loop prints what it does not expect."""
+    import gevent
+
+    hub = gevent.get_hub()
+    if KeyboardInterrupt not in hub.NOT_ERROR:
+        hub.NOT_ERROR += (KeyboardInterrupt,)

@@ -9,7 +9,8 @@ from dmformer.errors import StageFailed
 from dmformer.runtimes.base import Details, Runtime, TensorSpec, symbolic
 from dmformer.runtimes.inspector import Inspector
 from dmformer.runtimes.support import Availability, Support
-from dmformer.serve.client import LIMIT_S, ModelMetadata, ServerClient, TensorMetadata
+from dmformer.serve.client import DTYPES, LIMIT_S, ModelMetadata, ServerClient, TensorMetadata
+from dmformer.text import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from dmformer.runtimes.target import Target
 
 SERVER = "server"  # in the place of a runtime's name
-# NumPy's names of the protocol's types.
-DTYPES = {"FP32": "float32", "FP16": "float16", "INT32": "int32", "INT64": "int64", "BYTES": "object"}
 
 
 class _ServerSupport(Support):
@@ -110,7 +109,7 @@ class ServedModel(Runtime):
         """Where it runs: at which address, in which version of the server; threads are the server's own affair."""
         assert self._client is not None
         server = self._client.metadata
-        return Details(device=self.url, threads=0, version=f"{server.name} {server.version}")
+        return Details(device=self.url, threads=0, version=shorten(f"{server.name} {server.version}"))
 
     @property
     def batches(self) -> tuple[int, int | None]:
@@ -129,5 +128,6 @@ class ServedModel(Runtime):
 def _spec(tensor: TensorMetadata) -> TensorSpec:
     dtype = DTYPES.get(tensor.datatype)
     if dtype is None:
-        raise StageFailed(f"tensor {tensor.name!r} is of type {tensor.datatype}; expected {', '.join(DTYPES)}")
+        name, datatype = shorten(repr(tensor.name)), shorten(tensor.datatype)
+        raise StageFailed(f"tensor {name} is of type {datatype}; expected {', '.join(DTYPES)}")
     return TensorSpec(tensor.name, dtype, symbolic(list(tensor.shape)))

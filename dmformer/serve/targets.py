@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dmformer.bundle.select import matching_artifacts
 from dmformer.data.images import decode_image, encode_png
 from dmformer.errors import StageFailed, UnavailableError, UsageError
-from dmformer.runtimes import registry
-from dmformer.serve.client import ModelConfiguration, ModelMetadata
+from dmformer.serve.client import DTYPES, ModelConfiguration, ModelMetadata, UnknownModel
 from dmformer.serve.predictor import read_tensor
 from dmformer.serve.served import ENCODED_IMAGE, SHA256, ServedSpec
+from dmformer.text import shorten, shorten_list
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from dmformer.bundle.golden import Golden
-    from dmformer.bundle.manifest import Artifact, Manifest
-    from dmformer.serve.client import ServerClient
+    from dmformer.bundle.manifest import Artifact, Manifest, Tensor
+    from dmformer.serve.client import ServerClient, TensorMetadata
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,22 @@ class ServedTarget:
     @property
     def title(self) -> str:
         """Name and version."""
-        return f"{self.model}:{self.version}" if self.version else self.model
+        return shorten(f"{self.model}:{self.version}" if self.version else self.model)
+
+    @property
+    def mismatches(self) -> list[str]:
+        """How what the server says of inputs and outputs differs from the manifest; empty where it does not."""
+        expected = self.spec
+        given = {one.name: one for one in self.metadata.inputs}
+        gives = {one.name: one for one in self.metadata.outputs}
+        found = []
+        if set(given) != {expected.input.name}:
+            found.append(f"inputs [{_listed(given)}]; expected {[expected.input.name]}")
+        if any(one.name not in gives for one in expected.outputs):
+            found.append(f"outputs [{_listed(gives)}]; expected {[one.name for one in expected.outputs]}")
+        pairs = [(given.get(expected.input.name), expected.input)]
+        pairs += [(gives.get(one.name), one) for one in expected.outputs]
+        return found + [reason for served, one in pairs if served is not None and (reason := _mismatch(served, one))]
 
     @property
     def max_batch(self) -> int | None:
@@ -66,15 +82,9 @@ def find_models(
 
     Raises:
         UnavailableError: none of them is ready.
-        UsageError: the server has none, or nothing tells which artifact a model should be.
+        UsageError: the server has none, the bundle has no such artifact, or nothing tells which one a model should be.
     """
-    formats = {registry.entry(name).format for name in runtimes if name.lower() != "all"}
-    artifacts = [
-        artifact
-        for artifact in manifest.artifacts
-        if (not formats or artifact.format in formats)
-        and (precision is None or artifact.precision == precision.lower())
-    ]
+    artifacts = matching_artifacts(manifest, runtimes, [precision] if precision is not None else [])
     specs = [ServedSpec(manifest, artifact, images) for artifact in artifacts for images in (False, True)]
     by_name = {spec.name: spec for spec in specs}
     index = client.models()
@@ -83,22 +93,39 @@ def find_models(
     targets, reasons = [], []
     for name in expected if index is None or model is None or model in listed else []:
         try:
-            metadata = client.model(name)
             configuration = client.configuration(name)
+            for version in client.model(name).versions or ("",):
+                metadata = client.model(name, version)
+                spec = by_name.get(name) or _declared(name, artifacts, manifest, metadata, configuration)
+                targets.append(ServedTarget(spec, name, version, metadata, configuration))
         except StageFailed as error:
+            if isinstance(error, UnknownModel) and index is None and model is None:
+                continue  # a name that was only tried
             state = next((f"{one.state} {one.reason}" for one in index or () if one.name == name and one.reason), "")
-            reasons.append(f"{error} {state}".strip())
-            continue
-        spec = by_name.get(name) or _declared(name, artifacts, manifest, metadata, configuration)
-        versions = metadata.versions or ("",)
-        targets += [ServedTarget(spec, name, version, metadata, configuration) for version in versions]
+            reasons.append(f"{error} {shorten(state)}".strip())
     if targets:
-        return targets, [reason for reason in reasons if index is not None]
-    if reasons and (model is not None or index is not None):
+        return targets, reasons
+    if reasons:
         raise UnavailableError(f"no model is ready: {reasons[0]}")
-    has = f"it has {', '.join(listed) or 'none'}" if index is not None else "it does not list those that it has"
-    wanted = model if model is not None else f"any of {', '.join(by_name)}"
+    has = f"it has {shorten_list(listed) or 'none'}" if index is not None else "it does not list those that it has"
+    wanted = shorten(model) if model is not None else f"any of {shorten_list(by_name)}"
     raise UsageError(f"{client.url} has no model {wanted}; {has}: expected `model`, the name of one of them")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return shorten_list(map(repr, sorted(names)))
+
+
+def _mismatch(served: TensorMetadata, expected: Tensor) -> str | None:
+    """Say how a served tensor differs from the expected one; sides that are open may be fixed nowhere."""
+    dtype = {"bytes": "object"}.get(expected.dtype, expected.dtype)
+    sides = [side if isinstance(side, int) else -1 for side in expected.shape[1:]]
+    if DTYPES.get(served.datatype) == dtype and list(served.shape[1:]) == sides:
+        return None
+    return (
+        f"{served.name!r} is {shorten(served.datatype)} {shorten(list(served.shape))}; expected {expected.dtype} "
+        f"{list(expected.shape)}"
+    )
 
 
 def _declared(
@@ -117,7 +144,9 @@ def _declared(
     precisions = {artifact.precision for artifact in artifacts}
     if len(precisions) != 1:
         some = ", ".join(sorted(precisions))
-        raise UsageError(f"model {name!r} says nothing of its precision; expected `precision`, one of {some}")
+        raise UsageError(
+            f"model {shorten(repr(name))} says nothing of its precision; expected `precision`, one of {some}"
+        )
     return ServedSpec(manifest, artifacts[0], images)
 
 

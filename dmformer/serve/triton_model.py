@@ -80,15 +80,16 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests, each by a response of its own."""
         triton = self._triton
-        given = [self._read(request) for request in requests]
+        given = [_result_or_error(self._read, request) for request in requests]
         responses = []
         for request, answer in zip(requests, self._answers.answer(given), strict=True):
-            if isinstance(answer, DMFormerError):
-                responses.append(triton.InferenceResponse(error=triton.TritonError(str(answer))))
-                continue
-            wanted = request.requested_output_names()
-            tensors = [triton.Tensor(name, answer[name]) for name in answer if name in wanted]
-            responses.append(triton.InferenceResponse(output_tensors=tensors))
+            tensors = answer
+            if not isinstance(answer, DMFormerError):
+                tensors = _result_or_error(self._tensors, request, answer)
+            if isinstance(tensors, DMFormerError):
+                responses.append(triton.InferenceResponse(error=triton.TritonError(str(tensors))))
+            else:
+                responses.append(triton.InferenceResponse(output_tensors=tensors))
         return responses
 
     def finalize(self) -> None:
@@ -97,8 +98,14 @@ class TritonPythonModel:
 
     def _read(self, request: Any) -> NDArray[Any]:
         tensor = self._triton.get_input_tensor_by_name(request, self._answers.input_name)
+        if tensor is None:
+            raise UsageError(f"a request without {self._answers.input_name!r}; expected that input")
         rows: NDArray[Any] = tensor.as_numpy()
         return rows
+
+    def _tensors(self, request: Any, answer: Outputs) -> list[Any]:
+        wanted = request.requested_output_names()
+        return [self._triton.Tensor(name, answer[name]) for name in answer if name in wanted]
 
 
 def check_numpy(triton: Any) -> None:
@@ -130,13 +137,16 @@ class BatchAnswers:
         self._predictor, self._images = predictor, images
         self.input_name = ENCODED_IMAGE if images else predictor.manifest.inputs[0].name
 
-    def answer(self, requests: Sequence[NDArray[Any]]) -> list[Outputs | DMFormerError]:
+    def answer(self, requests: Sequence[NDArray[Any] | DMFormerError]) -> list[Outputs | DMFormerError]:
         """Return an array for each output of each request, or why there are none.
 
         Args:
-            requests: rows of each: tensors (N, C, H, W), or (N, 1) of the bytes of image files.
+            requests: rows of each: tensors (N, C, H, W), or (N, 1) of the bytes of image files; or why they cannot be
+                read, which is the answer then.
         """
-        tensors = [_result_or_error(self._read_tensors, rows) for rows in requests]
+        tensors = [
+            rows if isinstance(rows, DMFormerError) else _result_or_error(self._read_tensors, rows) for rows in requests
+        ]
         answers: list[Outputs | DMFormerError] = [StageFailed("not asked")] * len(requests)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for place, tensor in enumerate(tensors):
@@ -162,7 +172,7 @@ class BatchAnswers:
 
     def _run(self, tensors: Sequence[NDArray[np.float32]]) -> list[Outputs | DMFormerError]:
         """Run the rows of requests at once; where that fails, those of each request alone."""
-        found = _result_or_error(self._predictor.run, np.concatenate(tensors))
+        found = _result_or_error(lambda: self._predictor.run(np.concatenate(tensors)))
         if isinstance(found, DMFormerError):
             if len(tensors) == 1:
                 return [found]

@@ -75,6 +75,7 @@ def verify(
     server: str | None = None,
     model: str | None = None,
     precision: str | None = None,
+    limit_s: float | None = None,
     stage: Progress = silent,
     note: Callable[[str], object] = lambda _: None,
 ) -> ParityReport:
@@ -105,6 +106,7 @@ def verify(
         model: with ``server``, the name of one of its models; otherwise all that are named as ``serve-layout`` names
             those of the bundle.
         precision: with ``model``, that of the artifact behind it, where neither its name nor its configuration says so.
+        limit_s: with ``server``, seconds that one answer may take; otherwise 60.
         stage: told about each step.
         note: told, before anything runs, what is to be known about an artifact on this machine.
 
@@ -121,17 +123,28 @@ def verify(
         given = (weights, weights_key, own, images, layers or None, bisect)
         _check_place(server, elsewhere, golden_alone=all(one is None for one in given))
         if server is not None:
+            from dmformer.serve.client import LIMIT_S
             from dmformer.verify.server import verify_server
 
-            return verify_server(opened, server, model=model, runtimes=runtimes, precision=precision, stage=stage)
+            return verify_server(
+                opened,
+                server,
+                model=model,
+                runtimes=runtimes,
+                precision=precision,
+                limit_s=LIMIT_S if limit_s is None else limit_s,
+                stage=stage,
+            )
         from dmformer.verify.replay import verify_elsewhere
 
         folder = Path(root) if root is not None else None
         return verify_elsewhere(
             opened, runtimes=runtimes, cpus=cpus, engines=engines, root=folder, stage=stage, note=note
         )
-    if model is not None or precision is not None:
-        raise UsageError("`model` or `precision` without `server`; expected the address of the server that has it")
+    if model is not None or precision is not None or limit_s is not None:
+        raise UsageError(
+            "`model`, `precision` or `limit_s` without `server`; expected the address of the server that has it"
+        )
     source = ReferenceSource.of(weights, own, weights_key)
     if bisect is not None:
         for package in ("torch", "onnx"):

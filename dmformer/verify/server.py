@@ -18,12 +18,13 @@ from dmformer.bench.load import LoadTarget, put_load
 from dmformer.data.images import decode_image, encode_png
 from dmformer.errors import DMFormerError, StageFailed
 from dmformer.progress import silent
-from dmformer.serve.client import LIMIT_S, ServerClient, TensorMetadata
-from dmformer.serve.predictor import read_tensor
-from dmformer.serve.remote import DTYPES, SERVER, ServedModel
-from dmformer.serve.served import CLASS_INDEX, CLASS_MAP, CLASS_NAME, SHA256
+from dmformer.serve.client import LIMIT_S, ServerClient
+from dmformer.serve.predictor import read_tensor, softmax
+from dmformer.serve.remote import SERVER, ServedModel
+from dmformer.serve.served import CLASS_INDEX, CLASS_MAP, CLASS_NAME, PROBABILITIES, SHA256
 from dmformer.serve.targets import ServedTarget, find_models, request_rows
 from dmformer.task import OUTPUT_NAME, class_logits
+from dmformer.text import shorten
 from dmformer.verify.answers import Answers, ask, batch_sizes
 from dmformer.verify.compare import Comparison, compare, float32_limit, largest_difference, reduced_limit
 from dmformer.verify.parity import check_golden_answers, check_preprocessing, tensor_limit
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dmformer.bundle.golden import Golden
-    from dmformer.bundle.manifest import Manifest, Tensor
+    from dmformer.bundle.manifest import Manifest
     from dmformer.bundle.reader import Bundle
     from dmformer.progress import Progress
 
 _CLIENTS, _TURNS = 8, 4  # that ask at once, and how often each row is asked
+_PROBABILITY_LIMIT = 1e-5
+_MOST_VALUES = 64  # of each class that tell it from the others
 
 
 def verify_server(
@@ -81,7 +84,12 @@ def verify_server(
         with stage(target.title):
             found = _check_model(target, golden, url, limit_s)
             checks += [msgspec.structs.replace(check, engine=target.title) for check in found]
-    said = Server(url=url, name=server.name, version=server.version, models=tuple(target.title for target in targets))
+    said = Server(
+        url=url,
+        name=shorten(server.name),
+        version=shorten(server.version),
+        models=tuple(target.title for target in targets),
+    )
     return msgspec.structs.replace(parity_report(checks, skipped), server=said)
 
 
@@ -125,34 +133,16 @@ def _check_model(target: ServedTarget, golden: Golden, url: str, limit_s: float)
 
 def _check_identity(target: ServedTarget) -> tuple[Check, bool]:
     """Compare what the server says of a model with the manifest; whether it takes and gives what is expected."""
-    spec, metadata = target.spec, target.metadata
-    given = {one.name: one for one in metadata.inputs}
-    gives = {one.name: one for one in metadata.outputs}
-    found = [] if set(given) == {spec.input.name} else [f"inputs {sorted(given)}; expected {[spec.input.name]}"]
-    if any(one.name not in gives for one in spec.outputs):
-        found.append(f"outputs {sorted(gives)}; expected {[one.name for one in spec.outputs]}")
-    pairs = [(given.get(spec.input.name), spec.input), *((gives.get(one.name), one) for one in spec.outputs)]
-    found += [reason for served, one in pairs if served is not None and (reason := _mismatch(served, one))]
+    spec, found = target.spec, target.mismatches
     fits = not found
     declared = target.configuration.parameter(SHA256) if target.configuration is not None else None
     if declared is not None and declared != spec.artifact.sha256:
         artifact = next((one for one in spec.manifest.artifacts if one.sha256 == declared), None)
         other = f"{artifact.format} {artifact.precision} of this bundle" if artifact else "of another bundle"
         expected = f"{spec.artifact.sha256[:12]}…, {spec.artifact.format} {spec.artifact.precision}"
-        found.append(f"it says that it serves artifact {declared[:12]}…, {other}; expected {expected}")
+        found.append(f"it says that it serves artifact {shorten(declared[:12])}…, {other}; expected {expected}")
     reason = "; ".join(found) or None
     return _check(target, "model", 1, Comparison(reason is None, reason=reason), None, "manifest"), fits
-
-
-def _mismatch(served: TensorMetadata, expected: Tensor) -> str | None:
-    """Say how a served tensor differs from the expected one; sides that are open may be fixed nowhere."""
-    dtype = {"bytes": "object"}.get(expected.dtype, expected.dtype)
-    sides = [side if isinstance(side, int) else -1 for side in expected.shape[1:]]
-    if DTYPES.get(served.datatype) == dtype and list(served.shape[1:]) == sides:
-        return None
-    return (
-        f"{served.name!r} is {served.datatype} {list(served.shape)}; expected {expected.dtype} {list(expected.shape)}"
-    )
 
 
 def _ask_concurrently(
@@ -223,14 +213,17 @@ def _exchanged_classes(target: ServedTarget, outputs: Mapping[str, NDArray[Any]]
     expected = golden.files.get(target.spec.artifact.precision, golden.outputs).get(OUTPUT_NAME)
     if expected is None or outputs[OUTPUT_NAME].shape != expected.shape:
         return None
-    found = outputs[OUTPUT_NAME]
-    channels = range(found.shape[1])
-    order = []
-    for channel in channels:
-        apart = [largest_difference(found[:, channel], expected[:, other]) for other in channels]
-        order.append(int(np.argmin(np.nan_to_num(apart, nan=np.inf))))
-    moved = [channel for channel in channels if order[channel] != channel]
-    if not moved or sorted(order) != list(channels):
+    values = int(np.prod(expected.shape)) // expected.shape[1]
+    sample = np.random.default_rng(0).permutation(values)[:_MOST_VALUES]
+
+    def by_channel(array: NDArray[Any]) -> NDArray[Any]:
+        return np.moveaxis(array, 1, 0).reshape(expected.shape[1], -1)[:, sample].astype(np.float64)
+
+    right = by_channel(expected)
+    apart = (np.nan_to_num(np.abs(right - channel).max(1), nan=np.inf) for channel in by_channel(outputs[OUTPUT_NAME]))
+    order = [int(np.argmin(distances)) for distances in apart]
+    moved = [channel for channel, other in enumerate(order) if other != channel]
+    if not moved or sorted(order) != list(range(len(order))):
         return None
     names = target.spec.manifest.model.classes
 
@@ -264,6 +257,8 @@ def _check_images(target: ServedTarget, golden: Golden, rows: NDArray[Any], url:
             except StageFailed as error:
                 comparison = Comparison(False, reason=f"source image {number}: {error}")
             checks.append(_check(target, "preprocessing", 1, comparison, limit, "this machine"))
+        if manifest.model.task == "features":
+            return checks
         names = [output.name for output in target.spec.outputs]
         wrong: list[str] = []
         for row in range(len(rows)):
@@ -277,15 +272,29 @@ def _check_images(target: ServedTarget, golden: Golden, rows: NDArray[Any], url:
 
 def _wrong_classes(outputs: Mapping[str, NDArray[Any]], manifest: Manifest) -> list[str]:
     """Say where the classes of one image are not those of the logits beside them."""
-    if OUTPUT_NAME not in outputs:
-        return []
-    expected = class_logits(outputs[OUTPUT_NAME]).argmax(1)
-    if CLASS_MAP in outputs:
+    logits = class_logits(outputs[OUTPUT_NAME])
+    expected = logits.argmax(1)
+    pixels = CLASS_MAP in outputs
+    shapes = {CLASS_MAP: expected.shape, CLASS_INDEX: (1, 1), CLASS_NAME: (1, 1), PROBABILITIES: logits.shape}
+    wrong = [
+        f"{name} of shape {outputs[name].shape}; expected {shape}"
+        for name, shape in shapes.items()
+        if name in outputs and outputs[name].shape != shape
+    ]
+    if wrong:
+        return wrong
+    if pixels:
         count = int((outputs[CLASS_MAP] != expected).sum())
         return [f"{count} of {expected.size} pixels have another class than their logits"] if count else []
-    chosen = outputs[CLASS_INDEX].reshape(-1)
-    wrong = [] if (chosen == expected).all() else [f"class {chosen[0]}; the logits say {expected[0]}"]
+    chosen = outputs[CLASS_INDEX][0, 0]
+    if chosen != expected[0]:
+        wrong.append(f"class {chosen}; the logits say {expected[0]}")
     if CLASS_NAME in outputs:
-        name, right = outputs[CLASS_NAME].reshape(-1)[0], manifest.model.classes[expected[0]].encode()
-        wrong += [] if name == right else [f"class named {name!r}; the bundle says {right!r}"]
+        name, right = outputs[CLASS_NAME][0, 0], manifest.model.classes[expected[0]].encode()
+        wrong += [] if name == right else [f"class named {shorten(repr(name))}; the bundle says {right!r}"]
+    apart = largest_difference(outputs[PROBABILITIES], softmax(logits))
+    if not apart <= _PROBABILITY_LIMIT:
+        wrong.append(
+            f"probabilities differ from the softmax of the logits by {apart:.2g}, limit {_PROBABILITY_LIMIT:g}"
+        )
     return wrong
