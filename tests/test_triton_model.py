@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from dmformer.bundle import settings as settings_module
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import choose
+from dmformer.bundle.settings import Settings, write_settings
 from dmformer.data.images import encode_png
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError
+from dmformer.layouts import triton_config
 from dmformer.layouts.api import serve_layout
+from dmformer.serve import triton_model
 from dmformer.serve.predictor import Predictor, softmax
 from dmformer.serve.triton_model import BatchAnswers, TritonPythonModel, check_numpy
 
@@ -164,6 +168,24 @@ def test_the_class_that_triton_calls(exported: ExportResult, tmp_path: Path, mon
     (tmp_path / "out/models/dmformer_nano_onnx_fp32/1/bundle/onnx/fp32/model.onnx").write_bytes(b"other")
     with pytest.raises(CheckFailed, match=r"model\.onnx"):
         initialized(tmp_path / "out", "dmformer_nano_onnx_fp32")
+
+
+def test_threads_count_where_they_were_tuned(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend())
+    processor = 'Some "Processor" 3'
+    for module in (settings_module, triton_config, triton_model):
+        monkeypatch.setattr(module, "machine_key", lambda: processor)
+    monkeypatch.setattr(triton_model, "usable_cores", lambda: 4)
+    fields = {"runtime": "onnxruntime", "precision": "fp32", "p50_ms": 1.0, "measured_at": "2026-01-01T00:00:00+00:00"}
+    write_settings(open_bundle(bundle), Settings(threads=1, **fields))
+    serve_layout("triton", open_bundle(bundle), tmp_path / "out", backend="python")
+    name = "dmformer_nano_onnx_fp32"
+    written = (tmp_path / "out/models" / name / "config.pbtxt").read_text()
+    assert 'key: "dmformer_machine"\n  value { string_value: "Some \\042Processor\\042 3" }' in written
+    for key, threads in ((processor, 1), ("another", 2)):  # four cores of two instances
+        model = initialized(tmp_path / "out", name, dmformer_machine=key)
+        assert model._predictor.runtime.threads == threads
+        model.finalize()
 
 
 def test_a_stub_that_loses_what_is_in_a_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
