@@ -251,6 +251,7 @@ def test_a_repository_for_the_python_backend(
     kinds = [f"dmformer_nano_{name}_fp32{suffix}" for name in ("onnx", "openvino") for suffix in ("", "_images")]
     assert list(layout.models) == kinds
     assert layout.left_out == ("torch fp32: the reference, which needs PyTorch; expected another runtime",)
+    assert "`class_index`, `class_name`, `probabilities`" in (tmp_path / "out/README.md").read_text()
     for name in kinds:
         folder = tmp_path / "out/models" / name
         config = parse(folder / "config.pbtxt")
