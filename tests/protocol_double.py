@@ -139,7 +139,7 @@ def _handler(double: Double) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - on
                 self.wfile.write(b"{")
                 self.close_connection = True
             else:
-                wanted = [one["name"] for one in request["outputs"]]
+                wanted = [one["name"] for one in request.get("outputs", double.gives)]
                 self.send_answer(
                     {k: v for k, v in double.answer(rows).items() if k in wanted}, binary=length is not None
                 )

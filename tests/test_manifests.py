@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from dmformer.bundle.reader import open_bundle
 from dmformer.layouts.api import serve_layout
 from tests.conftest import ROOT
+from tests.protocol_double import Double, serving
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from dmformer.export.cached import ExportResult
 
@@ -64,12 +70,38 @@ def test_the_model_is_one_that_is_laid_out(exported: ExportResult, tmp_path: Pat
         (loaded,) = (one.partition("=")[2] for one in container["args"] if one.startswith("--load-model="))
         assert loaded in layout.models
         assert container["readinessProbe"]["httpGet"]["path"] == f"/v2/models/{loaded}/ready"
-        probes = [probe for name, probe in container.items() if name.endswith("Probe") and "exec" in probe]
-        assert probes
-        for probe in probes:
-            command = probe["exec"]["command"]
-            assert command[:3] == ["dmformer", "verify", "/bundle"]
-            assert command[-2:] == ["--model", loaded]
+        command = container["startupProbe"]["exec"]["command"]
+        assert command[:3] == ["dmformer", "verify", "/bundle"]
+        assert command[-2:] == ["--model", loaded]
+
+
+def test_the_liveness_probe_asks_for_one_row_and_fails_where_it_is_refused(exported: ExportResult) -> None:
+    asked = []
+
+    def answer(rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        asked.append(rows.shape)
+        return {"logits": np.zeros((len(rows), 10), np.float32)}
+
+    (given,), name = exported.manifest.inputs, "dmformer_nano_onnx_fp32"
+    with serving(Double(answer, name, {}, [{"name": "logits"}])) as double:
+        for container in containers():
+            python, *arguments = container["livenessProbe"]["exec"]["command"]
+            assert python == "python3"
+            assert f"http://127.0.0.1:8000/v2/models/{name}/infer" in arguments[-1]
+            arguments[-1] = arguments[-1].replace("http://127.0.0.1:8000", double.url)
+            for double.broken, held in (("", True), ("infer refuses", False), ("infer cut", False)):
+                done = subprocess.run([sys.executable, *arguments], capture_output=True, timeout=60, check=False)
+                assert (done.returncode == 0) is held, done.stderr
+    assert asked == [(1, *given.shape[1:])] * 2
+    assert given.name in arguments[-1]
+
+
+def test_tritons_processes_have_shared_memory_of_the_pods_own() -> None:
+    pods = (documents("triton.yaml")[0]["spec"]["template"]["spec"], documents("kserve.yaml")[0]["spec"]["predictor"])
+    for pod in pods:
+        (volume,), (container,) = pod["volumes"], pod["containers"]
+        assert volume["emptyDir"]["medium"] == "Memory"
+        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
 
 
 def test_the_probe_is_a_command_that_there_is() -> None:

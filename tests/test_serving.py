@@ -251,6 +251,7 @@ def test_a_repository_for_the_python_backend(
     kinds = [f"dmformer_nano_{name}_fp32{suffix}" for name in ("onnx", "openvino") for suffix in ("", "_images")]
     assert list(layout.models) == kinds
     assert layout.left_out == ("torch fp32: the reference, which needs PyTorch; expected another runtime",)
+    assert "`class_index`, `class_name`, `probabilities`" in (tmp_path / "out/README.md").read_text()
     for name in kinds:
         folder = tmp_path / "out/models" / name
         config = parse(folder / "config.pbtxt")
@@ -289,6 +290,8 @@ def test_a_repository_for_the_python_backend(
         ("triton", {"images": True}, "`images` or `instances` with `backend` engines; expected python"),
         ("triton", {"instances": 2}, "`images` or `instances` with `backend` engines; expected python"),
         ("triton", {"backend": "python", "instances": 0}, "`max_batch` 8, `instances` 0; expected at least 1"),
+        ("web", {"max_batch": 8}, "`max_batch` for web; expected it with triton alone"),
+        ("ovms", {"max_batch": 3}, "`max_batch` for ovms; expected it with triton alone"),
         ("triton", {"precisions": ["int8"]}, "nothing for int8; it has torch fp32, onnx fp32, openvino fp32"),
         ("triton", {"runtimes": ["ncnn"]}, "nothing for ncnn; it has"),
         (

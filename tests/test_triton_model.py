@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from dmformer.bundle import settings as settings_module
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import choose
+from dmformer.bundle.settings import Settings, write_settings
 from dmformer.data.images import encode_png
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError
+from dmformer.layouts import triton_config
 from dmformer.layouts.api import serve_layout
+from dmformer.serve import triton_model
 from dmformer.serve.predictor import Predictor, softmax
 from dmformer.serve.triton_model import BatchAnswers, TritonPythonModel, check_numpy
+from tests.conftest import ROOT
+from tests.triton import environment, install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -166,8 +173,67 @@ def test_the_class_that_triton_calls(exported: ExportResult, tmp_path: Path, mon
         initialized(tmp_path / "out", "dmformer_nano_onnx_fp32")
 
 
+def test_threads_count_where_they_were_tuned(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend())
+    processor = 'Some "Processor" 3'
+    for module in (settings_module, triton_config, triton_model):
+        monkeypatch.setattr(module, "machine_key", lambda: processor)
+    monkeypatch.setattr(triton_model, "usable_cores", lambda: 4)
+    fields = {"runtime": "onnxruntime", "precision": "fp32", "p50_ms": 1.0, "measured_at": "2026-01-01T00:00:00+00:00"}
+    write_settings(open_bundle(bundle), Settings(threads=1, **fields))
+    serve_layout("triton", open_bundle(bundle), tmp_path / "out", backend="python")
+    name = "dmformer_nano_onnx_fp32"
+    written = (tmp_path / "out/models" / name / "config.pbtxt").read_text()
+    assert 'key: "dmformer_machine"\n  value { string_value: "Some \\042Processor\\042 3" }' in written
+    for key, threads in ((processor, 1), ("another", 2)):  # four cores of two instances
+        model = initialized(tmp_path / "out", name, dmformer_machine=key)
+        assert model._predictor.runtime.threads == threads
+        model.finalize()
+
+
 def test_a_stub_that_loses_what_is_in_a_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_numpy(backend())
     monkeypatch.setattr(Tensor, "to_dlpack", lambda self: np.zeros_like(self.array))
     with pytest.raises(UnavailableError, match="whose answers would be empty; expected NumPy 1"):
         check_numpy(backend())
+
+
+def test_a_named_folder_that_is_no_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "mine" / "thesis.txt"
+    kept.parent.mkdir()
+    kept.write_text("years of work")
+    monkeypatch.setenv("DMFORMER_SERVING_ENVIRONMENT", str(kept.parent))
+    with pytest.raises(RuntimeError, match="neither empty nor such an environment"):
+        environment()
+    assert kept.read_text() == "years of work"
+
+
+def test_without_an_index_the_server_is_skipped_but_where_it_is_required(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / "bin/pip"
+    pip.parent.mkdir()
+    pip.write_text("#!/bin/sh\necho 'WARNING: Retrying (Retry(total=4)) after connection broken' >&2\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.delenv("DMFORMER_REQUIRE_SERVING", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="index cannot be reached"):
+        install(tmp_path, ["a-package"])
+    monkeypatch.setenv("DMFORMER_REQUIRE_SERVING", "1")
+    with pytest.raises(RuntimeError, match="Retrying"):
+        install(tmp_path, ["a-package"])
+    monkeypatch.delenv("DMFORMER_REQUIRE_SERVING")
+    pip.write_text("#!/bin/sh\necho 'ERROR: No matching distribution' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="No matching distribution"):
+        install(tmp_path, ["a-package"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_server_ends_with_tests_that_are_killed() -> None:
+    program = (
+        "import os, subprocess; from tests.triton import end_with_the_tests\n"
+        "with subprocess.Popen(['sleep', '600'], preexec_fn=end_with_the_tests()) as child:\n"
+        "    print(child.pid, flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    # The pipe ends when the last process that has it does: the child too.
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, timeout=120, check=False)
+    assert (done.returncode, int(done.stdout) > 0) == (-9, True)

@@ -306,10 +306,8 @@ def test_a_killed_stub_is_seen_by_its_answers_and_comes_back_when_it_is_loaded_a
     before = served.triton.stubs()
     victim = served.triton.stub_of(SCENES)
     os.kill(victim, signal.SIGKILL)
-    begun = time.monotonic()
     with target.connect() as client, pytest.raises(StageFailed, match="the server refuses: Stub process"):
-        target.ask(client, 0)
-    assert time.monotonic() - begun < 30
+        target.ask(client, 0)  # a target's own limit would end it with another message
     wrong = failed(verify_server(served.scenes, served.triton.http, model=SCENES))
     assert "is not healthy" in str(wrong[0].reason)
     assert verify_server(served.digits, served.triton.http, model=FP32).passed
@@ -329,8 +327,11 @@ def test_a_model_that_is_not_loaded_is_said(served: Served) -> None:
 
     client = tritonclient.http.InferenceServerClient(served.triton.http.removeprefix("http://"), network_timeout=120)
     client.unload_model(SWAPPED)
-    with pytest.raises(UnavailableError, match=r"no model is ready: .*swapped"):
-        verify_server(served.digits, served.triton.http, model=SWAPPED, precision="fp32")
+    try:
+        with pytest.raises(UnavailableError, match=r"no model is ready: .*swapped"):
+            verify_server(served.digits, served.triton.http, model=SWAPPED, precision="fp32")
+    finally:
+        client.load_model(SWAPPED)
 
 
 def test_numpy_2_is_refused_when_the_model_is_loaded(

@@ -24,6 +24,7 @@ from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.settings import Settings, choose_configured, settings_path, write_settings
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
+from dmformer.layouts.api import serve_layout
 from dmformer.procfs import EnergyMeter
 from tests.test_bench_figures import measurement
 
@@ -357,6 +358,27 @@ def test_a_server_answers_first_by_what_was_tuned(bundle: Path, tmp_path: Path, 
     asked = inline(*command, tmp_path / "asked", "--runtime", "ort")
     assert "settings.json" not in asked.err
     assert "dmformer_threads" not in next((tmp_path / "asked").rglob("config.pbtxt")).read_text()
+
+
+def test_a_layout_asks_no_engine(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(*_: object) -> Any:
+        raise UnavailableError("no runtime of the bundle can run here")
+
+    monkeypatch.setattr(settings_module, "choose", choose)
+    opened = open_bundle(bundle)
+    without = serve_layout("triton", opened, tmp_path / "0", backend="python")
+    assert without.note is None
+    write_settings(opened, SETTINGS)
+    tuned = serve_layout("triton", opened, tmp_path / "1", backend="python", images=True)
+    assert tuned.models[:2] == ("dmformer_nano_openvino_fp32", "dmformer_nano_openvino_fp32_images")
+    assert "tuned for latency at 2026-01-01T00:00:00+00:00: openvino fp32, 1 thread" in str(tuned.note)
+    for number, other in enumerate(({"runtime": "torch"}, {"precision": "int4"})):
+        write_settings(opened, msgspec.structs.replace(SETTINGS, **other))
+        unmatched = serve_layout("triton", opened, tmp_path / f"other {number}", backend="python")
+        assert (unmatched.models, unmatched.note) == (without.models, None)
+    settings_path(opened).write_text("{")
+    damaged = serve_layout("triton", opened, tmp_path / "2", backend="python")
+    assert "bundle.settings.json is not used: it is damaged" in str(damaged.note)
 
 
 @pytest.fixture

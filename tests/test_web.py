@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import shutil
+import sys
+import tarfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +20,10 @@ import dmformer
 from dmformer.assets import SAMPLE_IMAGES, SCENES
 from dmformer.bundle.reader import open_bundle
 from dmformer.cache import Cache
+from dmformer.device import installation
 from dmformer.device.installation import NpmPackage
-from dmformer.errors import CheckFailed, UnavailableError, UsageError
+from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
+from dmformer.layouts import web
 from dmformer.layouts.api import serve_layout
 from dmformer.layouts.web import ENGINE
 from tests.bundles import one_line, rewrite
@@ -266,12 +270,44 @@ def test_what_is_no_image_is_told(browser: Any, serve: Callable[..., str], web_p
 
 def test_one_line_where_it_cannot_start(browser: Any, serve: Callable[..., str], web_page: Path) -> None:
     shown = Opened(browser, (web_page / "index.html").as_uri()).page
-    assert "http.server" in shown.text_content("#status")
+    assert "Opened as a file" in shown.text_content("#status")
+    assert "http.server 8000 --bind 127.0.0.1" in shown.text_content("#status")
     assert not shown.is_visible("#main")
     without = Opened(browser, serve(web_page), script="delete globalThis.WebAssembly").page
     without.wait_for_selector("#status.bad")
     assert "no WebAssembly" in without.text_content("#status")
     assert not without.is_visible("#main")
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "says"),
+    [
+        ("images.js", None, "page.js, or a script that it needs, does not come; expected every file of the folder"),
+        ("layout.json", None, "layout.json: the server answers 404; expected the file"),
+        (
+            "layout.json",
+            "<!doctype html>",
+            "layout.json: the server does not answer, or sends something else; expected",
+        ),
+    ],
+)
+def test_a_file_that_does_not_come_is_named(
+    browser: Any, serve: Callable[..., str], spoilt: Path, path: str, content: str | None, says: str
+) -> None:
+    (spoilt / path).unlink()
+    if content is not None:
+        (spoilt / path).write_text(content)
+    page = Opened(browser, serve(spoilt)).page
+    page.wait_for_selector("#status.bad")
+    assert says in page.text_content("#status")
+
+
+def test_a_server_that_is_gone_is_said(browser: Any, web_page: Path) -> None:
+    with served(web_page) as address:
+        opened = Opened(browser, address).ready()
+    opened.page.set_input_files("#file", SAMPLE_IMAGES / "3.png")
+    opened.page.wait_for_selector("#said.bad")
+    assert "model.onnx: the server does not answer" in opened.page.text_content("#said")
 
 
 @pytest.mark.slow
@@ -338,6 +374,7 @@ def test_the_command(exported: ExportResult, web_engine: Path, tmp_path: Path, i
     run = inline("serve-layout", "web", exported.output, "--output", "out", "--onnxruntime-web", web_engine)
     assert run.code == 0, run.err
     assert "out/models/dmformer_nano_onnx_fp32" in run.out
+    assert "how to serve the page, and what it does: " in run.err
     said = (tmp_path / "out/README.md").read_text()
     for fact in ("python3 -m http.server", "Cross-Origin-Embedder-Policy", "Pillow", ENGINE.version, "not here: torch"):
         assert fact in said
@@ -392,6 +429,52 @@ def test_the_command_without_npm(
     assert "no message" in run.error_line
     assert run.error_line.endswith(f"npm pack onnxruntime-web@{ENGINE.version}, given as --onnxruntime-web")
     assert not (tmp_path / "out").exists()
+
+
+def test_npm_that_finds_no_room_or_hangs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = NpmPackage("a-package", "1.0.0", "0" * 128)
+    full = "npm error code ENOSPC\\nnpm error nospc ENOSPC: no space left on device, write"
+    npm_that(tmp_path / "bin", f"printf '{full}' >&2\nexit 1", monkeypatch)
+    said = "No space left on device; expected room there"
+    with pytest.raises(StageFailed, match=said) as caught, installation.temporary_folder() as folder:
+        package.download(folder, Cache())
+    one_line(caught.value)
+    monkeypatch.setattr(installation, "_LIMIT_S", 0.2)
+    (tmp_path / "bin/npm").write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(UnavailableError, match=r"npm did not end within 0\.2 s; expected a network") as late:
+        package.download(tmp_path, Cache())
+    one_line(late.value)
+    monkeypatch.setattr(installation, "_PIP", (sys.executable, "-c", "import time; time.sleep(60)"))
+    with pytest.raises(UnavailableError, match=r"pip did not end within 0\.2 s"):
+        installation.list_releases(installation.Platform.here(), "a-package", Cache())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+def test_a_full_output_is_not_the_temporary_folder(
+    exported: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    packed = tmp_path / "engine.tgz"
+    with tarfile.open(packed, "w:gz") as archive:
+        for name in web._ENGINE_FILES:
+            member = tarfile.TarInfo(f"package/dist/{name}")
+            member.size = 1 << 20
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+    sha512 = hashlib.sha512(packed.read_bytes()).hexdigest()
+    monkeypatch.setattr(web, "ENGINE", NpmPackage("an-engine", "1.0.0", sha512))
+    bundle = open_bundle(exported.output)
+    (tmp_path / "full").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            web.write_page(tmp_path / "full", bundle.manifest, bundle.golden(), {}, engine=packed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (tmp_path / "page").mkdir()
+    web.write_page(tmp_path / "page", bundle.manifest, bundle.golden(), {}, engine=packed)
+    assert "Copyright (c) Microsoft Corporation" in (tmp_path / "page/onnxruntime-web/LICENSE").read_text()
 
 
 def test_another_file_from_npm_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

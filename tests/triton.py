@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,19 +16,23 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import platformdirs
+import pytest
 
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 # The stub of this release is built for NumPy 1.
 PACKAGES = ("nvidia-pytriton==0.7.0", "numpy<2", "onnxruntime>=1.21", "openvino>=2025.0")
 _READY_S = 120.0
+_INSTALL_S = 1200.0  # each of the two programs that make the environment
+_REQUIRE = "DMFORMER_REQUIRE_SERVING"  # 1: no index is an error; otherwise the tests are skipped
+_PR_SET_PDEATHSIG = 1
 
 
 def environment() -> Path:
@@ -34,17 +40,56 @@ def environment() -> Path:
     named = os.environ.get("DMFORMER_SERVING_ENVIRONMENT")
     folder = Path(named) if named else platformdirs.user_cache_path("dmformer-tests") / f"serving-{PYTHON}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # The engines come by name: this tool itself lies in the tree that is tested.
+    packages = [*PACKAGES, *(one for one in _base_requirements() if not one.startswith("numpy"))]
     with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock)
         done = folder / "installed"
-        if not done.is_file() or done.read_text() != "\n".join(PACKAGES):
+        if not done.is_file() or done.read_text() != "\n".join(packages):
+            if named and not done.is_file() and folder.is_dir() and any(folder.iterdir()):
+                raise RuntimeError(
+                    f"DMFORMER_SERVING_ENVIRONMENT names {named!r}, which is neither empty nor such an environment; "
+                    "expected a new folder"
+                )
             shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            # The engines come by name: this tool itself lies in the tree that is tested.
-            base = [one for one in _base_requirements() if not one.startswith("numpy")]
-            subprocess.run([folder / "bin/pip", "install", "--quiet", *PACKAGES, *base], check=True)
-            done.write_text("\n".join(PACKAGES))
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=_INSTALL_S)
+            install(folder, packages)
+            done.write_text("\n".join(packages))
     return folder
+
+
+def _lock(file: IO[str]) -> None:
+    """Wait for another process that makes the environment, for as long as that can take."""
+    deadline = time.monotonic() + 2 * _INSTALL_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{file.name} is locked for {2 * _INSTALL_S:g} s; which process holds it?") from None
+            time.sleep(0.5)
+
+
+def install(folder: Path, packages: list[str]) -> None:
+    """Install into an environment; without an index the test is skipped, or fails where the server is required."""
+    command = [folder / "bin/pip", "install", "--quiet", *packages]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
+    if not done.returncode:
+        return
+    unreached = "Retrying (" in done.stderr  # what pip says of an index that does not answer
+    if unreached and os.environ.get(_REQUIRE) != "1":
+        pytest.skip("the package index cannot be reached, which has NVIDIA's server")
+    raise RuntimeError(f"pip could not install what the tests of the server need: {done.stderr[-3000:]}")
+
+
+def end_with_the_tests() -> Callable[[], None]:
+    """Return what a child calls before its program, so that it gets SIGTERM where the tests' process is killed."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return ask
 
 
 def _base_requirements() -> list[str]:
@@ -81,6 +126,7 @@ class Triton:
         self.http, self.grpc = (
             f"{scheme}://127.0.0.1:{port}" for scheme, port in zip(("http", "grpc"), ports, strict=True)
         )
+        self._shared_memory = f"dmformer_tests_{os.getpid()}_{ports[0]}_"
         libraries = [sysconfig.get_config_var("LIBDIR"), str(site / "nvidia_pytriton.libs")]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -93,6 +139,7 @@ class Triton:
                     "--grpc-address=127.0.0.1",
                     f"--grpc-port={ports[1]}",
                     "--allow-metrics=false",
+                    f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
                     "--exit-on-error=false",
                     "--cache-directory=" + str(folder / "no-caches"),
                     *arguments,
@@ -100,6 +147,7 @@ class Triton:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
+                preexec_fn=end_with_the_tests(),  # noqa: PLW1509 - one system call
                 env={
                     **{name: value for name, value in os.environ.items() if not name.startswith("OMP_")},
                     "LD_LIBRARY_PATH": ":".join(libraries),
@@ -148,6 +196,8 @@ class Triton:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait(10)
+            for path in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # left behind by a process that is killed
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

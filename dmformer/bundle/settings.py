@@ -150,18 +150,39 @@ def choose_configured(
     """
     if precision is not None or (runtime is not None and runtime.lower() != AUTO):
         return ConfiguredChoice(choose(bundle, runtime, precision), threads)
-    path = settings_path(bundle)
+    settings, note = machine_settings(bundle)
+    if settings is not None:
+        # One caller has the cores that several streams would share.
+        used = settings.threads * settings.streams if threads is None else threads
+        try:
+            choice = choose(bundle, settings.runtime, settings.precision)
+            return ConfiguredChoice(choice, used, settings, taken_note(bundle, settings, used))
+        except DMFormerError as error:
+            note = _unused_note(bundle, error)
+    return ConfiguredChoice(choose(bundle, None, None), threads, note=note)
+
+
+def machine_settings(bundle: Bundle) -> tuple[Settings | None, str | None]:
+    """Return this machine's settings, whether or not their runtime can run; and why the file's are not used.
+
+    Both are ``None`` where the file is missing, or has nothing for this machine.
+    """
     try:
-        settings = _find(bundle, path)
-        if settings is None:
-            return ConfiguredChoice(choose(bundle, None, None), threads)
-        choice = choose(bundle, settings.runtime, settings.precision)
+        return _find(bundle, settings_path(bundle)), None
     except DMFormerError as error:
-        return ConfiguredChoice(choose(bundle, None, None), threads, note=f"{path.name} is not used: {error}")
-    # One caller has the cores that several streams would share.
-    used = settings.threads * settings.streams if threads is None else threads
-    note = f"as {path.name} says, tuned for {settings.objective} at {settings.measured_at}: {choice.title}, {used} "
-    return ConfiguredChoice(choice, used, settings, note + ("thread" if used == 1 else "threads"))
+        return None, _unused_note(bundle, error)
+
+
+def taken_note(bundle: Bundle, settings: Settings, threads: int) -> str:
+    """Return a sentence that says which settings of the bundle's file were taken, with how many threads."""
+    return (
+        f"as {settings_path(bundle).name} says, tuned for {settings.objective} at {settings.measured_at}: "
+        f"{settings.runtime} {settings.precision}, {threads} {'thread' if threads == 1 else 'threads'}"
+    )
+
+
+def _unused_note(bundle: Bundle, error: DMFormerError) -> str:
+    return f"{settings_path(bundle).name} is not used: {error}"
 
 
 def _find(bundle: Bundle, path: Path) -> Settings | None:

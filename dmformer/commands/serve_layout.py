@@ -34,8 +34,9 @@ def serve_layout(
         typer.Option("--images", help="With --backend python: also models that take files of images and give classes."),
     ] = False,
     max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, help="Largest batch that Triton makes of waiting requests.")
-    ] = 8,
+        int | None,
+        typer.Option("--max-batch", min=1, help="Largest batch that Triton makes of waiting requests; otherwise 8."),
+    ] = None,
     instances: Annotated[
         int,
         typer.Option(
@@ -81,4 +82,6 @@ def serve_layout(
         present.say(written.note)
     for reason in written.left_out:
         present.say(f"left out: {reason}")
-    present.say(f"how to start the server, and what a client has to do: {output / 'README.md'}")
+    page = server.lower() == "web"
+    told = "how to serve the page, and what it does" if page else "how to start the server, and what a client has to do"
+    present.say(f"{told}: {output / 'README.md'}")

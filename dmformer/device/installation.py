@@ -53,6 +53,7 @@ deb [signed-by={_KEYRING}] {_MIRROR}/debian {_DEBIAN} main
 deb [signed-by={_KEYRING}] {_MIRROR}/debian {_DEBIAN}-updates main
 deb [signed-by={_KEYRING}] {_MIRROR}/debian-security {_DEBIAN}-security main
 """
+_LIMIT_S = 1800.0  # for one download; a server that sends nothing more is not waited for without an end
 _PIP = (sys.executable, "-m", "pip")
 _NPM_FLAGS = ("--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=2000")
 _UNREACHED = re.compile(r"Retrying|ConnectionError|ConnectTimeout|Could not fetch URL|name resolution", re.IGNORECASE)
@@ -178,25 +179,52 @@ def _run(command: list[str], what: str, package: str, folder: Path | None = None
     """
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder, env=environment, check=False
-        )
+        done = _call(command[0], command, folder, environment)
     except FileNotFoundError as error:
         raise UnavailableError(
             f"{command[0]} is not here, which gets {what}; expected Debian's {package}, or `root`, a root file system"
         ) from error
     if done.returncode:
-        _check_room(done.stderr)
         lines = [line for line in done.stderr.splitlines() if line.startswith(("E:", "dpkg-deb: error"))]
         said = (lines or done.stderr.splitlines() or ["no message"])[0]
         raise UnavailableError(f"{what} could not be had ({said}); expected them in the cache, or a network")
 
 
-def _check_room(said: str) -> None:
-    """Raise the error of a full disk where that is what another program says."""
+def _call(
+    name: str, command: Sequence[str], folder: Path | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that downloads or unpacks, and return how it ended.
+
+    Args:
+        name: of the program, for people.
+        command: the program and its arguments.
+        folder: that it works in.
+        environment: of the program; otherwise this process's own.
+
+    Raises:
+        OSError: the program is not here, or says that the disk is full.
+        UnavailableError: it did not end in time.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            cwd=folder,
+            env=environment,
+            timeout=_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnavailableError(
+            f"{name} did not end within {_LIMIT_S:g} s; expected a network that answers: run it again"
+        ) from error
     full = os.strerror(errno.ENOSPC)
-    if full in said:
+    if done.returncode and full.lower() in done.stderr.lower():
         raise OSError(errno.ENOSPC, full)
+    return done
 
 
 def lay_out_packages(fits: Platform, extra: str, pins: Sequence[str], folder: Path, cache: Cache) -> dict[str, str]:
@@ -261,16 +289,9 @@ def _pip(fits: Platform, *arguments: str) -> str:
         OSError: the disk is full.
         UnavailableError: pip is not here, or the index cannot be reached.
     """
-    done = subprocess.run(
-        [*_PIP, "--disable-pip-version-check", "--no-input", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _call("pip", [*_PIP, "--disable-pip-version-check", "--no-input", *arguments])
     if not done.returncode:
         return done.stdout
-    _check_room(done.stderr)
     errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     said = (errors or done.stderr.splitlines() or ["no message"])[-1]
     if "No module named pip" in done.stderr:
@@ -309,6 +330,7 @@ class NpmPackage:
 
         Raises:
             CheckFailed: npm gave another file than expected.
+            OSError: the disk is full.
             UnavailableError: it is not in the cache and cannot be downloaded here.
         """
         (path,) = _kept(cache, self.title, self.sha512, folder, lambda: [self.check(self._pack(folder))])
@@ -345,14 +367,8 @@ class NpmPackage:
         elsewhere = f"or the file that is written elsewhere by: {self._command}"
         if npm is None:
             raise UnavailableError(f"npm is not here, which gets {self.title}; expected it, {elsewhere}")
-        done = subprocess.run(
-            [npm, "pack", f"{self.name}@{self.version}", "--pack-destination", str(folder), *_NPM_FLAGS],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            cwd=folder,
-            check=False,
+        done = _call(
+            "npm", [npm, "pack", f"{self.name}@{self.version}", "--pack-destination", str(folder), *_NPM_FLAGS], folder
         )
         written = sorted(folder.glob("*.tgz"))
         if done.returncode or not written:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
 from dmformer.bundle.reader import read_manifest, read_signature_file
 from dmformer.bundle.select import matching_artifacts
-from dmformer.bundle.settings import choose_configured
+from dmformer.bundle.settings import machine_settings, taken_note
 from dmformer.bundle.writer import staged
 from dmformer.data.images import encode_png
 from dmformer.errors import CheckFailed, UsageError
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 ENGINES, PYTHON = "engines", "python"
 BACKENDS = (ENGINES, PYTHON)
 _MODELS = "models"
+_MAX_BATCH = 8
 _ENGINES = {
     "onnx": TritonBackend("onnxruntime", "KIND_CPU", "model.onnx"),
     "openvino": TritonBackend("openvino", "KIND_CPU", "model.xml"),
@@ -97,7 +98,7 @@ def serve_layout(
     force: bool = False,
     backend: str = ENGINES,
     images: bool = False,
-    max_batch: int = 8,
+    max_batch: int | None = None,
     instances: int = 1,
     runtimes: Sequence[str] = (),
     precisions: Sequence[str] = (),
@@ -112,10 +113,11 @@ def serve_layout(
         output: a new or empty folder.
         force: replace whatever is in the folder.
         backend: ``engines`` for the server's own backends, or ``python`` for this tool in Triton's Python backend.
-            Where neither a runtime nor a precision is asked for there, what ``dmformer tune --write`` has kept for this
-            machine decides which model comes first, and with how many threads it answers.
+            Where there is one instance, and neither a runtime nor a precision is asked for, what ``dmformer tune
+            --write`` has kept for this machine decides which model comes first, and with how many threads it answers
+            on a machine like this one; whether its runtime can run here is not asked.
         images: with ``python``, serve each artifact a second time, with files of images in and classes out.
-        max_batch: largest batch that Triton makes of what waits; an engine's own bound goes before it.
+        max_batch: largest batch that Triton makes of what waits, otherwise 8; an engine's own bound goes before it.
         instances: with ``python``, processes of each model, which share the cores.
         runtimes: names of runtimes whose artifacts are served; otherwise all.
         precisions: of the artifacts that are served; otherwise all.
@@ -130,18 +132,17 @@ def serve_layout(
         UsageError: no such server, the bundle has nothing for it, two of its models or files would have one name, or
             the folder is not empty.
     """
-    python, batching = backend == PYTHON, Batching(max_batch, instances)
+    python, batching = backend == PYTHON, Batching(_MAX_BATCH if max_batch is None else max_batch, instances)
     _check(server, backend, batching, images)
-    if onnxruntime_web is not None and server != "web":
-        raise UsageError(f"`onnxruntime_web` for {server}; expected it with web alone")
-    artifacts, note, threads = matching_artifacts(bundle.manifest, runtimes, precisions), None, None
+    for name, given, only in (("max_batch", max_batch, "triton"), ("onnxruntime_web", onnxruntime_web, "web")):
+        if given is not None and server != only:
+            raise UsageError(f"`{name}` for {server}; expected it with {only} alone")
+    models, left_out = _models(
+        server, bundle.manifest, matching_artifacts(bundle.manifest, runtimes, precisions), python, images
+    )
+    threads, note = None, None
     if python and not runtimes and not precisions and instances == 1:
-        configured = choose_configured(bundle, None, None)
-        note = configured.note
-        if configured.settings is not None:
-            threads = configured.threads
-            artifacts.sort(key=lambda one: one.sha256 != configured.choice.artifact.sha256)
-    models, left_out = _models(server, bundle.manifest, artifacts, python, images)
+        threads, note = _put_tuned_first(bundle, models)
 
     def replaceable(folder: Path) -> None:
         if not force:
@@ -152,7 +153,7 @@ def serve_layout(
         for model in models:
             target = folder / _MODELS / model.name
             if python:
-                first = model.artifact is artifacts[0]
+                first = model.artifact is models[0].artifact
                 _write_python(bundle, model, target, replace(batching, threads=threads) if first else batching)
             else:
                 _write_engine(bundle, model, target, server, batching)
@@ -177,6 +178,27 @@ def _check(server: str, backend: str, batching: Batching, images: bool) -> None:
     if min(batching.max_batch, batching.instances) < 1:
         numbers = f"`max_batch` {batching.max_batch}, `instances` {batching.instances}"
         raise UsageError(f"{numbers}; expected at least 1")
+
+
+def _put_tuned_first(bundle: Bundle, models: list[ServedSpec]) -> tuple[int | None, str | None]:
+    """Move the models of this machine's settings to the front.
+
+    Returns:
+        Their threads, ``None`` where no model is one of the settings; and what is said of the settings.
+    """
+    settings, note = machine_settings(bundle)
+    if settings is None:
+        return None, note
+
+    def is_tuned(model: ServedSpec) -> bool:
+        row = registry.reader_of(model.artifact.format)
+        return row is not None and (row.name, model.artifact.precision) == (settings.runtime, settings.precision)
+
+    models.sort(key=is_tuned, reverse=True)
+    if not is_tuned(models[0]):
+        return None, None
+    threads = settings.threads * settings.streams
+    return threads, taken_note(bundle, settings, threads)
 
 
 def _models(

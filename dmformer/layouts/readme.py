@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dmformer import __version__
 from dmformer.layouts.web import ENGINE
 from dmformer.runtimes import registry
-from dmformer.serve.served import CLASS_INDEX, CLASS_MAP, ENCODED_IMAGE, PROBABILITIES
+from dmformer.serve.served import CLASS_INDEX, CLASS_MAP, CLASS_NAME, ENCODED_IMAGE, PROBABILITIES
 from dmformer.task import STRIDES, THRESHOLD
 from dmformer.text import markdown, markdown_code, plain
 
@@ -123,8 +123,9 @@ def _python_lines(models: Sequence[ServedSpec]) -> list[str]:
 
 def _image_lines(manifest: Manifest) -> list[str]:
     """Say what models take that prepare images themselves."""
+    name = f"`{CLASS_NAME}`, " if manifest.model.classes else ""
     classes = {
-        "classification": f"`{CLASS_INDEX}`, `{PROBABILITIES}`, the logits",
+        "classification": f"`{CLASS_INDEX}`, {name}`{PROBABILITIES}`, the logits",
         "segmentation": f"`{CLASS_MAP}`, the class of each pixel that the network saw, the logits",
         "features": "the maps",
     }[manifest.model.task]

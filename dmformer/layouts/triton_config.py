@@ -6,7 +6,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dmformer.serve.served import THREADS
+from dmformer.bundle.settings import machine_key
+from dmformer.serve.served import MACHINE, THREADS
 from dmformer.text import pbtxt_string, plain
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Batching:
     Attributes:
         max_batch: largest batch that Triton makes of what waits.
         instances: copies of the model that answer side by side.
-        threads: for one inference of this tool's predictor; ``None`` shares the cores between the instances.
+        threads: for one inference of this tool's predictor, on this machine alone; ``None``, and on another machine,
+            the instances share the cores.
     """
 
     max_batch: int
@@ -85,9 +87,9 @@ def _config(served: ServedSpec, backend: TritonBackend, batching: Batching, comm
     """Return the text; dimensions are without the batch."""
     outputs = ",\n".join(_tensor(output, served.labelled) for output in served.outputs)
     main = f'default_model_filename: "{backend.main}"\n'
-    threads = {} if batching.threads is None else {THREADS: str(batching.threads)}
+    threads = {} if batching.threads is None else {THREADS: str(batching.threads), MACHINE: machine_key()}
     parameters = "".join(
-        f'parameters {{\n  key: "{key}"\n  value {{ string_value: "{value}" }}\n}}\n'
+        f'parameters {{\n  key: "{key}"\n  value {{ string_value: {pbtxt_string(value)} }}\n}}\n'
         for key, value in {**served.parameters, **threads}.items()
     )
     return (

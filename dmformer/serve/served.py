@@ -21,6 +21,7 @@ CLASS_MAP = "class_map"  # the class of each pixel that the network saw
 SHA256 = "dmformer_sha256"
 FORMAT = "dmformer_format"
 THREADS = "dmformer_threads"  # of one inference, where this was tuned
+MACHINE = "dmformer_machine"  # on which the threads were tuned
 PRECISION = "dmformer_precision"
 INPUT_KIND = "dmformer_input"  # _TENSORS or _IMAGES
 _TENSORS, _IMAGES = "tensors", "images"

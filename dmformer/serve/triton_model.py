@@ -17,6 +17,7 @@ import numpy as np
 
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.select import choose
+from dmformer.bundle.settings import machine_key
 from dmformer.data.images import decode_image
 from dmformer.errors import CheckFailed, DMFormerError, StageFailed, UnavailableError, UsageError, first_line
 from dmformer.machine import usable_cores
@@ -28,6 +29,7 @@ from dmformer.serve.served import (
     CLASS_NAME,
     ENCODED_IMAGE,
     FORMAT,
+    MACHINE,
     PRECISION,
     PROBABILITIES,
     SHA256,
@@ -71,8 +73,9 @@ class TritonPythonModel:
                 f"artifact {choice.artifact.sha256[:12]}…; the configuration says {parameters[SHA256][:12]}…: "
                 "lay the bundle out again"
             )
-        # Each instance is a process: together they use the cores once.
-        threads = int(parameters.get(THREADS, max(1, usable_cores() // instances)))
+        # Threads count on the machine that they were tuned on. Each instance is a process: together they use the cores.
+        tuned_here = parameters.get(MACHINE) == machine_key()
+        threads = int(parameters[THREADS]) if tuned_here else max(1, usable_cores() // instances)
         self._predictor = Predictor(choice, threads=threads)
         self._answers = BatchAnswers(self._predictor, images=reads_images(parameters))
         self._predictor.__enter__()

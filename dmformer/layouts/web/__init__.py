@@ -8,7 +8,6 @@ answers. Limits, colours and everything else that is computed from the bundle ar
 
 from __future__ import annotations
 
-import shutil
 import tarfile
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,8 @@ _ENGINE_FILES = {
     "ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.js",
     "ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
 }
-_SCRIPTS = ("index.html", "style.css", "page.js", "images.js", "checks.js")
+_ENGINE_LICENSE = "onnxruntime-web.LICENSE"  # its archive in the registry has none
+_SCRIPTS = ("index.html", "style.css", "start.js", "page.js", "images.js", "checks.js")
 _ALIGNED = 8  # bytes: what a view of numbers asks of where it begins
 _NOT_CHECKED = "precision: onnxruntime-web does not tell in which type a layer ran"
 
@@ -196,6 +196,15 @@ def _about(manifest: Manifest) -> str:
 
 def _write_engine(folder: Path, archive: Path | None) -> None:
     folder.mkdir()
+    for name, content in _read_engine(archive).items():
+        (folder / name).write_bytes(content)
+    license_text = resources.files(__package__).joinpath(_ENGINE_LICENSE).read_bytes()
+    (folder / "LICENSE").write_bytes(license_text)
+
+
+def _read_engine(archive: Path | None) -> dict[str, bytes]:
+    """Return the engine's files by our names: all that happens in the temporary folder, whose errors are its own."""
+    found = {}
     with temporary_folder() as scratch:
         try:
             path = ENGINE.download(scratch, open_cache()) if archive is None else ENGINE.check(archive)
@@ -205,8 +214,9 @@ def _write_engine(folder: Path, archive: Path | None) -> None:
             for name, ours in _ENGINE_FILES.items():
                 content = packed.extractfile(f"package/dist/{name}")
                 assert content is not None  # its hash was compared
-                with content, (folder / ours).open("wb") as copy:
-                    shutil.copyfileobj(content, copy)
+                with content:
+                    found[ours] = content.read()
+    return found
 
 
 def _model(folder: Path, name: str, model: tuple[Artifact, Path], golden: Golden, arrays: _Arrays) -> _Model:

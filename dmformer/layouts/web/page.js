@@ -16,9 +16,12 @@ let turn = Promise.resolve(); // one inference at a time
 // --- the network -------------------------------------------------------------------------------------------------------
 
 async function read(path, kind = "arrayBuffer") {
-  const answer = await fetch(new URL(path, import.meta.url));
+  const fail = () => {
+    throw new Error(`${path}: the server does not answer, or sends something else; expected the file`);
+  };
+  const answer = await fetch(new URL(path, import.meta.url)).catch(fail);
   if (!answer.ok) throw new Error(`${path}: the server answers ${answer.status}; expected the file`);
-  return answer[kind]();
+  return answer[kind]().catch(fail);
 }
 
 async function startEngine() {
