@@ -82,7 +82,8 @@ def verify_server(
             found = _check_model(target, golden, url, limit_s)
             checks += [msgspec.structs.replace(check, engine=target.title) for check in found]
     said = Server(url=url, name=server.name, version=server.version, models=tuple(target.title for target in targets))
-    return msgspec.structs.replace(parity_report(checks, skipped), server=said)
+    asked = {target.spec.artifact.sha256: target.spec.artifact for target in targets}
+    return msgspec.structs.replace(parity_report(checks, skipped, list(asked.values())), server=said)
 
 
 def _check(target: ServedTarget, stage: str, batch: int, comparison: Comparison, *more: Any) -> Check:
