@@ -495,6 +495,66 @@ def test_a_page_of_far_too_much_is_bounded(tmp_path: Path) -> None:
     assert len(page) < 4_000_000
     assert "the last in onnxruntime fp32" in section(page, "Checks")
     assert "more rows" in section(page, "Every check")
+    assert "Drawn: 180 rows, and 2829 more are in the table." in section(page, "Checks")[:400]
+
+
+def test_what_pictures_leave_out_is_told(paper: Path, tmp_path: Path) -> None:
+    artifacts = open_bundle(paper).manifest.artifacts
+    assert "more are in the table" not in dmformer.report(paper).html()
+    timing = timings(artifacts, DEVICE.cpu)
+    (tmp_path / "bench.json").write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(timing, results=timing.results * 12))
+    )
+    accuracy = device_accuracy(artifacts)
+    (tmp_path / "eval.json").write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(accuracy, results=accuracy.results * 20))
+    )
+    page = dmformer.report(paper, add=[tmp_path / "bench.json", tmp_path / "eval.json"]).html()
+    assert "Drawn: 20 rows, and 6 more are in the table." in section(page, "Latency")
+    assert "Drawn: 30 rows, and 13 more are in the table." in section(page, "Accuracy")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"mode": "throughput", "samples": 0}, "has a latency and no calls that were timed"),
+        ({"samples_ns": ()}, "has a latency and no calls that were timed"),
+        ({"samples_ns": ((),)}, "has a latency and no calls that were timed"),
+        ({"attainable_ms": 1e308}, "has times that no clock gives"),
+        ({"samples_ns": ((10**400,),)}, "has times that no clock gives"),
+    ],
+)
+def test_a_timing_that_nothing_measured_is_refused(
+    paper: Path, tmp_path: Path, changed: dict[str, Any], expected: str
+) -> None:
+    report = msgspec.to_builtins(timings(open_bundle(paper).manifest.artifacts, DEVICE.cpu))
+    report["results"][0].update(changed)
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match=expected):
+        dmformer.report(paper, add=[path])
+
+
+@pytest.mark.parametrize("changed", [{"images": 0}, {"top1": 1e300}, {"agreement_with_torch": -1}])
+def test_an_accuracy_that_is_no_share_is_refused(paper: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    report = msgspec.to_builtins(device_accuracy(open_bundle(paper).manifest.artifacts))
+    report["results"][0].update(changed)
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match="an accuracy that is no share of its images"):
+        dmformer.report(paper, add=[path])
+
+
+def test_a_strange_runtime_is_no_formula(paper: Path, tmp_path: Path) -> None:
+    report = timings(open_bundle(paper).manifest.artifacts, DEVICE.cpu)
+    strange = tuple(msgspec.structs.replace(row, runtime="$\\frac{$" + "x" * 500) for row in report.results)
+    path = tmp_path / "bench.json"
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(report, results=strange)))
+    (svg, *_) = re.findall(
+        r"<svg.*?</svg>", section_html(dmformer.report(paper, add=[path]).html(), "Latency"), re.DOTALL
+    )
+    assert "frac{$" in svg
+    assert "x" * 100 not in svg
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -566,6 +626,24 @@ def test_either_goes_to_standard_output(inline: Callable[..., Run], paper: Path)
     assert run.out.startswith("<!doctype html>")
     assert json.loads(inline("report", paper, "--bom", "-").out)["bomFormat"] == "CycloneDX"
     assert inline("report", paper, "--html", "-", "--bom", "-").code == 2
+
+
+def test_no_file_is_written_over_another(
+    inline: Callable[..., Run], paper: Path, reports: list[Path], tmp_path: Path
+) -> None:
+    added = tmp_path / "ev.json"
+    added.write_bytes(reports[0].read_bytes())
+    (tmp_path / "link.json").symlink_to("ev.json")
+    for arguments, named in (
+        (("--html", "c.out", "--bom", "./c.out"), "--html and --bom both name './c.out'; expected two files"),
+        (("--html", "ev.json", "--add", added), "--add and --html both name 'ev.json'"),
+        (("--bom", "link.json", "--add", added), "--add and --bom both name 'link.json'"),
+    ):
+        run = inline("report", paper, *arguments)
+        assert run.code == 2
+        assert named in run.error_line
+    assert added.read_bytes() == reports[0].read_bytes()
+    assert not (tmp_path / "c.out").exists()
 
 
 def test_nothing_is_written_where_what_is_added_is_bad(inline: Callable[..., Run], paper: Path, tmp_path: Path) -> None:

@@ -186,7 +186,12 @@ def _impossible(report: object) -> str | None:
     """Return what no measurement can have given: a row that was timed without calls, or shares of no images."""
     if isinstance(report, BenchReport):
         for row in report.results:
-            counts = (row.samples, *row.wall_ns, *(each for samples in row.samples_ns for each in samples))
+            counts = (
+                row.samples,
+                row.attainable_ms or 0,
+                *row.wall_ns,
+                *(each for samples in row.samples_ns for each in samples),
+            )
             if row.timed and (row.samples < 1 or not row.samples_ns or not all(row.samples_ns)):
                 return f"{row.title} has a latency and no calls that were timed"
             if not all(0 <= count < _MOST_COUNTED for count in counts):
