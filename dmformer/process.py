@@ -75,6 +75,7 @@ def printing_to_stderr() -> Iterator[None]:
     Standard output is for results: PyTorch's tracing exporter prints its graph there when it fails, and a network of
     one's own whatever its author was looking for.
     """
+    streams = (sys.stdout, sys.__stdout__)  # what is written to them in the block is held until they are flushed
     try:
         sys.stdout.flush()
         kept = os.dup(1)
@@ -87,6 +88,10 @@ def printing_to_stderr() -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        for stream in streams:
+            if stream is not None:
+                with suppress(OSError, ValueError):  # it was closed, or nobody reads it
+                    stream.flush()
         _flush_native()
         os.dup2(kept, 1)
         os.close(kept)

@@ -128,7 +128,7 @@ class EnergyMeter:
         """Return the microjoules of each package, and after how many its counter begins again."""
         found = {}
         for zone in sorted(_POWERCAP.glob("intel-rapl:*")):
-            if zone.name.count(":") > 1:  # a part of a package
+            if not (read_text(zone / "name") or "").startswith("package"):  # a part of one, or all of a laptop: psys
                 continue
             told = [read_text(zone / name) or "" for name in ("energy_uj", "max_energy_range_uj")]
             if not all(text.isdecimal() for text in told):

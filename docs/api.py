@@ -17,6 +17,7 @@ GROUPS = {
         "dmformer:export",
         "dmformer:verify",
         "dmformer:bench",
+        "dmformer:tune",
         "dmformer:load",
         "dmformer:report",
     ),

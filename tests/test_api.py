@@ -47,6 +47,12 @@ def test_the_page_is_made_from_the_signatures() -> None:
     assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == made, "run: python docs/api.py"
 
 
+def test_the_page_has_every_function_of_the_package() -> None:
+    groups = runpy.run_path(str(ROOT / "docs/api.py"))["GROUPS"]
+    functions = {f"dmformer:{name}" for name in dmformer.__all__ if inspect.isfunction(getattr(dmformer, name))}
+    assert set(groups["`import dmformer`"]) == functions
+
+
 def test_the_command_line_has_every_option_with_its_default_and_sentence() -> None:
     command = typer.main.get_command(app).commands["export"]  # type: ignore[attr-defined]
     flags = {parameter.name: parameter for parameter in command.params}

@@ -13,7 +13,8 @@ from cyclonedx.validation.json import JsonStrictValidator
 import dmformer
 from dmformer.bundle.reader import open_bundle
 from dmformer.models.specification import ModuleOrigin
-from tests.paper_bundle import check, device_accuracy, parity, write_bundle
+from tests.bundles import rewrite
+from tests.paper_bundle import check, device_accuracy, parity, timings, write_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +83,29 @@ def test_versions_of_what_touched_it_are_there(bill: dict[str, Any]) -> None:
     assert built["artifact:onnx/int8"] == ["library:onnx@6.5.4", "library:torch@9.8.7"]
     assert {"artifact:onnx/fp32", "artifact:onnx/int8"} <= set(built["model"])
     assert bill["metadata"]["tools"]["components"][0]["name"] == "dmformer"
+
+
+def test_packages_have_addresses_where_an_index_has_such(tmp_path: Path) -> None:
+    versions = {
+        "python": "3.11.2", "dmformer": "0.0.7", "openvino": "2026.4.0-1-releases/2026/4", "my engine": "1.0",
+        "Foo_Bar": "1!2.0rc1.post2.dev3+cpu.1", "../x": "1", "empty": "", "jaX": "1.0\n",
+    }  # fmt: skip
+    bundle = write_bundle(tmp_path / "b")
+    report = timings(open_bundle(bundle).manifest.artifacts, "x")
+    report = msgspec.structs.replace(report, environment=report.environment | {"versions": versions})
+    path = tmp_path / "bench.json"
+    path.write_bytes(msgspec.json.encode(report))
+    rewrite(bundle, lambda content: content["artifacts"][0].update(built_with={"dmformer": "0.0.7", "": "1"}))
+    data = dmformer.report(bundle, add=[path]).bom()
+    assert errors(data) == []
+    content = json.loads(data)
+    found = {one["name"]: one.get("purl") for one in content["components"] if one["type"] == "library"}
+    del found["torch"], found["onnx"], found["onnxruntime"]
+    assert found == {
+        "python": "pkg:generic/python@3.11.2", "openvino": None, "my engine": None, "../x": None, "jaX": None,
+        "Foo_Bar": "pkg:pypi/foo-bar@1%212.0rc1.post2.dev3%2Bcpu.1", "empty": None,
+    }  # fmt: skip
+    assert content["metadata"]["tools"]["components"][0]["name"] == "dmformer"
 
 
 def test_metrics_have_their_intervals(bill: dict[str, Any]) -> None:

@@ -30,8 +30,11 @@ from dmformer.cache import Cache, CacheEntry
 from dmformer.errors import DMFormerError
 from dmformer.files import OpenFile, indented_json
 from dmformer.runtimes.registry import inspect_artifact
-from dmformer.signoff.sources import read_report
+from dmformer.signoff.api import SignOff
+from dmformer.signoff.sources import Source, bundle_source, read_report
 from dmformer.verify.localize.case import Case, read_case
+from tests.paper_bundle import device_accuracy, parity, timings, write_bundle
+from tests.test_bench_figures import row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -314,3 +317,32 @@ def test_added_report(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> 
     path = tmp_path_factory.getbasetemp() / "report.json"
     path.write_bytes(data)
     refuses(lambda: read_report(path))
+
+
+@pytest.fixture(scope="module")
+def signed_off(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return bundle_source(write_bundle(tmp_path_factory.mktemp("fuzz") / "bundle"), "this bundle")
+
+
+_TIMED = msgspec.to_builtins(timings((), "x"))
+_TIMED["results"] = [msgspec.to_builtins(row(3)) | {"samples_ns": [[3_000_000, 4_000_000]], "samples": 2}]
+
+
+def strange_timing(**changed: Any) -> bytes:
+    return json.dumps(_TIMED | {"results": [_TIMED["results"][0] | changed]}).encode()
+
+
+@repeated
+@FUZZ
+@given(altered(_TIMED) | altered(msgspec.to_builtins(device_accuracy(()))) | altered(msgspec.to_builtins(parity())))
+@example(strange_timing(runtime="$\\frac{$"))
+@example(strange_timing(mode="throughput", samples=0))
+@example(strange_timing(attainable_ms=1e308))
+@example(strange_timing(samples_ns=[[10**400]]))
+def test_a_page_of_an_added_report(tmp_path_factory: pytest.TempPathFactory, signed_off: Source, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "added.json"
+    path.write_bytes(data)
+    with suppress(DMFormerError):
+        known = SignOff((signed_off, read_report(path)), (), ())
+        known.html()
+        known.bom()

@@ -292,12 +292,22 @@ def test_a_tensor_with_two_names_may_be_in_the_file_once(tmp_path: Path) -> None
     assert torch.equal(own["twin.weight"], own["conv.weight"])
 
 
-@pytest.mark.parametrize("value", [nn.GELU, torch.float32, 2**70])
+@pytest.mark.parametrize("value", [nn.GELU, torch.float32, 2**70, {(1, 2): 3}])
 def test_arguments_that_no_manifest_could_hold_are_refused(value: object) -> None:
     with pytest.raises(
         UsageError, match=r"`module_options` num_classes: .*; expected what JSON can hold, or the network"
     ):
         load_own(REFERENCE, {"num_classes": value}, image_size=64)
+
+
+def test_a_module_may_change_where_modules_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    text = SOURCE.read_text(encoding="utf-8")
+    text = text.replace("from __future__ import annotations\n", "from __future__ import annotations\nimport sys\n", 1)
+    (tmp_path / "forgets_its_folder.py").write_text(f"{text}\nsys.path.pop(0)\n", encoding="utf-8")
+    assert load_own("forgets_its_folder:build", image_size=64).checkpoint
+    assert str(tmp_path) in sys.path
 
 
 def test_numbers_that_are_no_weights_are_loaded_too(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +17,10 @@ import dmformer
 from dmformer.assets import DEMONSTRATION_CHECKPOINT
 from dmformer.bundle.golden import Golden, load_golden
 from dmformer.errors import StageFailed, UsageError
+from dmformer.export import steps
 from dmformer.export.networks import random_checkpoint
 from dmformer.export.precisions.int8 import to_int8
+from dmformer.progress import silent
 from dmformer.runtimes.onnxruntime import OnnxSupport
 from dmformer.runtimes.openvino import OpenVinoInspector
 from dmformer.verify.answers import Answers
@@ -195,6 +199,32 @@ def test_a_bundle_without_float16_sums_keeps_its_limits(reduced_bundle: Path, mo
     regolden(reduced_bundle, lambda content: content.pop("float16_sums/logits"))
     monkeypatch.setattr(OnnxSupport, "sums_in_float16", lambda _: True)
     assert fp16_limits(dmformer.verify(reduced_bundle, runtimes=["ort"])) == narrow
+
+
+@pytest.mark.parametrize("in_float16", [False, True])
+def test_a_file_for_another_machine_is_held_to_the_sums_of_this_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_float16: bool
+) -> None:
+    """What is built here for another target is asked in onnxruntime here."""
+    asked: dict[str, bool] = {}
+    monkeypatch.setattr(OnnxSupport, "sums_in_float16", lambda _: in_float16)
+    monkeypatch.setattr(steps, "_ask", lambda *_: None)
+    for name in ("references", "check_other_size"):
+        signature = inspect.signature(getattr(steps, name))
+
+        def note(*given: Any, name: str = name, signature: Any = signature, **named: Any) -> list[Any]:
+            bound = signature.bind(*given, **named)
+            bound.apply_defaults()
+            asked[name] = bound.arguments["float16_sums"]
+            return []
+
+        monkeypatch.setattr(steps, name, note)
+    for name in ("check_answers", "check_consistency"):
+        monkeypatch.setattr(steps, name, lambda *_: [])
+    file: Any = SimpleNamespace(onnx=tmp_path / "model.onnx", precision="fp16")
+    work: Any = SimpleNamespace(stage=silent, golden=None)
+    assert steps._check_onnx(work, file) == []
+    assert asked == {"references": in_float16, "check_other_size": in_float16}
 
 
 def test_float16_sums_that_drown_the_signal_are_refused(reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

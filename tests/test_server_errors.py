@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 import threading
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +226,9 @@ def test_an_artifact_that_the_server_itself_names_is_compared(opened: Bundle, do
     (check,) = failed(verify_server(opened, double.url))
     assert "of another bundle" in str(check.reason)
     double.parameters = {SHA256: artifacts["onnx", "fp32"].sha256}
-    assert verify_server(opened, double.url).passed
+    report = verify_server(opened, double.url)
+    assert report.passed
+    assert report.artifacts == (artifacts["onnx", "fp32"].sha256,)
 
 
 def test_a_model_of_another_name_needs_its_precision(opened: Bundle, double: Double) -> None:

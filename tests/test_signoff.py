@@ -13,7 +13,7 @@ import pytest
 
 import dmformer
 from dmformer.bundle.integrity import sign_bundle
-from dmformer.bundle.manifest import GOLDEN, PARITY_REPORT
+from dmformer.bundle.manifest import GOLDEN, PARITY_REPORT, Accuracy
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.trust import TRUSTED_KEYS, generate_keys, load_private_key
 from dmformer.bundle.writer import pack
@@ -338,10 +338,96 @@ def test_a_report_on_another_bundle_is_refused(paper: Path, tmp_path: Path, plac
         dmformer.report(paper, add=[path])
 
 
-def test_a_report_that_names_no_artifacts_is_open(paper: Path, tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_bytes(msgspec.json.encode(parity()))
-    assert any("does not say which artifacts" in point for point in dmformer.report(paper, add=[path]).open_points)
+def test_a_report_that_names_no_artifacts_is_refused(inline: Callable[..., Run], paper: Path, tmp_path: Path) -> None:
+    """Such is the report in another bundle: its checks would pass for those of this one."""
+    other = write_bundle(tmp_path / "other", parity(decided("int8")))
+    run = inline("report", paper, "--html", "page.html", "--add", other / PARITY_REPORT)
+    assert run.code == 2
+    assert "says not which artifacts it asked; expected a report of verify --json by this version" in run.error_line
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_report_on_nothing_is_not_the_bundles_own(paper: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_bytes(msgspec.json.encode(timings((), DEVICE.cpu)))
+    without = msgspec.structs.replace(parity(), checks=())
+    bundle = write_bundle(tmp_path / "b", without)
+    rewrite(
+        bundle, lambda content: content.update(files=[one for one in content["files"] if "bench" not in one["path"]])
+    )
+    (bundle / "reports" / "bench.json").unlink()
+    assert "latency: not measured" in dmformer.report(bundle, add=[path]).open_points
+
+
+@pytest.mark.parametrize("again", ["the bundle", "its own timing", "a report", "a copy of a report", "another bundle"])
+def test_nothing_counts_twice(paper: Path, reports: list[Path], tmp_path: Path, again: str) -> None:
+    copied = tmp_path / "copied.json"
+    copied.write_text(json.dumps(json.loads(reports[0].read_text()), indent=3))
+    other = write_bundle(tmp_path / "other", arch="second_net")
+    add = {
+        "the bundle": [paper], "its own timing": [paper / "reports" / "bench.json"],
+        "a report": [reports[0], reports[0]], "a copy of a report": [reports[0], copied],
+        "another bundle": [other, pack(open_bundle(other), tmp_path / "other.dmf")],
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="is on the page already; expected each bundle and each report once"):
+        dmformer.report(paper, add=add[again])
+
+
+def test_sources_of_the_same_name_are_told_apart(paper: Path, tmp_path: Path) -> None:
+    artifacts = open_bundle(paper).manifest.artifacts
+    add = []
+    for lab, more in (("a", ()), ("b", (FAILED,))):
+        (tmp_path / lab).mkdir()
+        add.append(tmp_path / lab / "verify.json")
+        add[-1].write_bytes(msgspec.json.encode(device_parity(artifacts, *more)))
+    known = dmformer.report(paper, add=add)
+    first, second = (source.title for source in known.sources[1:])
+    assert (first, second) == ("verify.json (Device 7)", f"2. verify.json (Device 7), {add[1]}")
+    assert known.failures[0].startswith("2. verify.json (Device 7), ")
+    assert "2. verify.json" in section_html(known.html(), "Checks")
+
+
+def evaluated(paper: Path, path: Path, top1: float, torch: float | None, **changed: Any) -> Path:
+    """What eval says of a bundle whose int8 has a top-1, and PyTorch another."""
+    report = device_accuracy(open_bundle(paper).manifest.artifacts)
+    fp32, int8 = (msgspec.structs.replace(one, agreement_with_torch=0.9) for one in report.results)
+    of_torch = None if torch is None else Accuracy(images=50, top1=torch, top1_interval=(0.7, 0.99))
+    report = msgspec.structs.replace(
+        report, results=(fp32, msgspec.structs.replace(int8, top1=top1)), torch=of_torch, **changed
+    )
+    path.write_bytes(msgspec.json.encode(report))
+    return path
+
+
+@pytest.mark.parametrize(("top1", "failed"), [(0.86, False), (0.9, False), (0.84, True)])
+def test_an_added_accuracy_is_held_to_the_budget(paper: Path, tmp_path: Path, top1: float, failed: bool) -> None:
+    known = dmformer.report(paper, add=[evaluated(paper, tmp_path / "eval.json", top1, 0.86)])
+    expected = "eval.json: onnxruntime int8 loses 2.00 points on 50 images; the accuracy budget is 0.5"
+    assert list(known.failures) == ([expected] if failed else [])
+    assert not any("not held to the accuracy budget" in point for point in known.open_points)
+
+
+def test_an_accuracy_that_nothing_is_compared_with_is_open(paper: Path, tmp_path: Path) -> None:
+    known = dmformer.report(paper, add=[evaluated(paper, tmp_path / "eval.json", 0.5, None)])
+    (point,) = [point for point in known.open_points if "int8: not held to the accuracy budget of 0.5" in point]
+    assert "PyTorch's on the calibration images is +45.00 points from it" in point
+    bundle = write_bundle(tmp_path / "b")
+    rewrite(bundle, lambda content: content["evidence"].update(accuracy=None))
+    known = dmformer.report(bundle, add=[evaluated(bundle, tmp_path / "eval.json", 0.5, 0.9)])
+    assert any("int8: not held to the accuracy budget: the bundle has none" in point for point in known.open_points)
+
+
+def test_images_that_were_left_out_and_notes_are_open(paper: Path, tmp_path: Path) -> None:
+    accuracy = evaluated(paper, tmp_path / "eval.json", 0.86, 0.86, unreadable=("a.png: cut off", "b.png: empty"))
+    timing = tmp_path / "bench.json"
+    report = timings(open_bundle(paper).manifest.artifacts, DEVICE.cpu)
+    timing.write_bytes(msgspec.json.encode(msgspec.structs.replace(report, notes=("int8 sums overflow here",))))
+    points = dmformer.report(paper, add=[accuracy, timing]).open_points
+    for expected in (
+        "eval.json: left out: a.png: cut off", "eval.json: left out: b.png: empty",
+        "bench.json (Device 7): int8 sums overflow here",
+    ):  # fmt: skip
+        assert expected in points
 
 
 @pytest.mark.parametrize(
@@ -409,6 +495,66 @@ def test_a_page_of_far_too_much_is_bounded(tmp_path: Path) -> None:
     assert len(page) < 4_000_000
     assert "the last in onnxruntime fp32" in section(page, "Checks")
     assert "more rows" in section(page, "Every check")
+    assert "Drawn: 180 rows, and 2829 more are in the table." in section(page, "Checks")[:400]
+
+
+def test_what_pictures_leave_out_is_told(paper: Path, tmp_path: Path) -> None:
+    artifacts = open_bundle(paper).manifest.artifacts
+    assert "more are in the table" not in dmformer.report(paper).html()
+    timing = timings(artifacts, DEVICE.cpu)
+    (tmp_path / "bench.json").write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(timing, results=timing.results * 12))
+    )
+    accuracy = device_accuracy(artifacts)
+    (tmp_path / "eval.json").write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(accuracy, results=accuracy.results * 20))
+    )
+    page = dmformer.report(paper, add=[tmp_path / "bench.json", tmp_path / "eval.json"]).html()
+    assert "Drawn: 20 rows, and 6 more are in the table." in section(page, "Latency")
+    assert "Drawn: 30 rows, and 13 more are in the table." in section(page, "Accuracy")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"mode": "throughput", "samples": 0}, "has a latency and no calls that were timed"),
+        ({"samples_ns": ()}, "has a latency and no calls that were timed"),
+        ({"samples_ns": ((),)}, "has a latency and no calls that were timed"),
+        ({"attainable_ms": 1e308}, "has times that no clock gives"),
+        ({"samples_ns": ((10**400,),)}, "has times that no clock gives"),
+    ],
+)
+def test_a_timing_that_nothing_measured_is_refused(
+    paper: Path, tmp_path: Path, changed: dict[str, Any], expected: str
+) -> None:
+    report = msgspec.to_builtins(timings(open_bundle(paper).manifest.artifacts, DEVICE.cpu))
+    report["results"][0].update(changed)
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match=expected):
+        dmformer.report(paper, add=[path])
+
+
+@pytest.mark.parametrize("changed", [{"images": 0}, {"top1": 1e300}, {"agreement_with_torch": -1}])
+def test_an_accuracy_that_is_no_share_is_refused(paper: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    report = msgspec.to_builtins(device_accuracy(open_bundle(paper).manifest.artifacts))
+    report["results"][0].update(changed)
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match="an accuracy that is no share of its images"):
+        dmformer.report(paper, add=[path])
+
+
+def test_a_strange_runtime_is_no_formula(paper: Path, tmp_path: Path) -> None:
+    report = timings(open_bundle(paper).manifest.artifacts, DEVICE.cpu)
+    strange = tuple(msgspec.structs.replace(row, runtime="$\\frac{$" + "x" * 500) for row in report.results)
+    path = tmp_path / "bench.json"
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(report, results=strange)))
+    (svg, *_) = re.findall(
+        r"<svg.*?</svg>", section_html(dmformer.report(paper, add=[path]).html(), "Latency"), re.DOTALL
+    )
+    assert "frac{$" in svg
+    assert "x" * 100 not in svg
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -480,6 +626,24 @@ def test_either_goes_to_standard_output(inline: Callable[..., Run], paper: Path)
     assert run.out.startswith("<!doctype html>")
     assert json.loads(inline("report", paper, "--bom", "-").out)["bomFormat"] == "CycloneDX"
     assert inline("report", paper, "--html", "-", "--bom", "-").code == 2
+
+
+def test_no_file_is_written_over_another(
+    inline: Callable[..., Run], paper: Path, reports: list[Path], tmp_path: Path
+) -> None:
+    added = tmp_path / "ev.json"
+    added.write_bytes(reports[0].read_bytes())
+    (tmp_path / "link.json").symlink_to("ev.json")
+    for arguments, named in (
+        (("--html", "c.out", "--bom", "./c.out"), "--html and --bom both name './c.out'; expected two files"),
+        (("--html", "ev.json", "--add", added), "--add and --html both name 'ev.json'"),
+        (("--bom", "link.json", "--add", added), "--add and --bom both name 'link.json'"),
+    ):
+        run = inline("report", paper, *arguments)
+        assert run.code == 2
+        assert named in run.error_line
+    assert added.read_bytes() == reports[0].read_bytes()
+    assert not (tmp_path / "c.out").exists()
 
 
 def test_nothing_is_written_where_what_is_added_is_bad(inline: Callable[..., Run], paper: Path, tmp_path: Path) -> None:

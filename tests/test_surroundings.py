@@ -80,6 +80,20 @@ print("after")
     assert done.stderr.startswith("python")
 
 
+def test_what_is_written_to_the_original_stream_goes_to_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import sys
+from dmformer.process import printing_to_stderr
+
+with printing_to_stderr():
+    print("inside", file=sys.__stdout__)
+print("after")
+"""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout.split(), done.stderr.split()) == (["after"], ["inside"])
+
+
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere(*_: object) -> Path:
         raise RuntimeError("could not determine the home directory")

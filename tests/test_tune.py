@@ -460,13 +460,19 @@ def test_settings_of_another_bundle_are_not_taken(kept: Path, bundle: Path) -> N
 def test_energy_is_counted_over_a_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmformer.procfs._POWERCAP", tmp_path)
     assert EnergyMeter().joules() is None
-    for zone, count in (("intel-rapl:0", 900), ("intel-rapl:1", 100), ("intel-rapl:0:0", 5)):
+    zones = (
+        ("intel-rapl:0", "package-0", 900), ("intel-rapl:1", "package-1", 100), ("intel-rapl:0:0", "core", 5),
+        ("intel-rapl:2", "psys", 7),
+    )  # fmt: skip
+    for zone, name, count in zones:
         (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{name}\n")
         (tmp_path / zone / "energy_uj").write_text(f"{count}\n")
         (tmp_path / zone / "max_energy_range_uj").write_text("999\n")
     meter = EnergyMeter()
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("50\n")  # 150 further
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("300\n")
+    (tmp_path / "intel-rapl:2" / "energy_uj").write_text("500\n")  # holds the packages in it
     assert meter.joules() == pytest.approx(350e-6)
     (tmp_path / "intel-rapl:1" / "energy_uj").chmod(0)
     (tmp_path / "intel-rapl:1" / "energy_uj").unlink()

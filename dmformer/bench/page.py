@@ -215,7 +215,7 @@ def _draw_roofline(figure: Any, narrow: bool, rows: Sequence[Result], limits: Li
     for (name, gops), colour in zip(roofs, (INK, *SERIES[::-1]), strict=False):
         axes.plot(across, np.minimum(across * limits.gbytes_per_s, gops), color=colour, linewidth=1.5)
         axes.annotate(
-            f"{name}: {gops:.0f} G/s", (across[0], gops), (2, 3), textcoords="offset points", color=colour,
+            label_text(f"{name}: {gops:.0f} G/s"), (across[0], gops), (2, 3), textcoords="offset points", color=colour,
             va="bottom", ha="left", fontsize=9,
         )  # fmt: skip
     for row, operations, rate in points:
@@ -287,7 +287,7 @@ def _draw_stages(figure: Any, narrow: bool, profile: Profile) -> None:
 def _label(row: Result, narrow: bool) -> str:
     runtime = {"onnxruntime": "ort", "openvino": "ov", "tensorrt": "trt"}.get(row.runtime, row.runtime)
     title = row.title.removeprefix(row.runtime)
-    return f"{runtime}{title.replace(' batch ', ' b')}" if narrow else f"{row.runtime}{title}"
+    return label_text(f"{runtime}{title.replace(' batch ', ' b')}" if narrow else f"{row.runtime}{title}")
 
 
 def _colour(row: Result, rows: Sequence[Result]) -> str:

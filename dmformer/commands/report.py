@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -57,8 +58,7 @@ def report(
 
     if html is None and bom is None:
         raise UsageError("nothing to write; expected --html FILE, --bom FILE or both")
-    if html == bom:
-        raise UsageError(f"--html and --bom both name {html!r}; expected two files")
+    _check_targets({"--html": html, "--bom": bom}, add or [])
     if html is not None:
         check_installed()
     if bom is not None:
@@ -74,3 +74,19 @@ def report(
     if len(known.open_points) > _MOST_SHOWN:
         present.say(f"open: and {len(known.open_points) - _MOST_SHOWN} more")
     known.judge()
+
+
+def _check_targets(targets: dict[str, str | None], added: list[Path]) -> None:
+    """Refuse to write two files into one, or over what is read.
+
+    Raises:
+        UsageError: two paths lead to the same file.
+    """
+    taken = {os.path.realpath(path): "--add" for path in added}
+    for flag, target in targets.items():
+        if target is None:
+            continue
+        place = target if target == "-" else os.path.realpath(target)
+        if place in taken:
+            raise UsageError(f"{taken[place]} and {flag} both name {target!r}; expected two files")
+        taken[place] = flag

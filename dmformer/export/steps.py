@@ -165,14 +165,15 @@ def verify_artifact(
 
 
 def _check_onnx(work: Work, file: PrecisionFile) -> list[Check]:
-    adapter = registry.available_adapter(registry.entry("onnxruntime"))
+    row = registry.entry("onnxruntime")
+    adapter, float16_sums = registry.available_adapter(row), registry.support(row).sums_in_float16()
     with work.stage(f"verify the ONNX at {file.precision} in onnxruntime"):
         answers = _ask(work.golden, adapter(file.onnx, precision=file.precision))
-    compared_with = references(work.golden, file.precision)
+    compared_with = references(work.golden, file.precision, float16_sums=float16_sums)
     return [
         *check_answers("onnx", answers, compared_with),
         *check_consistency(answers, compared_with),
-        *check_other_size("onnx", answers, work.golden),
+        *check_other_size("onnx", answers, work.golden, float16_sums),
     ]
 
 

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from dmformer.data.description import InputDescription, description_beside
 from dmformer.errors import UsageError, first_line
-from dmformer.files import hash_file
+from dmformer.files import hash_file, indented_json
 from dmformer.models.checkpoint import Checkpoint, checked_classes, decide_input, load_weights_, sigmoid_note
 from dmformer.models.checkpoint_file import title_of
 from dmformer.models.program import load_program
@@ -209,8 +209,9 @@ def _check_writable(options: Mapping[str, Any]) -> None:
     """
     for name, value in options.items():
         try:
-            msgspec.msgpack.encode(value)
-        except (TypeError, OverflowError) as error:
+            indented_json(value)  # as the manifest has it
+            msgspec.msgpack.encode(value)  # as the keys of the cache have it
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UsageError(
                 f"`module_options` {name}: {first_line(error)}; expected what JSON can hold, or the network itself as "
                 "`module`, made with it"
@@ -280,7 +281,8 @@ def _first_on_path(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        with contextlib.suppress(ValueError):  # a module may have changed it
+            sys.path.remove(str(folder))
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
 

@@ -102,6 +102,11 @@ class Verdict(Struct, frozen=True, kw_only=True):
     held: bool | None = None
 
 
+def with_rest(caption: str, count: int, most: int) -> str:
+    """Return the caption of a picture that draws at most so many rows, and says where the others are."""
+    return f"{caption} Drawn: {most} rows, and {count - most} more are in the table." if count > most else caption
+
+
 def render_page(
     title: str, subtitle: str, verdicts: Iterable[Verdict], sections: Iterable[Section], warning: str = ""
 ) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dmformer.page.document import Section, Table
+from dmformer.page.document import Section, Table, with_rest
 from dmformer.signoff.pictures import Share, accuracy_picture
 
 if TYPE_CHECKING:
@@ -73,7 +73,11 @@ def accuracy_section(known: SignOff) -> Section:
     allowed = "" if budget is None else f"; the accuracy budget is {budget.max_points_lost:g}"
     return Section(
         title="Accuracy",
-        caption="With intervals of 95 % confidence: what the same network may reach on other images of the same kind.",
+        caption=with_rest(
+            "With intervals of 95 % confidence: what the same network may reach on other images of the same kind.",
+            len(drawn),
+            _MOST_DRAWN,
+        ),
         parts=[
             *([accuracy_picture(drawn[:_MOST_DRAWN])] if drawn else []),
             Table(columns=["", *kinds, "images"], rows=rows, texts=1),

@@ -10,12 +10,14 @@ from dmformer.errors import CheckFailed
 from dmformer.runtimes import registry
 from dmformer.signoff.sources import Source, read_sources
 from dmformer.verify.report import failure
+from dmformer.verify.tasks import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dmformer.bundle.manifest import Manifest
+    from dmformer.bundle.manifest import AccuracyEvidence, Manifest
     from dmformer.bundle.reader import Bundle
+    from dmformer.verify.evaluate import EvalResult
     from dmformer.verify.report import Check
 
 
@@ -128,9 +130,10 @@ class SignOff:
 
 
 def _own(sources: Sequence[Source]) -> list[Source]:
-    """Return the bundle itself, and the reports that are about its artifacts."""
+    """Return the bundle itself, and the reports that are about its artifacts and no others."""
     first, *others = sources
-    return [first, *(source for source in others if source.bundle is None and source.artifacts <= first.artifacts)]
+    own = (source for source in others if source.bundle is None and source.artifacts)
+    return [first, *(source for source in own if source.artifacts <= first.artifacts)]
 
 
 def _failures(sources: Sequence[Source]) -> Iterator[str]:
@@ -138,6 +141,9 @@ def _failures(sources: Sequence[Source]) -> Iterator[str]:
         yield from (
             f"{_prefix(place, source)}{failed}" for failed in (*_failed_checks(source), *_failed_bundle(source))
         )
+    opened = sources[0].bundle
+    assert opened is not None
+    yield from _over_budget(sources, opened.manifest.evidence.accuracy)
 
 
 def _prefix(place: int, source: Source) -> str:
@@ -151,6 +157,49 @@ def _failed_checks(source: Source) -> Iterator[str]:
         yield failure(parity)
     elif parity is not None and not parity.passed:
         yield "the report says that it did not pass"
+
+
+def _points_lost(sources: Sequence[Source]) -> Iterator[tuple[str, EvalResult, float | None]]:
+    """Give each accuracy that was added of this bundle, with what names it and the percentage points that it loses.
+
+    They are lost against PyTorch on the same images; ``None`` where the report does not have PyTorch's accuracy.
+    """
+    first, *others = _own(sources)
+    assert first.bundle is not None
+    manifest = first.bundle.manifest
+    if not manifest.class_count:
+        return
+    measure = measure_of(manifest.model.task, manifest.class_count)
+    for source in others:
+        torch = source.accuracy.torch if source.accuracy is not None else None
+        for one in source.accuracy.results if source.accuracy is not None else ():
+            compared = torch is not None and one.agreement_with_torch is not None
+            lost = measure.points_lost(one, torch) if torch is not None and compared else None
+            yield f"{source.title}: {one.runtime} {one.precision}", one, lost
+
+
+def _over_budget(sources: Sequence[Source], evidence: AccuracyEvidence | None) -> Iterator[str]:
+    for title, one, lost in _points_lost(sources):
+        if evidence is not None and lost is not None and lost > evidence.max_points_lost:
+            yield (
+                f"{title} loses {lost:.2f} points on {one.images} images; the accuracy budget is "
+                f"{evidence.max_points_lost:g}"
+            )
+
+
+def _without_budget(sources: Sequence[Source], evidence: AccuracyEvidence | None) -> Iterator[str]:
+    for title, one, lost in _points_lost(sources):
+        if evidence is None:
+            yield f"{title}: not held to the accuracy budget: the bundle has none"
+        elif lost is None:
+            # Other images may be harder for PyTorch as well: how far apart the two are decides nothing.
+            pairs = ((evidence.torch.top1, one.top1), (evidence.torch.miou, one.miou))
+            below = [100 * (ours - its) for ours, its in pairs if ours is not None and its is not None]
+            apart = f"; PyTorch's on the calibration images is {below[0]:+.2f} points from it" if below else ""
+            yield (
+                f"{title}: not held to the accuracy budget of {evidence.max_points_lost:g}: the report has no accuracy "
+                f"of PyTorch on the same images (eval with --weights measures it){apart}"
+            )
 
 
 def _failed_bundle(source: Source) -> Iterator[str]:
@@ -181,6 +230,7 @@ def _open_points(sources: Sequence[Source]) -> Iterator[str]:
         row = registry.reader_of(artifact.format)
         if row is None or (row.name, artifact.precision) not in asked:
             yield f"{artifact.format} {artifact.precision}: no check of its answers"
+    yield from _without_budget(sources, manifest.evidence.accuracy)
     if not any(source.parity for source in own[1:]) and not manifest.evidence.processors:
         yield "its answers were checked on no other machine than the one that made it: run dmformer verify there"
     if not any(source.bench for source in own):
@@ -195,6 +245,7 @@ def _open_in(source: Source) -> Iterator[str]:
     if source.accuracy is not None:
         yield from (f"not measured: {reason}" for reason in source.accuracy.skipped)
         yield from source.accuracy.notes
+        yield from (f"left out: {reason}" for reason in source.accuracy.unreadable)
         if not source.accuracy.labelled:
             yield "no labels: agreement with PyTorch was measured, and no accuracy"
     if source.bundle is not None and source.integrity is not None:
@@ -208,8 +259,6 @@ def _open_in_checks(source: Source) -> Iterator[str]:
     for check in source.parity.checks:
         if check.passed and check.stage == "precision" and check.reason:
             yield f"{check.asked}: {check.reason}"
-    if source.bundle is None and not source.parity.artifacts:
-        yield "the report does not say which artifacts it asked"
 
 
 def _open_in_timings(source: Source) -> Iterator[str]:
@@ -217,6 +266,7 @@ def _open_in_timings(source: Source) -> Iterator[str]:
         return
     if source.bench.partial:
         yield "the timing was stopped before its end"
+    yield from source.bench.notes
     yield from (f"not timed: {reason}" for reason in source.bench.skipped)
     odd = [row for row in source.bench.results if row.status != "ok"]
     for status, reason in dict.fromkeys((row.status, row.reason) for row in odd):

@@ -8,6 +8,7 @@ for its time; the serial number comes from the manifests' hashes and from what w
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component
     from cyclonedx.model.license import License
+    from packageurl import PackageURL
 
     from dmformer.bundle.manifest import Artifact, FileEntry, Manifest, Tensor
     from dmformer.signoff.api import SignOff
@@ -33,6 +35,13 @@ _DEMONSTRATION_LICENCE = "Apache-2.0"  # the LICENSE of this distribution, of wh
 _LICENCE_KEYS = ("license", "licence")  # of what a checkpoint says of its training
 _MOST_LETTERS = 1000  # of a text
 _MOST_POINTS = 200
+_TOOL = "dmformer"
+_PACKAGE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?", re.IGNORECASE)  # PEP 508
+_PACKAGE_VERSION = re.compile(  # PEP 440
+    r"v?(?:\d+!)?\d+(?:\.\d+)*(?:[-_.]?(?:alpha|beta|preview|pre|rc|a|b|c)[-_.]?\d*)?"
+    r"(?:-\d+|[-_.]?(?:post|rev|r)[-_.]?\d*)?(?:[-_.]?dev[-_.]?\d*)?(?:\+[a-z0-9]+(?:[-_.][a-z0-9]+)*)?",
+    re.IGNORECASE | re.ASCII,
+)
 _MODEL, _TRAINING_DATA, _CALIBRATION_DATA = "model", "data:training", "data:calibration"
 
 
@@ -86,7 +95,7 @@ def _bom(known: SignOff) -> Bom:
         hashes=[_sha256(opened.manifest_sha256)],
         properties=_properties(_facts(known)),
     )
-    tool = Component(type=ComponentType.APPLICATION, name="dmformer", version=__version__, bom_ref="tool:dmformer")
+    tool = Component(type=ComponentType.APPLICATION, name=_TOOL, version=__version__, bom_ref="tool:dmformer")
     bom = Bom(serial_number=_serial_number(known), metadata=BomMetaData(component=component))
     bom.metadata.tools.components.add(tool)
     libraries = _libraries(known)
@@ -98,7 +107,8 @@ def _bom(known: SignOff) -> Bom:
         bom.components.add(part)
     bom.register_dependency(component, [*others, *(described for _, described in artifacts)])
     for artifact, described in artifacts:
-        bom.register_dependency(described, [libraries[item] for item in artifact.built_with.items()])
+        built_with = artifact.built_with.items()
+        bom.register_dependency(described, [libraries[item] for item in built_with if item in libraries])
     return bom
 
 
@@ -199,15 +209,14 @@ def _artifact(artifact: Artifact) -> Component:
 
 
 def _libraries(known: SignOff) -> dict[tuple[str, str], Component]:
-    """Return every package that built or measured something, by name and version."""
+    """Return every package that built or measured something, by name and version; not this tool, which is named so."""
     from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
 
     roles: dict[tuple[str, str], list[str]] = {}
 
     def note(packages: Mapping[str, Any], role: str) -> None:
         for name, version in packages.items():
-            if not plain(name).strip():
+            if not plain(name).strip() or name == _TOOL:
                 continue
             found = roles.setdefault((name, str(version)), [])
             found += [] if role in found else [role]
@@ -228,11 +237,20 @@ def _libraries(known: SignOff) -> dict[tuple[str, str], Component]:
             name=_fit(name),
             version=_fit(version),
             bom_ref=f"library:{_fit(name)}@{_fit(version)}",
-            purl=PackageURL("pypi", name=_fit(name), version=_fit(version)),
+            purl=_package_url(name, version),
             properties=_properties(("role", role) for role in found),
         )
         for (name, version), found in roles.items()
     }
+
+
+def _package_url(name: str, version: str) -> PackageURL | None:
+    """Return where a package comes from; ``None`` where its name or its version is none that PyPI has."""
+    from packageurl import PackageURL
+
+    if not _PACKAGE_NAME.fullmatch(name) or not _PACKAGE_VERSION.fullmatch(version):
+        return None
+    return PackageURL("generic" if name == "python" else "pypi", name=name, version=version)
 
 
 def _data_sets(manifest: Manifest) -> Iterator[Component]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dmformer.data.overlay import class_colours
-from dmformer.page.document import Gallery, Image, Section, Table
+from dmformer.page.document import Gallery, Image, Section, Table, with_rest
 from dmformer.runtimes.inspector import describe_layers
-from dmformer.signoff.pictures import CheckRow, check_pictures, layers_picture, share_of_limit
+from dmformer.signoff.pictures import MOST_CHECK_ROWS, CheckRow, check_pictures, layers_picture, share_of_limit
 from dmformer.task import OUTPUT_NAME, class_logits
 
 if TYPE_CHECKING:
@@ -36,9 +36,11 @@ def checks_section(known: SignOff) -> Section:
     rows = [CheckRow(label=label, checks=checks) for label, checks in grouped.items()]
     return Section(
         title="Checks",
-        caption=(
+        caption=with_rest(
             "Each check's largest difference over the largest one allowed; beyond the line it fails. A hollow dot "
-            "stands for (almost) equal answers. The table at the end has the figures."
+            "stands for (almost) equal answers. The table at the end has the figures.",
+            len(rows),
+            MOST_CHECK_ROWS,
         ),
         parts=check_pictures(rows, [source.title for source in known.sources]),
     )

@@ -9,7 +9,7 @@ import msgspec
 from dmformer.bench.page import FIGURES, LATENCY_CAPTION, latency_picture, row_figures
 from dmformer.bench.sentences import limits
 from dmformer.machine import processor_title
-from dmformer.page.document import Section, Table, Verdict, render_page
+from dmformer.page.document import Section, Table, Verdict, render_page, with_rest
 from dmformer.signoff.accuracy import accuracy_section
 from dmformer.signoff.checks import checks_section, decisions_section, every_check_section, layers_section
 from dmformer.signoff.pictures import sensitivity_pictures
@@ -176,9 +176,10 @@ def _latency(known: SignOff) -> list[Section]:
         if timed
         else []
     )
+    caption = with_rest(LATENCY_CAPTION, len(timed), _MOST_TIMED)
     table = [Table(columns=[*FIGURES, "source"], rows=rows, texts=2)] if rows else []
     limit = [Table(columns=["source", "what the machine can do at best"], rows=machines, texts=1)] if machines else []
-    return [Section(title="Latency", caption=LATENCY_CAPTION, parts=[*picture, *table, *limit])]
+    return [Section(title="Latency", caption=caption, parts=[*picture, *table, *limit])]
 
 
 def _positive(samples: tuple[int, ...]) -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dmformer.bundle.manifest import Artifact
 
 _ROWS = 30  # of a picture: as many as fit on a page of paper
-_MOST_PICTURES = 6
+MOST_CHECK_ROWS = 6 * _ROWS  # of all pictures of checks
 _MOST_BLOCKS = 24
 _LOW, _HIGH = 1e-5, 100.0  # shares of the limit that the axis shows; what is beyond stands at its ends
 
@@ -62,8 +62,9 @@ def check_pictures(rows: Sequence[CheckRow], sources: Sequence[str]) -> list[Pic
         rows: what was asked.
         sources: titles of the sources, by place.
     """
-    most = _ROWS * _MOST_PICTURES
-    shown = rows if len(rows) <= most else sorted(rows, key=lambda row: not row.failed)[:most]
+    shown = rows
+    if len(rows) > MOST_CHECK_ROWS:
+        shown = sorted(rows, key=lambda row: not row.failed)[:MOST_CHECK_ROWS]
     several = len({place for row in rows for place, _ in row.checks}) > 1
     pictures = []
     for start in range(0, len(shown), _ROWS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -30,6 +30,7 @@ _KINDS: tuple[tuple[frozenset[str], type[msgspec.Struct]], ...] = (
     (frozenset(("environment", "results")), BenchReport),
     (frozenset(("data", "labelled", "results")), EvalReport),
 )
+_MOST_COUNTED = 1 << 53  # images, calls or nanoseconds: more is no count of anything
 _EXPECTED = "expected what verify, bench or eval wrote with --json, or a bundle"
 
 
@@ -57,13 +58,18 @@ class Source:
 
     @property
     def artifacts(self) -> frozenset[str]:
-        """The SHA-256 of each artifact that it has or is about; those of older parity reports are not known."""
+        """The SHA-256 of each artifact that it has or is about."""
         if self.bundle is not None:
             return frozenset(artifact.sha256 for artifact in self.bundle.manifest.artifacts)
         parity = () if self.parity is None else self.parity.artifacts
         bench = () if self.bench is None else (row.artifact_sha256 for row in self.bench.results)
         accuracy = () if self.accuracy is None else (row.artifact_sha256 for row in self.accuracy.results)
         return frozenset((*parity, *bench, *accuracy))
+
+    @property
+    def reports(self) -> list[ParityReport | BenchReport | EvalReport]:
+        """The reports that it has or is."""
+        return [report for report in (self.parity, self.bench, self.accuracy) if report is not None]
 
 
 def bundle_source(named: Path | Bundle, title: str) -> Source:
@@ -113,30 +119,41 @@ def read_sources(bundle: Path | Bundle, add: Sequence[Path]) -> list[Source]:
         CheckFailed: the policy asks for a signature that is not there, it is of another manifest, or a packed file is
             damaged.
         UnavailableError: a bundle is signed, and the package that checks signatures is not installed.
-        UsageError: a file cannot be read, is neither report nor bundle, or is of artifacts that no bundle here has.
+        UsageError: a file cannot be read, is neither report nor bundle, does not say which artifacts it asked, is of
+            artifacts that no bundle here has, or is here already.
     """
+    packed = [path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)) for path in add]
     sources = [bundle_source(bundle, "this bundle")]
-    reports = []
-    for path in add:
-        if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
-            sources.append(bundle_source(path, f"bundle {path.name or path}"))
-        else:
-            reports.append((path, read_report(path)))
-    known = frozenset().union(*(source.artifacts for source in sources))
-    for path, source in reports:
-        if foreign := sorted(source.artifacts - known):
+    for number in sorted(range(len(add)), key=lambda number: not packed[number]):  # bundles first
+        path = add[number]
+        source = bundle_source(path, f"bundle {path.name or path}") if packed[number] else read_report(path)
+        if any(_repeats(source, other) for other in sources):
+            raise UsageError(f"`add` {str(path)!r} is on the page already; expected each bundle and each report once")
+        known = frozenset().union(*(other.artifacts for other in sources if other.bundle is not None))
+        if source.bundle is None and (foreign := sorted(source.artifacts - known)):
             raise UsageError(
                 f"`add` {str(path)!r} is of an artifact {foreign[0][:12]}…, which the bundle does not have; expected a "
                 "report on this bundle: name the bundle that it is of with `add` as well"
             )
-    return sources + [source for _, source in reports]
+        if source.title in [other.title for other in sources]:
+            source = replace(source, title=f"{number + 1}. {source.title}, {path}")
+        sources.append(source)
+    return sources
+
+
+def _repeats(source: Source, other: Source) -> bool:
+    """Whether a source is another one again: the same bundle, or a report that the other has too."""
+    if source.bundle is not None:
+        return other.bundle is not None and source.bundle.manifest_sha256 == other.bundle.manifest_sha256
+    return any(report in other.reports for report in source.reports)
 
 
 def read_report(path: Path) -> Source:
     """Read the JSON of ``verify``, ``bench`` or ``eval``, told by its keys.
 
     Raises:
-        UsageError: it cannot be read, or is none of them.
+        UsageError: it cannot be read, is none of them, does not say which artifacts it asked, or has a figure that
+            nothing measured can have.
     """
     try:
         data = read_bounded(path, _MOST_BYTES, links=True)
@@ -149,10 +166,39 @@ def read_report(path: Path) -> Source:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"`add` {str(path)!r} is no report that this version reads: {error}; {_EXPECTED}") from error
     if isinstance(report, ParityReport):
+        if not report.artifacts:
+            raise UsageError(
+                f"`add` {str(path)!r} says not which artifacts it asked; expected a report of verify --json by this "
+                "version"
+            )
         cpu = report.processor.cpu if report.processor else "processor not noted"
         return Source(f"{path.name} ({cpu})", parity=report)
+    if wrong := _impossible(report):
+        raise UsageError(f"`add` {str(path)!r} is no report that this version reads: {wrong}; {_EXPECTED}")
     if isinstance(report, BenchReport):
         return Source(f"{path.name} ({report.environment.get('cpu', 'processor not noted')})", bench=report)
     if isinstance(report, EvalReport):
         return Source(path.name, accuracy=report)
     raise UsageError(f"`add` {str(path)!r} is no report; {_EXPECTED}")
+
+
+def _impossible(report: object) -> str | None:
+    """Return what no measurement can have given: a row that was timed without calls, or shares of no images."""
+    if isinstance(report, BenchReport):
+        for row in report.results:
+            counts = (
+                row.samples,
+                row.attainable_ms or 0,
+                *row.wall_ns,
+                *(each for samples in row.samples_ns for each in samples),
+            )
+            if row.timed and (row.samples < 1 or not row.samples_ns or not all(row.samples_ns)):
+                return f"{row.title} has a latency and no calls that were timed"
+            if not all(0 <= count < _MOST_COUNTED for count in counts):
+                return f"{row.title} has times that no clock gives"
+    if isinstance(report, EvalReport):
+        for one in (*report.results, *([report.torch] if report.torch else [])):
+            shares = (one.top1, one.top5, one.miou, one.pixel_accuracy, one.agreement_with_torch)
+            if not 0 < one.images < _MOST_COUNTED or not all(0 <= share <= 1 for share in shares if share is not None):
+                return "an accuracy that is no share of its images"
+    return None

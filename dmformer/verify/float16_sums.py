@@ -5,8 +5,8 @@ and rounds it after each product (FMLA: the product itself is not rounded). On x
 products of float16 numbers are added up in float32, and only the result is rounded. How far the two are apart grows
 with the number of products, and is several times the error of float16 itself.
 
-Kernels that keep several sums, or add up in blocks, round less: what is computed here is the worst that a processor may
-do.
+What is computed here is about what kernels with one sum for each output do; those that keep several sums, or add up in
+blocks, mostly round less.
 """
 
 from __future__ import annotations

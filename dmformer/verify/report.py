@@ -235,7 +235,7 @@ class ParityReport(Struct, frozen=True, kw_only=True):
         replays: what was asked elsewhere, on an emulated processor or with another release of an engine.
         release_ranges: where releases begin to fail, for each range that was asked for.
         artifacts: SHA-256 of each artifact that was asked, as the manifest's artifacts have it; empty in the report of
-            an export, which is listed in the manifest itself, and in older ones.
+            an export, which is listed in the manifest itself, and in older ones, which sign-off refuses.
         server: what answered, where that was a server.
     """
 

@@ -90,7 +90,8 @@ def verify_server(
         version=shorten(server.version),
         models=tuple(target.title for target in targets),
     )
-    return msgspec.structs.replace(parity_report(checks, skipped), server=said)
+    asked = {target.spec.artifact.sha256: target.spec.artifact for target in targets}
+    return msgspec.structs.replace(parity_report(checks, skipped, list(asked.values())), server=said)
 
 
 def _check(target: ServedTarget, stage: str, batch: int, comparison: Comparison, *more: Any) -> Check:
