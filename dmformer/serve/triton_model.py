@@ -147,7 +147,7 @@ class BatchAnswers:
             requests: rows of each: tensors (N, C, H, W), or (N, 1) of the bytes of image files; or why they cannot be
                 read, which is the answer then.
         """
-        tensors = [
+        tensors: list[Any] = [
             rows if isinstance(rows, DMFormerError) else _result_or_error(self._read_tensors, rows) for rows in requests
         ]
         answers: list[Outputs | DMFormerError] = [StageFailed("not asked")] * len(requests)
