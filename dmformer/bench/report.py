@@ -85,7 +85,7 @@ class Result(Configuration, frozen=True, kw_only=True):
             return None
         if self.mode == "throughput":
             return sum(self.wall_ns) / self.samples / 1e6
-        return self.latency_ms.p50 if self.latency_ms.p50 is not None else self.latency_ms.mean
+        return self.latency_ms.middle
 
 
 class Standing(Ratio, frozen=True, kw_only=True):

@@ -32,6 +32,11 @@ class Latency(Struct, frozen=True, kw_only=True):
     min: float
     max: float
 
+    @property
+    def middle(self) -> float:
+        """The median, or with too few samples to know it the mean, in milliseconds."""
+        return self.p50 if self.p50 is not None else self.mean
+
 
 class Ratio(Struct, frozen=True, kw_only=True):
     """How long one configuration takes over another, with an interval of 95 % confidence.

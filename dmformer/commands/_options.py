@@ -97,6 +97,16 @@ ModuleArgumentsOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads for one inference; otherwise all cores.")
 ]
+SERVED = "A running server"  # panel of the options that ask one
+ServedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="Of its models this one; otherwise those that are named as serve-layout names them.",
+        rich_help_panel=SERVED,
+    ),
+]
 JsonOption = Annotated[
     str | None,
     typer.Option(

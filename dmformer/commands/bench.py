@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dmformer.bench.server import LoadReport
 
 _REPORTED = "Reports"
-_SERVED = "A running server"
 _MOST_ERRORS = 5  # of a row that are shown; the JSON has all
 
 
@@ -93,25 +92,17 @@ def bench(
             "--server",
             metavar="URL",
             help="Put load on this server: http://HOST:PORT, or grpc://HOST:PORT.",
-            rich_help_panel=_SERVED,
+            rich_help_panel=options.SERVED,
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="NAME",
-            help="Of its models this one; otherwise those that are named as serve-layout names them.",
-            rich_help_panel=_SERVED,
-        ),
-    ] = None,
+    model: options.ServedModelOption = None,
     concurrency: Annotated[
         str | None,
         typer.Option(
             "--concurrency",
             metavar="N,N",
             help="Clients that ask at once, a row for each number; otherwise 1,4,16.",
-            rich_help_panel=_SERVED,
+            rich_help_panel=options.SERVED,
         ),
     ] = None,
     json_file: options.JsonOption = None,

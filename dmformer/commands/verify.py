@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 CASES = "dmformer-bisect"
 _ELSEWHERE = "Another processor, another release of an engine"
-_SERVED = "A running server"
 
 
 def verify(
@@ -81,25 +80,17 @@ def verify(
             "--server",
             metavar="URL",
             help="Ask this server, by the Open Inference Protocol: http://HOST:PORT, or grpc://HOST:PORT.",
-            rich_help_panel=_SERVED,
+            rich_help_panel=options.SERVED,
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="NAME",
-            help="Of its models this one; otherwise those that are named as serve-layout names them.",
-            rich_help_panel=_SERVED,
-        ),
-    ] = None,
+    model: options.ServedModelOption = None,
     precision: Annotated[
         str | None,
         typer.Option(
             "--precision",
             metavar="P",
             help="Of the artifact behind --model, where the server does not say.",
-            rich_help_panel=_SERVED,
+            rich_help_panel=options.SERVED,
         ),
     ] = None,
     limit_s: Annotated[
@@ -108,7 +99,7 @@ def verify(
             "--time-limit",
             metavar="S",
             help="Seconds that one answer may take, otherwise 60.",
-            rich_help_panel=_SERVED,
+            rich_help_panel=options.SERVED,
         ),
     ] = None,
     json_file: options.JsonOption = None,

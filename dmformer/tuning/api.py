@@ -8,7 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmformer.bench import DEFAULT_LIMIT_S
+import msgspec
+
 from dmformer.bench.plan import NO_SPEED, BenchRequest, plan_bench
 from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.bundle.settings import check_writable, machine_key, write_settings
@@ -21,7 +22,7 @@ from dmformer.tuning.search import Search
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dmformer.bench.plan import BenchPlan, Configuration
+    from dmformer.bench.plan import BenchPlan, Configuration, Mode
     from dmformer.bundle.manifest import Accuracy
     from dmformer.progress import Progress
     from dmformer.tuning.report import Objective
@@ -150,24 +151,18 @@ def plan_candidates(
     for count in streams:
         if not 1 <= count <= cores:
             raise UsageError(f"`streams` {count}; expected 1 to {cores}, a core for each at least")
-    for count in threads:
-        check_threads(count)
     doubling = sorted({*(1 << power for power in range(cores.bit_length()) if 1 << power <= cores), cores})
+    request = BenchRequest(runtimes=runtimes, precisions=precisions, batches=batches or _BATCHES[objective], brief=True)
+    plan = plan_bench(bundle, request)
     rows: dict[Configuration, None] = {}
     for count in [1] if objective == "latency" else (streams or doubling):
+        mode: Mode = "throughput" if count > 1 else "compute"
         for number in threads or (doubling if count == 1 else [max(1, cores // count)]):
-            request = BenchRequest(
-                runtimes=runtimes,
-                precisions=precisions,
-                batches=batches or _BATCHES[objective],
-                modes=["throughput"] if count > 1 else ["compute"],
-                streams=[count] if count > 1 else (),
-                threads=number * count,
-                limit_s=DEFAULT_LIMIT_S,
-                brief=True,
+            check_threads(number * count)
+            rows.update(
+                (msgspec.structs.replace(row, threads=number, streams=count, mode=mode), None)
+                for row in plan.configurations
             )
-            plan = plan_bench(bundle, request)
-            rows.update(dict.fromkeys(plan.configurations))
     return replace(plan, configurations=tuple(rows))
 
 

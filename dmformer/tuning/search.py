@@ -161,10 +161,9 @@ class Search:
 
     def outcome(self) -> dict[str, Any]:
         """Return the fields of the report that tell what was found."""
-        everyone = list(self.candidates.values())
-        front = {id(one) for one in everyone if self._is_on_front(one, everyone)}
-        ranked = sorted(everyone, key=lambda one: (not one.final, *self._rank(one)))
-        rows = tuple(msgspec.structs.replace(one, on_front=id(one) in front) for one in ranked)
+        figures = [self._figures(one) for one in self.candidates.values() if one.p50_ms is not None]
+        ranked = sorted(self.candidates.values(), key=lambda one: (not one.final, *self._rank(one)))
+        rows = tuple(msgspec.structs.replace(one, on_front=self._is_on_front(one, figures)) for one in ranked)
         within = [place for place, one in enumerate(rows) if one.final and _is_within(one)]
         measured = [place for place, one in enumerate(rows) if one.over_budget]
         chosen = within[0] if within and not self.partial else None
@@ -202,14 +201,11 @@ class Search:
             if place != chosen and paired_ratio(calls(place), calls(chosen), noise).verdict == "tie"
         )
 
-    def _is_on_front(self, candidate: Candidate, everyone: Sequence[Candidate]) -> bool:
+    def _is_on_front(self, candidate: Candidate, figures: Sequence[tuple[float, ...]]) -> bool:
         if candidate.p50_ms is None:
             return False
         own = self._figures(candidate)
-        return not any(
-            all(a <= b for a, b in zip(other, own, strict=True)) and other != own
-            for other in (self._figures(one) for one in everyone if one.p50_ms is not None)
-        )
+        return not any(all(a <= b for a, b in zip(other, own, strict=True)) and other != own for other in figures)
 
     def _figures(self, candidate: Candidate) -> tuple[float, ...]:
         energy = candidate.energy_mj
@@ -224,12 +220,13 @@ class Search:
 
 
 def _with_figures(candidate: Candidate, result: Result, final: bool) -> Candidate:
+    latency = result.latency_ms
     return msgspec.structs.replace(
         candidate,
         heats=candidate.heats + 1,
         final=final,
-        p50_ms=result.call_ms if result.mode != "throughput" else _median_ms(result),
-        p90_ms=result.latency_ms.p90 if result.latency_ms is not None else None,
+        p50_ms=latency.middle if latency is not None else None,
+        p90_ms=latency.p90 if latency is not None else None,
         images_per_s=result.throughput_ips,
         memory_mb=result.peak_rss_mb,
         energy_mj=result.energy_mj,
@@ -247,12 +244,6 @@ def _more_than(value: float, allowed: float) -> str:
     """Return a figure with as many digits as tell it from what it exceeds."""
     texts = (digits(value), *(f"{value:.{places}f}" for places in range(1, 7)))
     return next((text for text in texts if float(text) > allowed), repr(value))
-
-
-def _median_ms(result: Result) -> float | None:
-    """Return what one call takes where several are under way at once."""
-    latency = result.latency_ms
-    return None if latency is None else latency.p50 if latency.p50 is not None else latency.mean
 
 
 def _per_row(result: Result) -> tuple[tuple[int, ...], ...]:
