@@ -15,7 +15,7 @@ from dmformer.bundle.reader import Bundle, open_bundle
 from dmformer.layouts.api import serve_layout
 from dmformer.serve.client import ServerClient
 from dmformer.serve.targets import find_models, request_rows
-from tests.triton import Triton, triton
+from tests.tritonserver import Triton, triton
 
 REQUESTS = 2000
 CONCURRENCY = (1, 4, 16)

@@ -112,6 +112,9 @@ def _report(error: BaseException) -> int:
     """One line on standard error; returns the exit code."""
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         sys.stderr.write("stopped\n")
+        # Where it came out of a library's exec() or eval(), Python remembers it until the next one, and `python -m` would
+        # end by the signal after all.
+        exec("")  # noqa: S102
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit

@@ -152,9 +152,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, how: str
 def test_a_killed_export_leaves_the_old_bundle(tmp_path: Path) -> None:
     write(tmp_path / "b", "old")
     command = [sys.executable, "-m", "dmformer", "export", "--output", "b"]
-    for seconds in (3, 5, 7):
+    for seconds in (0, 1, 2):  # after it has begun to write, so that it is not killed at its end on a fast machine
+        there = set(tmp_path.iterdir())
         with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+            while process.poll() is None and set(tmp_path.iterdir()) <= there:
+                time.sleep(0.05)
             time.sleep(seconds)
+            assert process.poll() is None
             os.killpg(process.pid, signal.SIGKILL)
         assert content_of(tmp_path / "b") == ("old", "old")
     assert len(list(tmp_path.iterdir())) > 1  # it was at work

@@ -529,6 +529,23 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal
     assert [path for path in temporary.iterdir() if path.name.startswith("dmformer-")] == []
 
 
+def test_a_stop_in_code_that_a_library_made_is_one_too(tmp_path: Path) -> None:
+    """Python remembers a KeyboardInterrupt that comes out of exec(), and would end by the signal in the end."""
+    text = """
+from dmformer import cli
+
+@cli.app.command()
+def hang():
+    exec("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+
+cli.main()
+"""
+    (tmp_path / "stopped.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "stopped", "hang"]
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "stopped\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.utils._triton import has_triton_package
 
 import dmformer
 from dmformer.bundle.reader import open_bundle
@@ -202,6 +203,18 @@ def test_a_file_takes_no_other_modules_name(tmp_path: Path, name: str, monkeypat
         imported = importlib.import_module(standard)
         assert tmp_path not in Path(str(imported.__file__)).parents
     assert load_own(f"{tmp_path / name}:Network", image_size=32).checkpoint.arch == "Network"
+
+
+def test_a_folder_beside_a_file_is_not_taken_for_an_optional_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch would import Triton from a server's folder of that name, and fail for what it has not."""
+    (tmp_path / "net.py").write_text(NETWORK, encoding="utf-8")
+    (tmp_path / "triton").mkdir()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    has_triton_package.cache_clear()
+    load_own(f"{tmp_path / 'net.py'}:Network", image_size=32)
+    assert not has_triton_package()
 
 
 def test_what_a_file_sets_for_all_does_not_last(tmp_path: Path) -> None:

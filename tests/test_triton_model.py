@@ -23,7 +23,7 @@ from dmformer.serve import triton_model
 from dmformer.serve.predictor import Predictor, softmax
 from dmformer.serve.triton_model import BatchAnswers, TritonPythonModel, check_numpy
 from tests.conftest import ROOT
-from tests.triton import environment, install
+from tests.tritonserver import environment, install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -230,7 +230,7 @@ def test_without_an_index_the_server_is_skipped_but_where_it_is_required(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_a_server_ends_with_tests_that_are_killed() -> None:
     program = (
-        "import os, subprocess; from tests.triton import end_with_the_tests\n"
+        "import os, subprocess; from tests.tritonserver import end_with_the_tests\n"
         "with subprocess.Popen(['sleep', '600'], preexec_fn=end_with_the_tests()) as child:\n"
         "    print(child.pid, flush=True); os.kill(os.getpid(), 9)\n"
     )

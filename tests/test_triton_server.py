@@ -29,7 +29,7 @@ from dmformer.serve.client import ServerClient
 from dmformer.serve.predictor import load as load_predictor
 from dmformer.verify.server import verify_server
 from tests.bundles import adopt
-from tests.triton import Triton, triton
+from tests.tritonserver import Triton, triton
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

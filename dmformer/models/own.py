@@ -24,6 +24,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._triton import has_triton_package
 
 from dmformer.data.description import InputDescription, description_beside
 from dmformer.errors import UsageError, first_line
@@ -277,6 +278,7 @@ def _import_module(name: str) -> Any:
 @contextlib.contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
     """Look for modules in a folder first, and after the block last: what we import later may have the same name."""
+    has_triton_package()  # PyTorch keeps what it finds, and would take a file or folder of that name for the package
     sys.path.insert(0, str(folder))
     try:
         yield
