@@ -112,8 +112,8 @@ def _report(error: BaseException) -> int:
     """One line on standard error; returns the exit code."""
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         sys.stderr.write("stopped\n")
-        # Where it came out of a library's exec() or eval(), Python remembers it until the next one, and `python -m` would
-        # end by the signal after all.
+        # Where it came out of a library's exec() or eval(), Python remembers it until the next one, and `python -m`
+        # would end by the signal after all.
         exec("")  # noqa: S102
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):
