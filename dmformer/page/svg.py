@@ -124,11 +124,11 @@ def name_rows(axes: Any, labels: list[str], narrow: bool) -> None:
 
 def plain_numbers(axis: Any) -> None:
     """1, 2, 5, 10 in place of powers of ten, as far as they fit."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def add_legend(axes: Any, columns: int) -> None:

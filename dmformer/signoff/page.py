@@ -198,7 +198,10 @@ def _places(known: SignOff) -> Section:
                 what = f"{one.format} {one.precision} by {one.engine}, {one.asked}"
                 rows.append([f"{one.processor}, emulated by {one.emulator}", what, _held(one.passed), source.title])
         elif source.parity is not None:
-            if source.parity.processor is not None and not source.parity.replays:
+            if (server := source.parity.server) is not None:
+                place = f"server {server.name} {server.version} at {server.url}"
+                rows.append([place, ", ".join(server.models), _held(source.parity.passed), source.title])
+            elif source.parity.processor is not None and not source.parity.replays:
                 asked = ", ".join(dict.fromkeys(f"{check.runtime} {check.precision}" for check in source.parity.checks))
                 rows.append([_cpu(source.parity.processor), asked, _held(source.parity.passed), source.title])
             for replay in source.parity.replays:
@@ -211,7 +214,7 @@ def _places(known: SignOff) -> Section:
         title="Where it was checked and timed",
         parts=[
             Table(
-                columns=["processor", "what", "verdict", "source"],
+                columns=["processor or server", "what", "verdict", "source"],
                 rows=rows,
                 texts=3,
                 bad=[place for place, row in enumerate(rows) if row[2] == "FAILED"],

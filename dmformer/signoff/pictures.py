@@ -103,7 +103,7 @@ def _draw_checks(figure: Any, narrow: bool, rows: Sequence[CheckRow], sources: S
     ticks = [10.0**power for power in range(-5, 3)]
     names = {_LOW: "0", 1.0: "limit", _HIGH: "100x"}
     axes.set_xticks(ticks, [names.get(tick, f"{tick:.3g}" if tick < 1 else f"{tick:.0f}x") for tick in ticks])
-    axes.tick_params(axis="x", which="minor", length=0)
+    axes.minorticks_off()
     axes.set_xlabel("difference over the limit (log)")
     add_legend(axes, 1 if narrow else 2)
     tidy(axes, "x")

@@ -171,8 +171,10 @@ def read_report(path: Path) -> Source:
                 f"`add` {str(path)!r} says not which artifacts it asked; expected a report of verify --json by this "
                 "version"
             )
-        cpu = report.processor.cpu if report.processor else "processor not noted"
-        return Source(f"{path.name} ({cpu})", parity=report)
+        place = report.processor.cpu if report.processor else "processor not noted"
+        if report.server is not None:
+            place = f"a server, asked from {place}"
+        return Source(f"{path.name} ({place})", parity=report)
     if wrong := _impossible(report):
         raise UsageError(f"`add` {str(path)!r} is no report that this version reads: {wrong}; {_EXPECTED}")
     if isinstance(report, BenchReport):
