@@ -323,5 +323,10 @@ def test_the_command_bisects_and_runs_a_case(inline: Callable[..., Run], bundle:
     assert run.code == 1
     assert "FAILED" in run.out
     assert "1 of 1 checks failed" in run.error_line
-    for wrong in (("verify", bundle, "--case", "x"), ("verify", "--case", "x", "--bisect"), ("verify", "--case", "x")):
+    for wrong in (
+        ("verify", bundle, "--case", "x"),
+        ("verify", "--case", "x", "--bisect"),
+        ("verify", "--case", "x", "--precision", "fp16"),
+        ("verify", "--case", "x"),
+    ):
         assert inline(*wrong).code == 2

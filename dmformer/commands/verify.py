@@ -119,7 +119,11 @@ def verify(
         _list_processors()
         return
     if case is not None:
-        if bundle is not None or runtimes or weights or module or images or bisect or cpus or engines or root or server:
+        others = (
+            *(bundle, runtimes, weights, weights_key, module, module_options, images, bisect, cpus, engines, root),
+            *(server, model, precision),
+        )
+        if any(others) or limit_s is not None:
             raise UsageError("--case with other arguments; expected it alone, or with --json")
         report = run_case(case)
     else:
