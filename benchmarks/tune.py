@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dmformer.bench import DEFAULT_DURATION_S, DEFAULT_ROUNDS
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Print what both found; end with 1 where the choice is slower by more than the noise."""
-    bundle = open_bundle(sys.argv[1])
+    bundle = open_bundle(Path(sys.argv[1]))
     objective = cast("Objective", sys.argv[2] if len(sys.argv) > 2 else "latency")
     begun = time.perf_counter()
     report = tune(bundle, objective=objective)
