@@ -212,17 +212,21 @@ def golden_at_other_size(model: nn.Module, preprocessing: Preprocessing) -> Gold
 
 def _answered(model: nn.Module, preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> Golden:
     inputs = preprocessing.normalize(pixels)
-    strides = {name: _stride(array.shape[1:]) for name, array in torch_outputs(model, inputs[:1]).items()}
+    size = batch_sizes(inputs)[-1]
+    first = torch_outputs(model, inputs[:size])
+    strides = {name: _stride(array.shape[1:]) for name, array in first.items()}
 
     def run(network: nn.Module, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return thinned(torch_outputs(network, rows), strides)
 
-    size = batch_sizes(inputs)[-1]
+    parts = [thinned(first, strides)]
+    del first  # maps of a large image are large
+    parts += [run(model, inputs[start : start + size]) for start in range(size, len(inputs), size)]
     double = in_double(model)
     return Golden(
         images=pixels,
         inputs=inputs,
-        outputs=_joined([run(model, inputs[start : start + size]) for start in range(0, len(inputs), size)]),
+        outputs=_joined(parts),
         outputs_float64=_joined([run(double, row[None].astype(np.float64)) for row in inputs]),
         strides=strides,
     )
