@@ -112,6 +112,8 @@ def verify_elsewhere(
     processors: list[EmulatedProcessor | None] = [processor(name) for name in dict.fromkeys(map(str.lower, cpus))] or [
         None
     ]
+    if root is not None and len({one.architecture for one in processors if one is not None}) > 1:
+        raise UsageError("`root` with `cpus` of two architectures; expected those of the device that it is of")
     releases = _releases(engines)
     work, skipped = _replayable(bundle, runtimes)
     if unused := [name for name in releases if name not in map(_package, work)]:
@@ -135,6 +137,8 @@ def verify_elsewhere(
         found.skipped.append(NOT_SHOWN)
         reason = _note_evidence(bundle, found.evidence)
         note(f"not noted in the bundle: {reason}" if reason else f"noted in the evidence of {bundle.root / MANIFEST}")
+    if cache.trouble is not None:
+        note(f"the cache could not be written: {cache.trouble}")
     asked = [artifact for artifacts in work.values() for artifact in artifacts]
     return replace(
         parity_report(found.checks, found.skipped, asked),
@@ -341,11 +345,12 @@ def _replayable(
 def _releases(engines: Sequence[str]) -> dict[str, list[str]]:
     """Return the releases that are asked for by package, a version or two with dots between."""
     found: dict[str, list[str]] = {}
-    for text in engines:
+    for text in dict.fromkeys(engines):
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==(\d+(?:\.\w+)*)(?:\.\.(\d+(?:\.\w+)*))?", text)
-        if match is None:
+        if match is None or (match[3] is not None and not _within(match[2], match[2], match[3])):
             raise UsageError(
-                f"`engines` {text!r}; expected PACKAGE==VERSION or PACKAGE==FIRST..LAST, as in onnxruntime==1.26.0"
+                f"`engines` {text!r}; expected PACKAGE==VERSION or PACKAGE==FIRST..LAST, the older release first, as in "
+                "onnxruntime==1.26.0"
             )
         package = _normalized(match[1])
         found.setdefault(package, []).append(match[2] if match[3] is None else f"{match[2]}{_RANGE}{match[3]}")
