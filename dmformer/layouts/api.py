@@ -130,7 +130,7 @@ def serve_layout(
         StageFailed: writing failed.
         UnavailableError: the page's engine is not in the cache and cannot be downloaded here.
         UsageError: no such server, the bundle has nothing for it, two of its models or files would have one name, or
-            the folder is not empty.
+            the folder is not empty, or is, holds or lies in the bundle.
     """
     python, batching = backend == PYTHON, Batching(_MAX_BATCH if max_batch is None else max_batch, instances)
     _check(server, backend, batching, images)
@@ -143,6 +143,12 @@ def serve_layout(
     threads, note = None, None
     if python and not runtimes and not precisions and instances == 1:
         threads, note = _put_tuned_first(bundle, models)
+
+    source, target = bundle.source.resolve(), output.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise UsageError(
+            f"output {str(output)!r} is, holds or lies in the bundle that is served; expected a folder beside it"
+        )
 
     def replaceable(folder: Path) -> None:
         if not force:
