@@ -162,7 +162,7 @@ def test_only_an_empty_folder_is_filled(exported: ExportResult, tmp_path: Path) 
 
 @pytest.mark.parametrize("output", ["..", ".", "onnx", "new"])
 def test_the_bundle_itself_is_not_replaced(bundle: Path, output: str) -> None:
-    """Served files took the bundle's place with `force`; in a new folder of it, they were files that it does not list."""
+    """Served files took the bundle's place with `force`; in a new folder of it, it does not list them."""
     before = sorted(bundle.rglob("*"))
     with pytest.raises(UsageError, match="is, holds or lies in the bundle that is served") as caught:
         serve_layout("ovms", open_bundle(bundle), bundle / output, force=True)

@@ -144,11 +144,7 @@ def serve_layout(
     if python and not runtimes and not precisions and instances == 1:
         threads, note = _put_tuned_first(bundle, models)
 
-    source, target = bundle.source.resolve(), output.resolve()
-    if source.is_relative_to(target) or target.is_relative_to(source):
-        raise UsageError(
-            f"output {str(output)!r} is, holds or lies in the bundle that is served; expected a folder beside it"
-        )
+    _check_apart(bundle, output)
 
     def replaceable(folder: Path) -> None:
         if not force:
@@ -171,6 +167,15 @@ def serve_layout(
         text = readme(server, models, left_out, python=python)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return Layout(output, tuple(model.name for model in models), tuple(left_out), note)
+
+
+def _check_apart(bundle: Bundle, output: Path) -> None:
+    """Refuse an output that would take the bundle's place, or be a folder in it that it does not list."""
+    source, target = bundle.source.resolve(), output.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise UsageError(
+            f"output {str(output)!r} is, holds or lies in the bundle that is served; expected a folder beside it"
+        )
 
 
 def _check(server: str, backend: str, batching: Batching, images: bool) -> None:
