@@ -234,14 +234,16 @@ class Cache:
                     objects[sha256] = size
                     return {"path": part.relative_to(root).as_posix(), "sha256": sha256}
 
-                data = msgspec.msgpack.encode(value, enc_hook=encode)
-                sha256 = hashlib.sha256(data).hexdigest()
-                objects[sha256] = len(data)
-                self._write(self._objects / sha256, data)
-                entry = CacheEntry(what=what, made=_utc(datetime.now(timezone.utc)), value=sha256, objects=objects)
-                content = msgspec.json.encode(entry)
-                self._write(self._entries / key, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-                self._evict(key)
+                try:
+                    data = msgspec.msgpack.encode(value, enc_hook=encode)
+                    sha256 = hashlib.sha256(data).hexdigest()
+                    objects[sha256] = len(data)
+                    self._write(self._objects / sha256, data)
+                    entry = CacheEntry(what=what, made=_utc(datetime.now(timezone.utc)), value=sha256, objects=objects)
+                    content = msgspec.json.encode(entry)
+                    self._write(self._entries / key, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+                finally:  # objects of an entry that could not be written would fill a full disk for good
+                    self._evict(key)
         except OSError as error:
             self.trouble = f"{error.strerror or error}: {str(self.folder)!r}"
 
@@ -330,7 +332,7 @@ class Cache:
                 path.unlink()
             else:
                 kept = together
-        for path in self._objects.iterdir():
+        for path in self._objects.glob("*"):
             if path.name not in kept:
                 path.unlink()
 

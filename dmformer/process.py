@@ -220,9 +220,9 @@ def _what_hung() -> str:
 
 def _end_as(code: int) -> NoReturn:
     """End this process as its child ended, with one line where that was a crash."""
+    _remove_announced()  # also of a child that was told to end once more while it removed them
     if code >= 0:
-        os._exit(code)  # the child has flushed and cleaned up
-    _remove_announced()
+        os._exit(code)  # the child has flushed
     name = signal.Signals(-code).name
     if name == "SIGALRM" and _what_hung():
         sys.stderr.write(

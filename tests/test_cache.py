@@ -337,6 +337,23 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert "file/cache" in cache.trouble
 
 
+def test_on_a_full_disk_nothing_stays_of_what_was_not_kept(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left behind, it would keep the disk full: only an entry that was written removed it."""
+    cache.get_or_make("earlier", 1, Value, lambda: value(tmp_path / "earlier"), tmp_path / "earlier")
+    before = objects(cache)
+    (cache.folder / "objects/new-of-a-process-that-was-killed").touch()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write", full)  # the file has its place, what lists it has none
+    cache.get_or_make("work", 1, Value, lambda: value(tmp_path / "root", "other"), tmp_path / "root")
+    assert "No space left on device" in str(cache.trouble)
+    assert objects(cache) == before
+
+
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert open_cache().folder is None  # the tests' own
     monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path))

@@ -264,14 +264,16 @@ def test_the_root_of_a_board_takes_debians_place(tools: StandIns, cache: Cache, 
     (root / "usr/bin").mkdir(parents=True)
     (root / "usr/bin/python3.9").touch()
     (root / "usr/bin/python3.12").touch()
-    for name in ("proc", "tmp", "home", "lib", "etc"):
+    for name in ("proc", "tmp", "home", "usr/lib", "etc"):
         (root / name).mkdir()
+    (root / "lib").symlink_to("/usr/lib")  # its own, not this machine's
     with emulated_machine(processor("cortex-a72"), root, cache) as there:
         shown = Path(there.interpreter[there.interpreter.index("-L") + 1])
         # Debian 13's real root had a /tmp, in which QEMU looked for a bundle in this machine's.
         assert {entry.name for entry in shown.iterdir()} == {"proc", "usr", "lib", "etc"}
         python = Path(there.interpreter[5])
         assert python.resolve() == (root / "usr/bin/python3.12").resolve()
+        assert (shown / "lib").resolve() == (root / "usr/lib").resolve()
         system = Path(there.interpreter[4])
         assert "cortex-a72, emulated" in (system / "proc/cpuinfo").read_text()
     assert list((root / "proc").iterdir()) == []  # the board's own stays as it is

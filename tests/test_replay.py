@@ -224,6 +224,18 @@ def test_without_a_network_and_a_cache_exit_code_3(tools: StandIns, bundle: Path
     assert "the index cannot be reached; expected a network once" in run.error_line
 
 
+def test_a_cache_that_cannot_be_written_is_said(
+    tools: StandIns, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DMFORMER_CACHE", str(tmp_path / "file/cache"))
+    notes: list[str] = []
+    dmformer.verify(bundle, runtimes=["ort"], engines=["onnxruntime==1.26.0"], note=notes.append)
+    (said,) = notes
+    assert said.startswith("the cache could not be written: ")
+    assert "file/cache" in said
+
+
 @pytest.mark.slow
 def test_from_the_cache_no_network_is_asked(
     tools: StandIns, bundle: Path, inline: Callable[..., Run], tmp_path: Path
@@ -254,8 +266,11 @@ def test_the_list_needs_no_bundle(inline: Callable[..., Run]) -> None:
         (["--cpu", "cortex-a72", "--root", "nowhere"], "--root 'nowhere' is no folder"),
         (["--engine", "onnxruntime"], "--engine 'onnxruntime'; expected PACKAGE==VERSION"),
         (["--engine", "onnxruntime==1.."], "--engine 'onnxruntime==1..'; expected PACKAGE==VERSION"),
+        (["--engine", "onnxruntime==1.32..1.26"], "--engine 'onnxruntime==1.32..1.26'; expected PACKAGE==VERSION"),
         (["--engine", "numpy==2.0"], "--engine has numpy, which runs nothing of this bundle; expected onnxruntime"),
         (["--engine", "onnxruntime==1.26.0", "--bisect"], "expected them without --weights"),
+        (["--cpu", "cortex-a72", "--precision", "fp32"], "--model, --precision or --time-limit without --server"),
+        (["--cpu", "cortex-a72", "--cpu", "haswell", "--root", "."], "--root with --cpu of two architectures"),
     ],
 )
 def test_bad_input_is_one_line(

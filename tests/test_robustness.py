@@ -248,14 +248,15 @@ def test_a_crash_is_one_line_and_1(name: str) -> None:
 
 
 @linux
-def test_what_a_crash_leaves_is_removed(tmp_path: Path) -> None:
-    """Also what was renamed in the meantime, or never made, does no harm."""
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGSEGV)", "sys.exit(130)"])
+def test_what_a_process_leaves_is_removed(end: str, tmp_path: Path) -> None:
+    """By a crash, or where a second Ctrl-C interrupts its removal; what was renamed or never made does no harm."""
     process = supervised(
         "from pathlib import Path; from dmformer.process import announce; "
         f"root = Path({str(tmp_path)!r}); "
         "names = [announce(root / name) for name in ('folder', 'file', 'renamed', 'never made')]; "
         "(names[0] / 'inner').mkdir(parents=True); names[1].touch(); names[2].touch(); names[2].rename(root / 'kept'); "
-        "os.kill(os.getpid(), signal.SIGSEGV)"
+        f"{end}"
     )
     process.communicate(timeout=60)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -160,6 +160,16 @@ def test_only_an_empty_folder_is_filled(exported: ExportResult, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("output", ["..", ".", "onnx", "new"])
+def test_the_bundle_itself_is_not_replaced(bundle: Path, output: str) -> None:
+    """Served files took the bundle's place with `force`; in a new folder of it, it does not list them."""
+    before = sorted(bundle.rglob("*"))
+    with pytest.raises(UsageError, match="is, holds or lies in the bundle that is served") as caught:
+        serve_layout("ovms", open_bundle(bundle), bundle / output, force=True)
+    one_line(caught.value)
+    assert sorted(bundle.rglob("*")) == before
+
+
 def test_a_damaged_file_is_not_served(bundle: Path, tmp_path: Path) -> None:
     lengthen(bundle / "openvino/fp32/model.bin")
     with pytest.raises(CheckFailed, match=r"model\.bin"):

@@ -130,7 +130,9 @@ def emulated_machine(processor: EmulatedProcessor, root: Path | None, cache: Cac
             python = system / _python_in(root).relative_to(root)
             for entry in root.iterdir():
                 if entry.name in _SHOWN or entry.name.startswith("lib"):
-                    (system / entry.name).symlink_to(entry.resolve())
+                    # A link to /usr/lib is to that of the board, where it has one, and not to this machine's.
+                    own = root / str(entry.readlink()).lstrip("/") if entry.is_symlink() else entry
+                    (system / entry.name).symlink_to((own if own.exists() else entry).resolve())
         (system / "proc").mkdir(exist_ok=True)
         (system / "proc/cpuinfo").write_text(processor.cpuinfo(usable_cores()), encoding="utf-8")
         interpreter = (qemu, "-cpu", model, "-L", str(system), str(python), "-S")

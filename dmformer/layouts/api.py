@@ -130,7 +130,7 @@ def serve_layout(
         StageFailed: writing failed.
         UnavailableError: the page's engine is not in the cache and cannot be downloaded here.
         UsageError: no such server, the bundle has nothing for it, two of its models or files would have one name, or
-            the folder is not empty.
+            the folder is not empty, or is, holds or lies in the bundle.
     """
     python, batching = backend == PYTHON, Batching(_MAX_BATCH if max_batch is None else max_batch, instances)
     _check(server, backend, batching, images)
@@ -143,6 +143,8 @@ def serve_layout(
     threads, note = None, None
     if python and not runtimes and not precisions and instances == 1:
         threads, note = _put_tuned_first(bundle, models)
+
+    _check_apart(bundle, output)
 
     def replaceable(folder: Path) -> None:
         if not force:
@@ -165,6 +167,15 @@ def serve_layout(
         text = readme(server, models, left_out, python=python)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return Layout(output, tuple(model.name for model in models), tuple(left_out), note)
+
+
+def _check_apart(bundle: Bundle, output: Path) -> None:
+    """Refuse an output that would take the bundle's place, or be a folder in it that it does not list."""
+    source, target = bundle.source.resolve(), output.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise UsageError(
+            f"output {str(output)!r} is, holds or lies in the bundle that is served; expected a folder beside it"
+        )
 
 
 def _check(server: str, backend: str, batching: Batching, images: bool) -> None:

@@ -118,6 +118,10 @@ def verify(
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     own = OwnModule.of(module, module_options)
+    if server is None and (model is not None or precision is not None or limit_s is not None):
+        raise UsageError(
+            "`model`, `precision` or `limit_s` without `server`; expected the address of the server that has it"
+        )
     elsewhere = bool(cpus or engines or root is not None)
     if elsewhere or server is not None:
         given = (weights, weights_key, own, images, layers or None, bisect)
@@ -140,10 +144,6 @@ def verify(
         folder = Path(root) if root is not None else None
         return verify_elsewhere(
             opened, runtimes=runtimes, cpus=cpus, engines=engines, root=folder, stage=stage, note=note
-        )
-    if model is not None or precision is not None or limit_s is not None:
-        raise UsageError(
-            "`model`, `precision` or `limit_s` without `server`; expected the address of the server that has it"
         )
     source = ReferenceSource.of(weights, own, weights_key)
     if bisect is not None:

@@ -105,13 +105,7 @@ def verify_elsewhere(
         UnavailableError: emulation, or what has to be installed for it, is not to be had on this machine.
         UsageError: an argument cannot be used, or the bundle has nothing that can be asked there.
     """
-    if root is not None and not cpus:
-        raise UsageError("`root` without `cpus`; expected the processor of the device that it is of")
-    if root is not None and not root.is_dir():
-        raise UsageError(f"`root` {str(root)!r} is no folder; expected a root file system")
-    processors: list[EmulatedProcessor | None] = [processor(name) for name in dict.fromkeys(map(str.lower, cpus))] or [
-        None
-    ]
+    processors = _processors(cpus, root)
     releases = _releases(engines)
     work, skipped = _replayable(bundle, runtimes)
     if unused := [name for name in releases if name not in map(_package, work)]:
@@ -120,7 +114,7 @@ def verify_elsewhere(
     if not cpus:
         work = {row: artifacts for row, artifacts in work.items() if _package(row) in releases}
     cache, found = open_cache(), _Found(skipped=skipped)
-    for one in processors:
+    for one in processors or (None,):
         with ExitStack() as stack:
             if one is None:
                 machine = this_machine()
@@ -135,12 +129,26 @@ def verify_elsewhere(
         found.skipped.append(NOT_SHOWN)
         reason = _note_evidence(bundle, found.evidence)
         note(f"not noted in the bundle: {reason}" if reason else f"noted in the evidence of {bundle.root / MANIFEST}")
+    if cache.trouble is not None:
+        note(f"the cache could not be written: {cache.trouble}")
     asked = [artifact for artifacts in work.values() for artifact in artifacts]
     return replace(
         parity_report(found.checks, found.skipped, asked),
         replays=tuple(found.replays),
         release_ranges=tuple(found.ranges),
     )
+
+
+def _processors(cpus: Sequence[str], root: Path | None) -> list[EmulatedProcessor]:
+    """Return the processors that are asked for, each once, where one root file system can be of them all."""
+    if root is not None and not cpus:
+        raise UsageError("`root` without `cpus`; expected the processor of the device that it is of")
+    if root is not None and not root.is_dir():
+        raise UsageError(f"`root` {str(root)!r} is no folder; expected a root file system")
+    found = [processor(name) for name in dict.fromkeys(map(str.lower, cpus))]
+    if root is not None and len({one.architecture for one in found}) > 1:
+        raise UsageError("`root` with `cpus` of two architectures; expected those of the device that it is of")
+    return found
 
 
 def _note_evidence(bundle: Bundle, evidence: Sequence[ProcessorEvidence]) -> str | None:
@@ -341,11 +349,12 @@ def _replayable(
 def _releases(engines: Sequence[str]) -> dict[str, list[str]]:
     """Return the releases that are asked for by package, a version or two with dots between."""
     found: dict[str, list[str]] = {}
-    for text in engines:
+    for text in dict.fromkeys(engines):
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==(\d+(?:\.\w+)*)(?:\.\.(\d+(?:\.\w+)*))?", text)
-        if match is None:
+        if match is None or (match[3] is not None and not _within(match[2], match[2], match[3])):
             raise UsageError(
-                f"`engines` {text!r}; expected PACKAGE==VERSION or PACKAGE==FIRST..LAST, as in onnxruntime==1.26.0"
+                f"`engines` {text!r}; expected PACKAGE==VERSION or PACKAGE==FIRST..LAST, the older first, as in "
+                "onnxruntime==1.26.0"
             )
         package = _normalized(match[1])
         found.setdefault(package, []).append(match[2] if match[3] is None else f"{match[2]}{_RANGE}{match[3]}")
