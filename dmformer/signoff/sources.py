@@ -181,7 +181,9 @@ def read_report(path: Path) -> Source:
         return Source(f"{path.name} ({report.environment.get('cpu', 'processor not noted')})", bench=report)
     if isinstance(report, EvalReport):
         return Source(path.name, accuracy=report)
-    raise UsageError(f"`add` {str(path)!r} is no report; {_EXPECTED}")
+    raise UsageError(
+        f"`add` {str(path)!r} is no report that the page shows; {_EXPECTED}: neither a server's load nor a search of tune"
+    )
 
 
 def _impossible(report: object) -> str | None:
