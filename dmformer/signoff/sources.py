@@ -182,7 +182,7 @@ def read_report(path: Path) -> Source:
     if isinstance(report, EvalReport):
         return Source(path.name, accuracy=report)
     raise UsageError(
-        f"`add` {str(path)!r} is no report that the page shows; {_EXPECTED}: neither a server's load nor a search of tune"
+        f"`add` {str(path)!r} is no report for the page; {_EXPECTED}: neither a server's load nor what tune found"
     )
 
 
