@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dmformer.bundle.integrity import sign_bundle
+from dmformer.bundle.integrity import check_integrity, sign_bundle
 from dmformer.bundle.reader import open_bundle
 from dmformer.bundle.trust import generate_keys, load_private_key
 from dmformer.errors import CheckFailed, UsageError
@@ -160,6 +161,14 @@ def test_only_an_empty_folder_is_filled(exported: ExportResult, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_bundle_is_not_replaced_by_its_layout(exported: ExportResult, tmp_path: Path) -> None:
+    bundle = shutil.copytree(exported.output, tmp_path / "holder" / "bundle")
+    for folder in (bundle, bundle.parent):
+        with pytest.raises(UsageError, match="has the bundle in it, which would be lost"):
+            serve_layout("triton", open_bundle(bundle), folder, force=True)
+    assert check_integrity(bundle).passed
+
+
 def test_a_damaged_file_is_not_served(bundle: Path, tmp_path: Path) -> None:
     lengthen(bundle / "openvino/fp32/model.bin")
     with pytest.raises(CheckFailed, match=r"model\.bin"):
@@ -290,6 +299,7 @@ def test_a_repository_for_the_python_backend(
         ("triton", {"images": True}, "`images` or `instances` with `backend` engines; expected python"),
         ("triton", {"instances": 2}, "`images` or `instances` with `backend` engines; expected python"),
         ("triton", {"backend": "python", "instances": 0}, "`max_batch` 8, `instances` 0; expected at least 1"),
+        ("triton", {"max_batch": 1 << 31}, "expected at least 1, and at most 2147483647"),
         ("web", {"max_batch": 8}, "`max_batch` for web; expected it with triton alone"),
         ("ovms", {"max_batch": 3}, "`max_batch` for ovms; expected it with triton alone"),
         ("triton", {"precisions": ["int8"]}, "nothing for int8; it has torch fp32, onnx fp32, openvino fp32"),
