@@ -15,7 +15,7 @@ import pytest
 from dmformer import bench, procfs, verify
 from dmformer.bundle.integrity import check_integrity
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.writer import check_destination
+from dmformer.bundle.writer import check_destination, check_outside
 from dmformer.cache import open_cache
 from dmformer.commands import _present, doctor
 from dmformer.commands._options import check_report_target, json_to_output
@@ -174,6 +174,21 @@ def test_json_without_a_file_goes_to_standard_output(tmp_path: Path) -> None:
         assert json_to_output(arguments) == arguments
     with pytest.raises(UsageError, match="and no bundle"):
         check_report_target(packed)
+
+
+@pytest.mark.parametrize("name", ["page.html", "reports/parity.json", "manifest.json", "new/folder/"])
+def test_nothing_is_written_into_a_bundle(
+    bundle: Path, linked: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest lists every file that may be in it: another one, or another content, and its checks fail."""
+    (tmp_path / "link").symlink_to(bundle / "onnx")
+    monkeypatch.chdir(bundle)
+    for target in (bundle / name, linked / name, Path(name), tmp_path / "link" / name):
+        for check in (check_report_target, check_destination):
+            with pytest.raises(UsageError, match="is inside the bundle"):
+                check(target)
+    check_outside(bundle)
+    check_outside(tmp_path / "manifest.json")
 
 
 def test_without_a_home_there_is_no_cache_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

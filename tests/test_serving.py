@@ -162,9 +162,9 @@ def test_only_an_empty_folder_is_filled(exported: ExportResult, tmp_path: Path) 
 
 @pytest.mark.parametrize("output", ["..", ".", "onnx", "new"])
 def test_the_bundle_itself_is_not_replaced(bundle: Path, output: str) -> None:
-    """Served files took the bundle's place with `force`; in a new folder of it, it does not list them."""
+    """With `force` too; and nothing is written into it, for it would not list that."""
     before = sorted(bundle.rglob("*"))
-    with pytest.raises(UsageError, match="is, holds or lies in the bundle that is served") as caught:
+    with pytest.raises(UsageError, match=r"has the bundle in it, which would be lost|is inside the bundle") as caught:
         serve_layout("ovms", open_bundle(bundle), bundle / output, force=True)
     one_line(caught.value)
     assert sorted(bundle.rglob("*")) == before
@@ -300,6 +300,7 @@ def test_a_repository_for_the_python_backend(
         ("triton", {"images": True}, "`images` or `instances` with `backend` engines; expected python"),
         ("triton", {"instances": 2}, "`images` or `instances` with `backend` engines; expected python"),
         ("triton", {"backend": "python", "instances": 0}, "`max_batch` 8, `instances` 0; expected at least 1"),
+        ("triton", {"max_batch": 1 << 31}, "expected at least 1, and at most 2147483647"),
         ("web", {"max_batch": 8}, "`max_batch` for web; expected it with triton alone"),
         ("ovms", {"max_batch": 3}, "`max_batch` for ovms; expected it with triton alone"),
         ("triton", {"precisions": ["int8"]}, "nothing for int8; it has torch fp32, onnx fp32, openvino fp32"),

@@ -321,6 +321,7 @@ def test_a_server_is_told_with_its_models(paper: Path, tmp_path: Path) -> None:
     source = "served.json (a server, asked from Device 7)"
     assert f"server quadruple 4.4 at http://shelf:8000|paper_net_onnx_fp32 version 1|FAILED|{source}" in text
     assert known.failures[0].startswith(f"{source}: 1 of 10 checks failed")
+    assert '<td class="text">server quadruple' in known.html()  # it wraps: addresses are long
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -455,13 +456,14 @@ def test_images_that_were_left_out_and_notes_are_open(paper: Path, tmp_path: Pat
         (b"", "no report that this version reads"),
         (b"[]", "no report that this version reads"),
         (b"{}", "is no report"),
+        (b'{"url": "http://shelf:8000", "rows": []}', "neither a server's load"),
         (b'{"results": 1, "environment": {}}', "no report that this version reads"),
         (b'{"passed": true, "checks": [], "checks": []}', "twice"),
         (b"[" * 100_000, "no report that this version reads"),
         (b"\xff\xfe", "no report that this version reads"),
         (b'{"passed": true, "checks": [{}]}', "no report that this version reads"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_is_no_report_is_refused_in_one_line(paper: Path, tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "x.json"

@@ -36,6 +36,8 @@ def test_checks_stand_at_their_share_of_the_limit(narrow: bool) -> None:
     (limit,) = [line for line in axes.get_lines() if list(line.get_xdata()) == [1, 1]]
     assert limit.get_color() == BAD
     assert axes.get_xscale() == "log"
+    names = axes.texts if narrow else axes.get_yticklabels()
+    assert [name.get_text() for name in names if name.get_color() == BAD] == ["failed"]
 
 
 def test_several_sources_stand_beside_each_other() -> None:

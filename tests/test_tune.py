@@ -22,7 +22,7 @@ from dmformer.bench.plan import WARM_UP
 from dmformer.bundle import settings as settings_module
 from dmformer.bundle.manifest import MANIFEST
 from dmformer.bundle.reader import open_bundle
-from dmformer.bundle.settings import Settings, choose_configured, settings_path, write_settings
+from dmformer.bundle.settings import Settings, check_writable, choose_configured, settings_path, write_settings
 from dmformer.errors import CheckFailed, StageFailed, UnavailableError, UsageError
 from dmformer.layouts.api import serve_layout
 from dmformer.procfs import EnergyMeter
@@ -394,6 +394,7 @@ def kept(bundle: Path) -> Iterator[Path]:
         (lambda path: path.write_text("{"), "it is damaged"),
         (lambda path: path.write_text("{}"), "it is damaged"),
         (lambda path: path.write_text(path.read_text().replace('"threads": 1', '"threads": 0')), "it is damaged"),
+        (lambda path: path.write_text(path.read_text().replace('"threads": 1', '"threads": 4000')), "threads is 4000"),
         (lambda path: path.write_text(path.read_text().replace("openvino", "tensorrt")), "tensorrt"),
         (lambda path: path.write_text(path.read_text().replace("openvino", "no such one")), "it is damaged"),
         (lambda path: path.write_text(path.read_text().replace("fp32", "int4")), "nothing at int4"),
@@ -429,6 +430,10 @@ def test_settings_are_written_so_that_they_are_taken(kept: Path, bundle: Path) -
     kept.symlink_to(kept.parent / "elsewhere")
     with pytest.raises(UsageError, match="is a link"):
         write_settings(open_bundle(bundle), SETTINGS)
+    kept.unlink()
+    kept.mkdir()
+    with pytest.raises(UsageError, match="is no file"):  # before anything is timed
+        check_writable(open_bundle(bundle))
 
 
 def test_what_others_could_have_written_is_not_kept_on(

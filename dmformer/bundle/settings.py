@@ -19,7 +19,7 @@ from dmformer.bundle.manifest import Word
 from dmformer.bundle.select import AUTO, Choice, choose
 from dmformer.errors import DMFormerError, StageFailed, UsageError, first_line
 from dmformer.files import Sha256, decode_json, indented_json, read_bounded, whole_file
-from dmformer.machine import cpu_model, usable_cores
+from dmformer.machine import check_threads, cpu_model, usable_cores
 from dmformer.ownership import exposure, resolve
 
 if TYPE_CHECKING:
@@ -120,11 +120,13 @@ def check_writable(bundle: Bundle) -> Path:
 
     Raises:
         StageFailed: it cannot be written.
-        UsageError: it is a link.
+        UsageError: it is a link, or something else than a file.
     """
     path = settings_path(bundle)
     if path.is_symlink():
         raise UsageError(f"{str(path)!r} is a link; expected a file, or none: remove the link")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{str(path)!r} is no file; expected a file, or none: move it away")
     if not os.access(path.parent, os.W_OK):
         raise StageFailed(
             f"{str(path)!r} could not be written: {str(path.parent)!r} is read-only; expected a bundle in a folder "
@@ -189,7 +191,8 @@ def _find(bundle: Bundle, path: Path) -> Settings | None:
     """Return this machine's settings; ``None`` where there are none.
 
     Raises:
-        UsageError: the file is damaged, is about another bundle, or others may have written it.
+        UsageError: the file is damaged, is about another bundle, others may have written it, or it says more threads
+            than this machine takes.
     """
     try:
         content = read_settings(path)
@@ -197,12 +200,15 @@ def _find(bundle: Bundle, path: Path) -> Settings | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UsageError(f"it cannot be read: {first_line(error)}") from error
+        raise UsageError(f"it cannot be read: {error.strerror or first_line(error)}") from error
     if reason is not None:
         raise UsageError(f"{reason}; expected a file of your own: dmformer tune --write makes it")
     if content.manifest_sha256 != bundle.manifest_sha256:
         raise UsageError("it is about another bundle of that name; expected: dmformer tune --write")
-    return content.machines.get(machine_key())
+    settings = content.machines.get(machine_key())
+    if settings is not None:
+        check_threads(settings.threads * settings.streams)
+    return settings
 
 
 def read_settings(path: Path) -> SettingsFile:

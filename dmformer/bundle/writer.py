@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from dmformer.bundle.archive import SUFFIX, extract
-from dmformer.bundle.manifest import MANIFEST, SIGNATURE
+from dmformer.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE
 from dmformer.bundle.reader import own_bundle, read_manifest, read_signature_file
 from dmformer.errors import CheckFailed, StageFailed, UsageError
 from dmformer.files import hash_pieces, open_regular, read_pieces, utf8_path, whole_file
@@ -62,6 +62,24 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
+def check_outside(target: Path) -> None:
+    """Refuse to write into a bundle: its manifest lists every file that may be in it.
+
+    Args:
+        target: a file or folder, there or not.
+
+    Raises:
+        UsageError: it would lie in a bundle, or another user's link leads there.
+    """
+    named = resolve(target.parent)
+    for folder in (named, *named.parents, *resolve(target).parents):
+        if (folder / MANIFEST).is_file() and (folder / GOLDEN).is_file():
+            raise UsageError(
+                f"output {str(target)!r} is inside the bundle {str(folder)!r}, which would not hold any more; expected "
+                "a place outside it"
+            )
+
+
 def check_destination(destination: Path, replaceable: Callable[[Path], None] = _check_replaceable) -> None:
     """Refuse to replace what may not be replaced.
 
@@ -70,8 +88,9 @@ def check_destination(destination: Path, replaceable: Callable[[Path], None] = _
         replaceable: raises where a folder that is not empty may not be replaced; otherwise only bundles may.
 
     Raises:
-        UsageError: something else is there, or the folder cannot be written.
+        UsageError: something else is there, the folder cannot be written, or it would lie in another bundle.
     """
+    check_outside(destination)
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"output {str(destination)!r} is a file; expected a folder")
     if is_mount_point(destination):
@@ -280,8 +299,7 @@ def pack(bundle: Bundle, destination: Path | None = None) -> Path:
     target = destination or folder.with_name(folder.name + SUFFIX)
     target = resolve(target.parent) / target.name
     _check_replaceable_file(target)
-    if target.resolve().is_relative_to(folder):
-        raise UsageError(f"output {str(target)!r} is inside the bundle; expected a file outside it")
+    check_outside(target)
     with whole_file(target) as staging, staging.open("xb") as file:
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             for name, data in _unlisted_contents(bundle):

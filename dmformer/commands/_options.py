@@ -45,9 +45,13 @@ def check_report_target(target: str | Path | None) -> str | Path | None:
     """Refuse a report file that cannot be written, before the work is done; the callback of options that name one.
 
     Raises:
-        UsageError: its folder does not exist, it is a folder or a packed bundle, or another user's link leads there.
+        UsageError: its folder does not exist, it is a folder or a packed bundle, it would lie in a bundle, or another
+            user's link leads there.
     """
     if target is not None and target != "-":
+        from dmformer.bundle.writer import check_outside
+
+        check_outside(Path(target))
         path = resolve(Path(target))
         if path.is_dir() or not path.absolute().parent.is_dir() or path.suffix == SUFFIX:
             raise UsageError(f"report {str(target)!r}: expected a file in a folder that exists, and no bundle")

@@ -122,8 +122,11 @@ def _cells(image: str, label: ClassProbability | ClassShare, share: float, digit
 
 def _overlay_paths(images: list[Path], folder: Path) -> list[Path]:
     """Name a file for each image, all different, also where images of several folders have one name."""
+    from dmformer.bundle.writer import check_outside
+
     if not folder.is_dir():
         raise UsageError(f"--output {folder}: no such folder; expected one for the pictures")
+    check_outside(folder / "picture")
     names: list[str] = []
     for image in images:
         stems = (image.stem if number == 1 else f"{image.stem}-{number}" for number in itertools.count(1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ ENGINES, PYTHON = "engines", "python"
 BACKENDS = (ENGINES, PYTHON)
 _MODELS = "models"
 _MAX_BATCH = 8
+_MOST = (1 << 31) - 1  # Triton's configuration has numbers of 32 bits
 _ENGINES = {
     "onnx": TritonBackend("onnxruntime", "KIND_CPU", "model.onnx"),
     "openvino": TritonBackend("openvino", "KIND_CPU", "model.xml"),
@@ -130,7 +132,7 @@ def serve_layout(
         StageFailed: writing failed.
         UnavailableError: the page's engine is not in the cache and cannot be downloaded here.
         UsageError: no such server, the bundle has nothing for it, two of its models or files would have one name, or
-            the folder is not empty, or is, holds or lies in the bundle.
+            the folder is not empty, or has the bundle in it.
     """
     python, batching = backend == PYTHON, Batching(_MAX_BATCH if max_batch is None else max_batch, instances)
     _check(server, backend, batching, images)
@@ -144,13 +146,7 @@ def serve_layout(
     if python and not runtimes and not precisions and instances == 1:
         threads, note = _put_tuned_first(bundle, models)
 
-    _check_apart(bundle, output)
-
-    def replaceable(folder: Path) -> None:
-        if not force:
-            raise UsageError(f"output {str(folder)!r} is not empty; expected a new folder, or `force` to replace it")
-
-    with staged(output, replaceable) as folder:
+    with staged(output, partial(_check_replaceable, bundle=bundle, force=force)) as folder:
         (folder / _MODELS).mkdir()
         for model in models:
             target = folder / _MODELS / model.name
@@ -169,13 +165,12 @@ def serve_layout(
     return Layout(output, tuple(model.name for model in models), tuple(left_out), note)
 
 
-def _check_apart(bundle: Bundle, output: Path) -> None:
-    """Refuse an output that would take the bundle's place, or be a folder in it that it does not list."""
-    source, target = bundle.source.resolve(), output.resolve()
-    if source.is_relative_to(target) or target.is_relative_to(source):
-        raise UsageError(
-            f"output {str(output)!r} is, holds or lies in the bundle that is served; expected a folder beside it"
-        )
+def _check_replaceable(folder: Path, bundle: Bundle, force: bool) -> None:
+    """Refuse to replace a folder that has the bundle in it, or any that is not empty without ``force``."""
+    if bundle.source.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"output {str(folder)!r} has the bundle in it, which would be lost; expected another folder")
+    if not force:
+        raise UsageError(f"output {str(folder)!r} is not empty; expected a new folder, or `force` to replace it")
 
 
 def _check(server: str, backend: str, batching: Batching, images: bool) -> None:
@@ -186,9 +181,9 @@ def _check(server: str, backend: str, batching: Batching, images: bool) -> None:
         raise UsageError(f"`backend` {backend!r} for {server}; expected {ENGINES}, or for triton {PYTHON}")
     if (images or batching.instances != 1) and backend != PYTHON:
         raise UsageError(f"`images` or `instances` with `backend` {backend}; expected {PYTHON}: engines decode nothing")
-    if min(batching.max_batch, batching.instances) < 1:
+    if min(batching.max_batch, batching.instances) < 1 or max(batching.max_batch, batching.instances) > _MOST:
         numbers = f"`max_batch` {batching.max_batch}, `instances` {batching.instances}"
-        raise UsageError(f"{numbers}; expected at least 1")
+        raise UsageError(f"{numbers}; expected at least 1, and at most {_MOST}")
 
 
 def _put_tuned_first(bundle: Bundle, models: list[ServedSpec]) -> tuple[int | None, str | None]:

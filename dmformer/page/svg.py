@@ -111,15 +111,19 @@ def label_text(text: str, most: int = 60) -> str:
     return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
 
 
-def name_rows(axes: Any, labels: list[str], narrow: bool) -> None:
-    """Name the rows of a drawing, from the top: beside them or, where it is narrow and there is no room, above them."""
-    if narrow:
-        axes.set_yticks([])
-        for place, label in enumerate(labels):
-            axes.text(0.01, place - 0.33, label, transform=axes.get_yaxis_transform(), va="bottom", fontsize=9)
-    else:
-        axes.set_yticks(range(len(labels)), labels)
+def name_rows(axes: Any, labels: list[str], narrow: bool) -> list[Any]:
+    """Name the rows of a drawing, from the top: beside them or, where it is narrow and there is no room, above them.
+
+    Returns the texts, in the same order.
+    """
+    axes.set_yticks([] if narrow else range(len(labels)), [] if narrow else labels)
     axes.set_ylim(len(labels) - 0.3, -0.8 if narrow else -0.6)
+    if not narrow:
+        return list(axes.get_yticklabels())
+    return [
+        axes.text(0.01, place - 0.33, label, transform=axes.get_yaxis_transform(), va="bottom", fontsize=9)
+        for place, label in enumerate(labels)
+    ]
 
 
 def plain_numbers(axis: Any) -> None:

@@ -216,7 +216,7 @@ def _places(known: SignOff) -> Section:
             Table(
                 columns=["processor or server", "what", "verdict", "source"],
                 rows=rows,
-                texts=3,
+                texts=4,
                 bad=[place for place, row in enumerate(rows) if row[2] == "FAILED"],
             )
         ]

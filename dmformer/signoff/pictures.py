@@ -94,15 +94,14 @@ def _draw_checks(figure: Any, narrow: bool, rows: Sequence[CheckRow], sources: S
                 at = min(max(share, _LOW), _HIGH)
                 filled = {} if share >= _LOW else {"markerfacecolor": "none"}
                 axes.plot([at], [place], "o", color=SERIES[source % len(SERIES)], markersize=6, label=label, **filled)
-    name_rows(axes, [label_text(row.label) for row in rows], narrow)
-    if not narrow:
-        for row, tick in zip(rows, axes.get_yticklabels(), strict=True):
-            if row.failed:
-                tick.set(color=BAD, fontweight="bold")
+    names = name_rows(axes, [label_text(row.label) for row in rows], narrow)
+    for row, name in zip(rows, names, strict=True):
+        if row.failed:
+            name.set(color=BAD, fontweight="bold")
     axes.set_xlim(_LOW / 2, _HIGH * 2)
     ticks = [10.0**power for power in range(-5, 3)]
-    names = {_LOW: "0", 1.0: "limit", _HIGH: "100x"}
-    axes.set_xticks(ticks, [names.get(tick, f"{tick:.3g}" if tick < 1 else f"{tick:.0f}x") for tick in ticks])
+    marks = {_LOW: "0", 1.0: "limit", _HIGH: "100x"}
+    axes.set_xticks(ticks, [marks.get(tick, f"{tick:.3g}" if tick < 1 else f"{tick:.0f}x") for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("difference over the limit (log)")
     add_legend(axes, 1 if narrow else 2)

@@ -181,7 +181,9 @@ def read_report(path: Path) -> Source:
         return Source(f"{path.name} ({report.environment.get('cpu', 'processor not noted')})", bench=report)
     if isinstance(report, EvalReport):
         return Source(path.name, accuracy=report)
-    raise UsageError(f"`add` {str(path)!r} is no report; {_EXPECTED}")
+    raise UsageError(
+        f"`add` {str(path)!r} is no report for the page; {_EXPECTED}: neither a server's load nor what tune found"
+    )
 
 
 def _impossible(report: object) -> str | None:
