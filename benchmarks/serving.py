@@ -32,9 +32,7 @@ def measure(bundle: Bundle, server: Triton, url: str) -> None:
     with ServerClient(url) as client:
         targets, _ = find_models(bundle.manifest, client)
     for target in targets:
-        rows = request_rows(target.spec, bundle.golden())
-        outputs = [one.name for one in bundle.manifest.outputs]
-        load = LoadTarget(url, target.model, target.version, target.metadata.inputs[0], rows, outputs)
+        load = LoadTarget.of(target, url, request_rows(target.spec, bundle.golden()))
         alone, stub = ask_alone(load), server.stub_of(target.model)
         for clients in CONCURRENCY:
             before = cpu_s(server.process.pid), cpu_s(stub)

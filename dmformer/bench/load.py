@@ -27,6 +27,8 @@ from dmformer.serve.client import LIMIT_S, ServerClient, TensorMetadata
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dmformer.serve.targets import ServedTarget
+
     Outputs = dict[str, NDArray[Any]]
 
 _WARM_UP = 5  # requests of each client before the time is taken
@@ -55,6 +57,19 @@ class LoadTarget:
     rows: NDArray[Any]
     outputs: Sequence[str]
     limit_s: float = LIMIT_S
+
+    @classmethod
+    def of(cls, target: ServedTarget, url: str, rows: NDArray[Any], limit_s: float = LIMIT_S) -> LoadTarget:
+        """Return a model of a server with the outputs of its bundle as those that are wanted.
+
+        Args:
+            target: the model, whose only input takes the rows.
+            url: of the server.
+            rows: what is sent, one a request.
+            limit_s: seconds that one answer may take.
+        """
+        outputs = [output.name for output in target.spec.manifest.outputs]
+        return cls(url, target.model, target.version, target.metadata.inputs[0], rows, outputs, limit_s)
 
     def ask(self, client: ServerClient, row: int) -> Outputs:
         """Send one row, and return the answer."""

@@ -163,15 +163,7 @@ def bench_server(
             for target in targets:
                 if target.mismatches:
                     raise CheckFailed(f"{target.title}: {'; '.join(target.mismatches)}")
-                load = LoadTarget(
-                    url=url,
-                    model=target.model,
-                    version=target.version,
-                    given=target.metadata.inputs[0],
-                    rows=request_rows(target.spec, golden),
-                    outputs=[output.name for output in bundle.manifest.outputs],
-                    limit_s=limit_s,
-                )
+                load = LoadTarget.of(target, url, request_rows(target.spec, golden), limit_s)
                 alone = ask_alone(load)
                 if [nearest(answer, alone) for answer in alone] != list(range(len(alone))):
                     raise CheckFailed(

@@ -171,8 +171,10 @@ def _points_lost(sources: Sequence[Source]) -> Iterator[tuple[str, EvalResult, f
         return
     measure = measure_of(manifest.model.task, manifest.class_count)
     for source in others:
-        torch = source.accuracy.torch if source.accuracy is not None else None
-        for one in source.accuracy.results if source.accuracy is not None else ():
+        if source.accuracy is None:
+            continue
+        torch = source.accuracy.torch
+        for one in source.accuracy.results:
             compared = torch is not None and one.agreement_with_torch is not None
             lost = measure.points_lost(one, torch) if torch is not None and compared else None
             yield f"{source.title}: {one.runtime} {one.precision}", one, lost

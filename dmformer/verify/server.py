@@ -124,7 +124,7 @@ def _check_model(target: ServedTarget, golden: Golden, url: str, limit_s: float)
     if spec.images:
         checks += _check_images(target, golden, rows, url, limit_s)
     if first in (-1, 1):
-        answers = _ask_concurrently(target, answers, rows, outputs, golden, url, limit_s)
+        answers = _ask_concurrently(target, answers, rows, golden, url, limit_s)
     checks += check_golden_answers(answers, golden)
     checks += _check_precision(target, answers, golden)
     if all(check.passed for check in checks):
@@ -150,7 +150,6 @@ def _ask_concurrently(
     target: ServedTarget,
     answers: Answers,
     rows: NDArray[Any],
-    outputs: Sequence[str],
     golden: Golden,
     url: str,
     limit_s: float,
@@ -165,7 +164,7 @@ def _ask_concurrently(
         kept = golden.thinned(answer)
         largest.append(max(largest_difference(kept[name], alone[name][row : row + 1]) for name in kept))
 
-    load = LoadTarget(url, target.model, target.version, target.metadata.inputs[0], rows, outputs, limit_s)
+    load = LoadTarget.of(target, url, rows, limit_s)
     samples = put_load(load, _CLIENTS, requests=_TURNS * len(rows), seen=compare_row)
     if samples.errors:
         largest.append(float("inf"))
